@@ -1,0 +1,212 @@
+"""Addresses: the one text form of every component and node (SEMANTICS section 2).
+
+An address is a selector. A part that is not understood, or that names nothing, is an error, never
+dropped: dropping it would give a real number of the right shape for the wrong thing.
+
+    neuron.3.17         a component            neuron.3.17~5      the node at token 5
+    head.2.3            an attention head      head.2.3~13        its row at query token 13
+                                               head.2.3~13-1      the pair query 13, key 1
+
+`parse` reads text into an `Address`; `str(address)` is its one canonical spelling; `Shape.check`
+says whether an address names something in a given model and prompt.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from services.common.errors import InvalidArgument
+
+
+class Kind(StrEnum):
+    """What an address names; the value is its first word(s)."""
+
+    EMBED = "embed"
+    HEAD = "head"
+    QUERY = "head.q"
+    KEY = "head.k"
+    VALUE = "head.v"
+    NEURON = "neuron"
+    LATENT = "latent"
+    ATTN = "attn"
+    MLP = "mlp"
+    RESID_PRE = "resid_pre"
+    RESID_MID = "resid_mid"
+    RESID_POST = "resid_post"
+    BIAS_ATTN = "bias.attn"
+    BIAS_MLP = "bias.mlp"
+    BIAS = "bias"
+    SKIP = "skip"
+    ERROR = "error"
+
+
+_VECTORS = {"q": Kind.QUERY, "k": Kind.KEY, "v": Kind.VALUE}
+_LAYERED = {
+    "attn": Kind.ATTN,
+    "mlp": Kind.MLP,
+    "resid_pre": Kind.RESID_PRE,
+    "resid_mid": Kind.RESID_MID,
+    "resid_post": Kind.RESID_POST,
+}
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+_DICTIONARY = re.compile(r"[A-Za-z0-9_-]+")
+_EXAMPLES = "for example neuron.3.17~5, head.2.3~13-1 (query 13 reads key 1) or embed~4"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A component, or with `position` (and `key` for a head's pair) a node.
+
+    `index` is the head, neuron or latent.
+    """
+
+    kind: Kind
+    layer: int | None = None
+    index: int | None = None
+    dictionary: str = ""
+    position: int | None = None
+    key: int | None = None
+
+    @property
+    def is_node(self) -> bool:
+        return self.position is not None
+
+    @property
+    def component(self) -> "Address":
+        return replace(self, position=None, key=None)
+
+    def at(self, position: int, key: int | None = None) -> "Address":
+        return replace(self, position=position, key=key)
+
+    def __str__(self) -> str:
+        match self.kind:
+            case Kind.QUERY | Kind.KEY | Kind.VALUE:
+                name = f"head.{self.layer}.{self.index}.{self.kind.value[-1]}"
+            case Kind.LATENT:
+                name = f"latent.{self.dictionary}.{self.index}"
+            case Kind.BIAS | Kind.SKIP | Kind.ERROR:
+                name = f"{self.kind.value}.{self.dictionary}"
+            case _:
+                parts = (self.kind.value, self.layer, self.index)
+                name = ".".join(str(part) for part in parts if part is not None)
+        if self.position is None:
+            return name
+        pair = "" if self.key is None else f"-{self.key}"
+        return f"{name}~{self.position}{pair}"
+
+
+def parse(text: str) -> Address:
+    """Reads an address. Raises InvalidArgument that names the part that is wrong.
+
+    `resid_pre.L` comes back as its canonical `resid_post.(L-1)`, `resid_pre.0` as `embed`.
+    """
+    if not text:
+        raise InvalidArgument(f"an address is required, {_EXAMPLES}")
+    if len(text) > 200:
+        raise InvalidArgument(f"an address has at most 200 characters, this has {len(text)}")
+    component, tilde, place = text.partition("~")
+    address = _canonical(_component(component, text))
+    if not tilde:
+        return address
+    return _node(address, place, text)
+
+
+def _component(component: str, text: str) -> Address:
+    match component.split("."):
+        case ["embed"]:
+            return Address(Kind.EMBED)
+        case ["head", layer, head]:
+            return Address(Kind.HEAD, _number(layer, "layer", text), _number(head, "head", text))
+        case ["head", layer, head, vector] if vector in _VECTORS:
+            kind = _VECTORS[vector]
+            return Address(kind, _number(layer, "layer", text), _number(head, "head", text))
+        case ["neuron", layer, neuron]:
+            index = _number(neuron, "neuron", text)
+            return Address(Kind.NEURON, _number(layer, "layer", text), index)
+        case ["latent", dictionary, latent] if _DICTIONARY.fullmatch(dictionary):
+            return Address(
+                Kind.LATENT, index=_number(latent, "latent", text), dictionary=dictionary
+            )
+        case [word, layer] if word in _LAYERED:
+            return Address(_LAYERED[word], _number(layer, "layer", text))
+        case ["bias", ("attn" | "mlp") as sublayer, layer]:
+            return Address(Kind(f"bias.{sublayer}"), _number(layer, "layer", text))
+        case [("bias" | "skip" | "error") as word, dictionary] if _DICTIONARY.fullmatch(dictionary):
+            return Address(Kind(word), dictionary=dictionary)
+    raise InvalidArgument(f"{_quote(text)} is not an address; write one like {_EXAMPLES}")
+
+
+def _canonical(address: Address) -> Address:
+    if address.kind is not Kind.RESID_PRE or address.layer is None:
+        return address
+    if address.layer == 0:
+        return Address(Kind.EMBED)
+    return Address(Kind.RESID_POST, address.layer - 1)
+
+
+def _node(address: Address, place: str, text: str) -> Address:
+    position, dash, key = place.partition("-")
+    if not position:
+        raise InvalidArgument(
+            f"{_quote(text)}: token positions count from 0 and are never negative or empty"
+        )
+    if dash and address.kind is not Kind.HEAD:
+        raise InvalidArgument(
+            f"{_quote(text)}: only a head has query-key pairs; write {address.component}~{position}"
+        )
+    if not dash:
+        return address.at(_number(position, "token position", text))
+    pair = address.at(_number(position, "query position", text), _number(key, "key position", text))
+    assert pair.position is not None and pair.key is not None
+    if pair.key > pair.position:
+        raise InvalidArgument(
+            f"{_quote(text)}: key {pair.key} lies after query {pair.position}, so the pair is "
+            f"masked; the key must be in 0..{pair.position}"
+        )
+    return pair
+
+
+def _number(digits: str, part: str, text: str) -> int:
+    if _NUMBER.fullmatch(digits):
+        return int(digits)
+    raise InvalidArgument(
+        f"{_quote(text)}: the {part} {_quote(digits)} is not a number; it counts from 0, without "
+        "sign or leading zeros"
+    )
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What exists in a model: the ranges that addresses are checked against."""
+
+    layers: int
+    heads: int
+    neurons: int
+
+    def check(self, address: Address, tokens: int | None = None) -> None:
+        """Raises InvalidArgument with the valid range unless `address` names something here.
+
+        With `tokens`, positions are checked against a prompt of that many tokens.
+        """
+        if address.dictionary:
+            raise InvalidArgument(
+                f"{address}: no dictionary {address.dictionary!r} is loaded; this model has none"
+            )
+        self._in_range(address, "layer", address.layer, self.layers)
+        if address.kind is Kind.NEURON:
+            self._in_range(address, "neuron", address.index, self.neurons)
+        elif address.index is not None:
+            self._in_range(address, "head", address.index, self.heads)
+        if tokens is not None:
+            self._in_range(address, "token position", address.position, tokens)
+
+    @staticmethod
+    def _in_range(address: Address, part: str, value: int | None, count: int) -> None:
+        if value is not None and value >= count:
+            raise InvalidArgument(
+                f"{address}: {part} {value} does not exist; valid is 0..{count - 1}"
+            )

@@ -1,0 +1,166 @@
+"""Which module is which in a Hugging Face causal LM.
+
+Everything the engine knows about module names comes through here, from
+`interp_engine.arch.resolve_arch`, so that the library behind it can be replaced. What a node
+writes is read off weights that are already laid out for it: `w_out[n]` is what one unit of neuron
+n adds to the residual stream, `w_o[h]` maps head h's output to it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from interp_engine.arch import resolve_arch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from services.common.addresses import Shape
+from services.common.errors import FailedPrecondition
+from services.inference.engine.norms import Norm, probe_norm
+
+FAMILIES = ("gpt2",)
+"""Values of `config.model_type` whose numbers are tested."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules and write weights of one layer."""
+
+    block: nn.Module
+    attention: nn.Module
+    mlp_down: nn.Module
+    norms: tuple[Norm, ...]
+    w_o: Tensor
+    """[H, dh, d]: output projection per head."""
+    b_o: Tensor | None
+    """[d]"""
+    w_out: Tensor
+    """[F, d]: output row per neuron."""
+    b_out: Tensor | None
+    """[d]"""
+    w_o_gram: Tensor
+    """[H, dh, dh]: W_O W_O^T per head, for write magnitudes without d-vectors."""
+    w_out_norm: Tensor
+    """[F]: length of each output row."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's modules, sizes and write weights."""
+
+    family: str
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    unembed: nn.Module
+    unembed_bias: Tensor | None
+    """[V]"""
+    n_heads: int
+    n_key_value_heads: int
+    head_width: int
+    width: int
+    neurons: int
+    vocabulary: int
+    context: int
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(layers=len(self.layers), heads=self.n_heads, neurons=self.neurons)
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Raises FailedPrecondition for a model that would only be half served. Needs no weights."""
+    family = str(config.model_type)
+    if family not in FAMILIES:
+        raise FailedPrecondition(
+            f"models of type {family!r} are not supported yet; supported: {', '.join(FAMILIES)}",
+            reason="UNSUPPORTED_ARCHITECTURE",
+        )
+    if getattr(config, "reorder_and_upcast_attn", False):
+        raise FailedPrecondition(
+            "reorder_and_upcast_attn bypasses the attention interface, so attention could not be "
+            "read or edited; set it to false in the model's config.json",
+            reason="UNSUPPORTED_ARCHITECTURE",
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise FailedPrecondition(
+            "models with cross-attention are not supported: they read a second prompt",
+            reason="UNSUPPORTED_ARCHITECTURE",
+        )
+
+
+def resolve(model: PreTrainedModel) -> Architecture:
+    """Finds every module the engine hooks. Raises FailedPrecondition where one is not as assumed."""
+    config = model.config
+    check_family(config)
+    arch = resolve_arch(model, config)
+    with torch.no_grad():
+        layers = tuple(
+            _layer(
+                block=arch.block(index),
+                attention=arch.attn_module(index),
+                attn_out=arch.attn_out_proj(index),
+                mlp_down=arch.mlp_projection(index, "down"),
+                pre_mlp_norm=arch.pre_mlp_norm(index),
+                heads=arch.n_heads,
+            )
+            for index in range(arch.n_layers)
+        )
+        final_norm = probe_norm(arch.final_norm, arch.d_model)
+    return Architecture(
+        family=str(config.model_type),
+        layers=layers,
+        final_norm=final_norm,
+        unembed=arch.lm_head,
+        unembed_bias=_bias(arch.lm_head),
+        n_heads=arch.n_heads,
+        n_key_value_heads=arch.n_kv_heads,
+        head_width=arch.head_dim,
+        width=arch.d_model,
+        neurons=layers[0].w_out.shape[0],
+        vocabulary=_write_weight(arch.lm_head).shape[1],
+        context=int(config.max_position_embeddings),
+    )
+
+
+def _layer(
+    block: nn.Module,
+    attention: nn.Module,
+    attn_out: nn.Module,
+    mlp_down: nn.Module,
+    pre_mlp_norm: nn.Module | None,
+    heads: int,
+) -> Layer:
+    w_o = _write_weight(attn_out)
+    w_o = w_o.view(heads, w_o.shape[0] // heads, w_o.shape[1])
+    w_out = _write_weight(mlp_down)
+    norms = [child for child in block.children() if isinstance(child, nn.LayerNorm)]
+    if len(norms) != 2 or pre_mlp_norm is not norms[1]:
+        raise FailedPrecondition(
+            f"expected a norm before attention and one before the MLP, found {len(norms)} norms",
+            reason="UNSUPPORTED_ARCHITECTURE",
+        )
+    width = w_out.shape[1]
+    return Layer(
+        block=block,
+        attention=attention,
+        mlp_down=mlp_down,
+        norms=tuple(probe_norm(norm, width) for norm in norms),
+        w_o=w_o,
+        b_o=_bias(attn_out),
+        w_out=w_out,
+        b_out=_bias(mlp_down),
+        w_o_gram=w_o @ w_o.transpose(1, 2),
+        w_out_norm=torch.linalg.vector_norm(w_out, dim=1),
+    )
+
+
+def _write_weight(projection: nn.Module) -> Tensor:
+    """[in, out] whichever way the module stores it; a view, never a copy."""
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if isinstance(projection, Conv1D) else weight.detach().T
+
+
+def _bias(projection: nn.Module) -> Tensor | None:
+    bias = getattr(projection, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None

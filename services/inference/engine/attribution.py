@@ -1,0 +1,210 @@
+"""The node table: one forward, one backward, every column of every node (SEMANTICS 4 and 5).
+
+`explain` runs one or two prompts as rows of one padded batch and asks autograd once for the
+gradients of all activations at once. What comes back is one `Explanation` per run, which knows all
+its nodes and its remainder rows; `tables.build` lists the top k of them.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from services.common.errors import FailedPrecondition
+from services.inference.engine.architecture import Architecture
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.columns import EmbedNodes, HeadNodes, NeuronNodes, NodeGroup, Reader
+from services.inference.engine.forward import AttentionSite, Hooks, Pass, Row
+from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.objectives import Objective
+
+
+class NormMode(Enum):
+    FINAL_NORM_FROZEN = auto()
+    ALL_NORMS_FROZEN = auto()
+    LIVE = auto()
+
+
+@dataclass(frozen=True)
+class ExplainedRun:
+    """A prompt, its edits and what is explained about it."""
+
+    token_ids: tuple[int, ...]
+    edits: tuple[Edit, ...]
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One run's objective, nodes and remainder."""
+
+    value: float
+    """J."""
+    groups: tuple[NodeGroup, ...]
+    """In address order: embeddings, heads by layer, neurons by layer."""
+    remainder: dict[str, float]
+    """Direct effect of each bias, of the objective's constants and of the rest."""
+    logits: Tensor
+    """[V] at the objective's position."""
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Milliseconds."""
+
+    forward: float
+    backward: float
+
+
+def explain(
+    hooks: Hooks,
+    architecture: Architecture,
+    runs: Sequence[ExplainedRun],
+    norm_mode: NormMode,
+    cancel: CancelToken,
+) -> tuple[tuple[Explanation, ...], StageTimes]:
+    """Forward and backward of all runs in one batch.
+
+    Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
+    """
+    rows = [
+        Row(
+            token_ids=run.token_ids,
+            edits=run.edits,
+            final_norm_frozen=norm_mode is not NormMode.LIVE,
+            block_norms_frozen=norm_mode is NormMode.ALL_NORMS_FROZEN,
+        )
+        for run in runs
+    ]
+    positions = sorted({run.objective.position for run in runs})
+    current = hooks.run(rows, positions, gradients=True, cancel=cancel)
+    assert current.logits is not None
+    logits = [
+        current.logits[row, positions.index(run.objective.position)] for row, run in enumerate(runs)
+    ]
+    objectives = [run.objective.value(row) for run, row in zip(runs, logits, strict=True)]
+    started = time.perf_counter()
+    gradients = _Gradients.take(current, torch.stack(objectives).sum())
+    backward = (time.perf_counter() - started) * 1e3
+    explanations = tuple(
+        _explanation(architecture, current, gradients, row, run, objectives[row], logits[row])
+        for row, run in enumerate(runs)
+    )
+    return explanations, StageTimes(current.forward_ms, backward)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """G of everything a pass captured. Rows of the batch do not mix: J is summed over them."""
+
+    embed: Tensor
+    final_input: Tensor
+    final_output: Tensor
+    logits: Tensor
+    probabilities: tuple[Tensor, ...]
+    edited: tuple[Tensor | None, ...]
+    neurons: tuple[Tensor, ...]
+
+    @classmethod
+    def take(cls, current: Pass, objective: Tensor) -> "_Gradients":
+        single = (current.embed, current.final_input, current.final_output, current.logits)
+        probabilities = [site.probabilities for site in current.attention]
+        edited = [site.edited for site in current.attention if site.edited is not None]
+        wanted = [*single, *probabilities, *edited, *current.neurons]
+        # Where edits cut every path (all heads of a layer zeroed, say) the gradient is zero.
+        taken = iter(torch.autograd.grad(objective, wanted, materialize_grads=True))
+        embed, final_input, final_output, logits = (next(taken) for _ in single)
+        of_probabilities = tuple(next(taken) for _ in probabilities)
+        of_edited = tuple(
+            None if site.edited is None else next(taken) for site in current.attention
+        )
+        return cls(
+            embed, final_input, final_output, logits, of_probabilities, of_edited, tuple(taken)
+        )
+
+    def of_used_probabilities(self, layer: int, site: AttentionSite, row: int) -> Tensor:
+        """[H, T, T]: G of the probabilities that the row's values were summed with."""
+        edited = self.edited[layer]
+        if row in site.edited_rows and edited is not None:
+            return edited[site.edited_rows.index(row)]
+        return self.probabilities[layer][row]
+
+
+def _explanation(
+    architecture: Architecture,
+    current: Pass,
+    gradients: _Gradients,
+    row: int,
+    run: ExplainedRun,
+    objective: Tensor,
+    logits: Tensor,
+) -> Explanation:
+    assert current.embed is not None and current.final_input is not None
+    length = len(run.token_ids)
+    reference = current.final_input[row, :length].detach()
+    reader = Reader(gradients.final_input[row, :length], (run.objective.position,))
+    groups: list[NodeGroup] = [
+        EmbedNodes(current.embed[row, :length].detach(), gradients.embed[row, :length], reader)
+    ]
+    per_value = architecture.n_heads // architecture.n_key_value_heads
+    for index, (layer, site) in enumerate(zip(architecture.layers, current.attention, strict=True)):
+        groups.append(
+            HeadNodes(
+                index,
+                layer,
+                site.used(row)[:, :length, :length].detach(),
+                gradients.of_used_probabilities(index, site, row)[:, :length, :length],
+                site.values[row, :, :length].detach().repeat_interleave(per_value, dim=0),
+                reader,
+            )
+        )
+    for index, layer in enumerate(architecture.layers):
+        groups.append(
+            NeuronNodes(
+                index,
+                layer,
+                current.neurons[index][row, :length].detach(),
+                gradients.neurons[index][row, :length],
+                reader,
+            )
+        )
+    value = float(objective.detach())
+    constants = _dot(architecture.final_norm.bias, gradients.final_output[row].sum(0))
+    if architecture.unembed_bias is not None:
+        constants += _dot(architecture.unembed_bias, gradients.logits[row].sum(0))
+    explained = _dot(reference, reader.gradient)
+    remainder = _bias_rows(architecture, reader.gradient.sum(0))
+    remainder["bias.read"] = constants
+    remainder["rest"] = value - explained - constants
+    _require_finite(value, remainder, gradients.embed[row, :length])
+    return Explanation(
+        value, tuple(groups), remainder, logits.detach(), current.receipts(row)
+    )
+
+
+def _bias_rows(architecture: Architecture, gradient: Tensor) -> dict[str, float]:
+    """Direct effect of the output biases, summed over tokens; gradient: sum of g* over tokens, [d]."""
+    rows: dict[str, float] = {}
+    for index, layer in enumerate(architecture.layers):
+        for sublayer, bias in (("attn", layer.b_o), ("mlp", layer.b_out)):
+            if bias is not None:
+                rows[f"bias.{sublayer}.{index}"] = _dot(bias, gradient)
+    return rows
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float((left.double() * right.double()).sum())
+
+
+def _require_finite(value: float, remainder: dict[str, float], embed_gradient: Tensor) -> None:
+    if not all(map(math.isfinite, (value, *remainder.values()))):
+        raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
+    if not torch.isfinite(embed_gradient).all():
+        raise FailedPrecondition(
+            "the gradient of the objective at the embeddings is not finite", reason="NON_FINITE"
+        )

@@ -1,0 +1,27 @@
+"""Cancel tokens: how a caller that left, or whose time ran out, stops work on the device.
+
+The event loop sets the token; the torch thread looks at it between layers.
+"""
+
+import threading
+import time
+
+from services.common.errors import Cancelled, DeadlineExceeded
+
+
+class CancelToken:
+    """One per request. `deadline` is on the clock of `time.monotonic`."""
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self._cancelled = threading.Event()
+        self._deadline = deadline
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raises Cancelled or DeadlineExceeded once nobody waits for the result any more."""
+        if self._cancelled.is_set():
+            raise Cancelled("the caller left before the result was ready")
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise DeadlineExceeded("the deadline passed before the result was ready")

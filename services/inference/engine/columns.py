@@ -1,0 +1,291 @@
+"""The columns of the node table: values of all nodes of one kind in one layer of one run.
+
+A group answers for its nodes by flat index, computes a whole column only when asked to rank by it,
+and the four columns of a few listed nodes by gathering. No per-node d-vector is ever made: write
+norms need only W_O W_O^T and row norms, and direct effects only the tokens that J reads.
+
+Formulas: SEMANTICS section 5. Notation: e, A, v, a, G, g* as in its section 1.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from services.common.addresses import Address, Kind
+from services.inference.engine.architecture import Layer
+
+
+class Column(Enum):
+    ACTIVATION = auto()
+    WRITE_MAGNITUDE = auto()
+    DIRECT_EFFECT = auto()
+    TOTAL_EFFECT = auto()
+
+
+COLUMNS = tuple(Column)
+"""The order of the last axis of `NodeGroup.gather`."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The reference residual's gradient, which is zero but at the tokens that J reads."""
+
+    gradient: Tensor
+    """[T, d]: g*."""
+    positions: tuple[int, ...]
+
+
+class NodeGroup(ABC):
+    """All nodes of one kind in one layer, by flat index in [0, size)."""
+
+    size: int
+    device: torch.device
+
+    @abstractmethod
+    def column(self, column: Column) -> Tensor:
+        """[size]: one column of every node."""
+
+    @abstractmethod
+    def gather(self, indices: Tensor) -> Tensor:
+        """[n] -> [n, 4]: all columns of some nodes, in the order of `COLUMNS`."""
+
+    @abstractmethod
+    def order(self, indices: Tensor) -> Tensor:
+        """[n] -> [n]: a number that sorts nodes by address."""
+
+    @abstractmethod
+    def address(self, index: int) -> Address:
+        """The node's address."""
+
+    @abstractmethod
+    def find(self, address: Address) -> int | None:
+        """The flat index of an address of this group, None where it does not exist in this run."""
+
+    @abstractmethod
+    def direct_total(self) -> float:
+        """Sum of the direct-effect column."""
+
+    @abstractmethod
+    def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per kind of sum: direct and estimated total effect summed over nodes, each [T]."""
+
+
+class EmbedNodes(NodeGroup):
+    """`embed~t`: one node per token."""
+
+    def __init__(self, embed: Tensor, gradient: Tensor, reader: Reader) -> None:
+        """embed, gradient: e and G(e), [T, d]."""
+        self._embed = embed
+        self._gradient = gradient
+        self._reader = reader
+        self.size = embed.shape[0]
+        self.device = embed.device
+
+    def column(self, column: Column) -> Tensor:
+        match column:
+            case Column.ACTIVATION:
+                return torch.ones_like(self._embed[:, 0])
+            case Column.WRITE_MAGNITUDE:
+                return torch.linalg.vector_norm(self._embed, dim=1)
+            case Column.DIRECT_EFFECT:
+                return (self._embed * self._reader.gradient).sum(1)
+            case Column.TOTAL_EFFECT:
+                return (self._embed * self._gradient).sum(1)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return torch.stack([self.column(column)[indices] for column in COLUMNS], 1)
+
+    def order(self, indices: Tensor) -> Tensor:
+        return indices
+
+    def address(self, index: int) -> Address:
+        return Address(Kind.EMBED, position=index)
+
+    def find(self, address: Address) -> int | None:
+        position = address.position
+        return position if position is not None and position < self.size else None
+
+    def direct_total(self) -> float:
+        return float(self.column(Column.DIRECT_EFFECT).double().sum())
+
+    def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"embed": (self.column(Column.DIRECT_EFFECT), self.column(Column.TOTAL_EFFECT))}
+
+
+class HeadNodes(NodeGroup):
+    """`head.L.h~q-k`: one node per head and visible pair; flat index h, q, k."""
+
+    def __init__(
+        self,
+        layer_index: int,
+        layer: Layer,
+        probabilities: Tensor,
+        gradient: Tensor,
+        values: Tensor,
+        reader: Reader,
+    ) -> None:
+        """probabilities, gradient: A and G(A), [H, T, T]; values: v as each head reads it, [H, T, dh]."""
+        self._layer_index = layer_index
+        self._layer = layer
+        self._probabilities = probabilities
+        self._gradient = gradient
+        self._values = values
+        self._reader = reader
+        self._heads, self._tokens, _ = probabilities.shape
+        self._pairs = self._tokens * (self._tokens + 1) // 2
+        self.size = self._heads * self._pairs
+        self.device = values.device
+        rows, keys = torch.tril_indices(self._tokens, self._tokens, device=values.device)
+        self._rows, self._keys = rows, keys
+
+    def _value_norms(self) -> Tensor:
+        """[H, T]: norm of v W_O."""
+        squares = ((self._values @ self._layer.w_o_gram) * self._values).sum(-1)
+        return squares.clamp_min(0).sqrt()
+
+    def _read_effects(self) -> Tensor:
+        """[H, reads, T]: direct effect of the pairs whose query is a token that J reads."""
+        positions = list(self._reader.positions)
+        read = torch.einsum("hed,rd->hre", self._layer.w_o, self._reader.gradient[positions])
+        return self._probabilities[:, positions] * (read @ self._values.transpose(1, 2))
+
+    def _direct(self) -> Tensor:
+        full = torch.zeros_like(self._probabilities)
+        full[:, list(self._reader.positions)] = self._read_effects()
+        return full
+
+    def _matrix(self, column: Column) -> Tensor:
+        """[H, T, T]"""
+        match column:
+            case Column.ACTIVATION:
+                return self._probabilities
+            case Column.WRITE_MAGNITUDE:
+                return self._probabilities.abs() * self._value_norms()[:, None, :]
+            case Column.DIRECT_EFFECT:
+                return self._direct()
+            case Column.TOTAL_EFFECT:
+                return self._probabilities * self._gradient
+
+    def column(self, column: Column) -> Tensor:
+        return self._matrix(column)[:, self._rows, self._keys].flatten()
+
+    def _locate(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pairs = indices % self._pairs
+        return indices // self._pairs, self._rows[pairs], self._keys[pairs]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        where = self._locate(indices)
+        heads, rows, keys = where
+        activation = self._probabilities[where]
+        return torch.stack(
+            [
+                activation,
+                activation.abs() * self._value_norms()[heads, keys],
+                self._direct()[where],
+                activation * self._gradient[where],
+            ],
+            1,
+        )
+
+    def order(self, indices: Tensor) -> Tensor:
+        return indices
+
+    def address(self, index: int) -> Address:
+        head, pair = divmod(index, self._pairs)
+        query, key = int(self._rows[pair]), int(self._keys[pair])
+        return Address(Kind.HEAD, self._layer_index, head, position=query, key=key)
+
+    def find(self, address: Address) -> int | None:
+        query, key, head = address.position, address.key, address.index
+        if query is None or key is None or head is None or query >= self._tokens:
+            return None
+        return head * self._pairs + query * (query + 1) // 2 + key
+
+    def direct_total(self) -> float:
+        return float(self._read_effects().double().sum())
+
+    def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
+        direct = self._direct().sum(0)
+        total = self._matrix(Column.TOTAL_EFFECT).sum(0)
+        return {
+            "attn_reading": (direct.sum(1), total.sum(1)),
+            "attn_source": (direct.sum(0), total.sum(0)),
+        }
+
+
+class NeuronNodes(NodeGroup):
+    """`neuron.L.n~t`: one node per neuron and token; flat index t, n."""
+
+    def __init__(
+        self, layer_index: int, layer: Layer, activations: Tensor, gradient: Tensor, reader: Reader
+    ) -> None:
+        """activations, gradient: a and G(a), [T, F]."""
+        self._layer_index = layer_index
+        self._layer = layer
+        self._activations = activations
+        self._gradient = gradient
+        self._reader = reader
+        self._tokens, self._neurons = activations.shape
+        self.size = activations.numel()
+        self.device = activations.device
+
+    def _read_effects(self) -> Tensor:
+        """[reads, F]: direct effect of the neurons at the tokens that J reads."""
+        positions = list(self._reader.positions)
+        return self._activations[positions] * (
+            self._reader.gradient[positions] @ self._layer.w_out.T
+        )
+
+    def _direct(self) -> Tensor:
+        full = torch.zeros_like(self._activations)
+        full[list(self._reader.positions)] = self._read_effects()
+        return full
+
+    def _matrix(self, column: Column) -> Tensor:
+        """[T, F]"""
+        match column:
+            case Column.ACTIVATION:
+                return self._activations
+            case Column.WRITE_MAGNITUDE:
+                return self._activations.abs() * self._layer.w_out_norm
+            case Column.DIRECT_EFFECT:
+                return self._direct()
+            case Column.TOTAL_EFFECT:
+                return self._activations * self._gradient
+
+    def column(self, column: Column) -> Tensor:
+        return self._matrix(column).flatten()
+
+    def gather(self, indices: Tensor) -> Tensor:
+        positions, neurons = indices // self._neurons, indices % self._neurons
+        activation = self._activations[positions, neurons]
+        return torch.stack(
+            [
+                activation,
+                activation.abs() * self._layer.w_out_norm[neurons],
+                self._direct()[positions, neurons],
+                activation * self._gradient[positions, neurons],
+            ],
+            1,
+        )
+
+    def order(self, indices: Tensor) -> Tensor:
+        return (indices % self._neurons) * self._tokens + indices // self._neurons
+
+    def address(self, index: int) -> Address:
+        position, neuron = divmod(index, self._neurons)
+        return Address(Kind.NEURON, self._layer_index, neuron, position=position)
+
+    def find(self, address: Address) -> int | None:
+        if address.position is None or address.index is None or address.position >= self._tokens:
+            return None
+        return address.position * self._neurons + address.index
+
+    def direct_total(self) -> float:
+        return float(self._read_effects().double().sum())
+
+    def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"mlp": (self._direct().sum(1), self._matrix(Column.TOTAL_EFFECT).sum(1))}
