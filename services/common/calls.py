@@ -1,0 +1,36 @@
+"""What is known about the gRPC call being served: who asks, under which id, until when.
+
+The interceptor sets it; anything below a servicer may read it with `current()`.
+"""
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+LOCAL_USER = "local"
+
+
+@dataclass(frozen=True)
+class Call:
+    """`user` is the token's name, or "local" where no tokens are configured. `deadline` is in
+    `time.monotonic` seconds, None when the client set none."""
+
+    method: str
+    request_id: str
+    user: str = LOCAL_USER
+    deadline: float | None = None
+
+    def remaining_s(self) -> float | None:
+        """Seconds left, never negative; None without a deadline."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+
+_current: ContextVar[Call | None] = ContextVar("tdb_call", default=None)
+
+
+def current() -> Call | None:
+    return _current.get()
+
+
+def enter(call: Call) -> None:
+    _current.set(call)

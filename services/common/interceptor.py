@@ -1,0 +1,202 @@
+"""The one place where calls are let in and refusals become statuses.
+
+For every unary and server-streaming call: the token is checked, the request id is taken or made,
+the request is parsed and checked (`strict`), the servicer runs, and whatever it raises is mapped:
+
+    TdbError             its own code, with details (`status`)
+    CancelledError       passed on when it is the call that was cancelled; otherwise it comes from
+                         some future within, and letting it out would leave the client waiting for
+                         its own deadline, or for ever: a bug like any other
+    anything else        INTERNAL with an id; what happened is in the log under that id
+
+Parsing and serialising happen here too, so that bytes which are no message are refused in the same
+way and a wrong result type is logged like any other bug. One line is logged per call.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import DecodeError, Message
+
+from services.common import calls, status, strict
+from services.common.calls import Call
+from services.common.errors import InvalidArgument, TdbError, Unauthenticated
+from services.common.settings import Settings
+
+REQUEST_ID = "x-request-id"
+HEALTH_PREFIX = "/grpc.health.v1."
+GRPC_PREFIX = "/grpc."
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+_log = logging.getLogger("tdb.calls")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any  # grpc.RpcMethodHandler: its types know only the synchronous context
+
+
+class _Bug(TdbError):
+    """What the client sees of an unexpected error."""
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server; stands first and alone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._tokens = settings.tokens
+        self._log_prompts = settings.log_prompts
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method: gRPC itself answers UNIMPLEMENTED
+            return handler
+        method = handler_call_details.method
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        user = self._user(method, metadata)
+        if user is not None and (method.startswith(GRPC_PREFIX) or handler.request_streaming):
+            return handler  # gRPC's own services (health, reflection) answer for themselves
+        served = _Served(self, handler, method, metadata, user)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(served.refused)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(served.stream)
+        return grpc.unary_unary_rpc_method_handler(served.unary)
+
+    def _user(self, method: str, metadata: dict[str, Any]) -> str | None:
+        if not self._tokens or method.startswith(HEALTH_PREFIX):
+            return calls.LOCAL_USER
+        return self._tokens.user_of(str(metadata.get("authorization", "")))
+
+    def log_call(self, call: Call, code: str, started: float, more: dict[str, Any]) -> None:
+        fields = {
+            "request_id": call.request_id,
+            "user": call.user,
+            "method": call.method,
+            "code": code,
+            "ms": round((time.monotonic() - started) * 1000, 1),
+        }
+        _log.info("call", extra={"fields": {**fields, **more}})
+
+    def loggable(self, request: Message | None) -> dict[str, Any]:
+        if not self._log_prompts or request is None:
+            return {}
+        return {"request": MessageToJson(request, indent=None)[:4096]}
+
+
+class _Served:
+    """One call of one method, from bytes to bytes."""
+
+    def __init__(
+        self,
+        interceptor: CallInterceptor,
+        handler: Handler,
+        method: str,
+        metadata: dict[str, Any],
+        user: str | None,
+    ) -> None:
+        self._interceptor = interceptor
+        self._handler = handler
+        self._method = method
+        self._user = user
+        given = str(metadata.get(REQUEST_ID, ""))
+        self._request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        self._request: Message | None = None
+
+    async def unary(self, data: bytes, context: Context) -> bytes:
+        async with self._guard(context):
+            request = self._parse(data)
+            return self._serialize(await self._handler.unary_unary(request, context))
+        raise AssertionError("the guard lets nothing end quietly")
+
+    async def stream(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
+        async with self._guard(context):
+            request = self._parse(data)
+            async for response in self._handler.unary_stream(request, context):
+                yield self._serialize(response)
+
+    async def refused(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """Answers a streaming caller whose token is missing or wrong."""
+        async with self._guard(context):
+            self._check_token()
+        yield b""  # never reached: it makes this the async generator that gRPC wants
+
+    def _check_token(self) -> None:
+        if self._user is None:
+            raise Unauthenticated("this server asks for a token: send authorization: Bearer TOKEN")
+
+    def _parse(self, data: bytes) -> Message:
+        self._check_token()
+        try:
+            request: Message = self._handler.request_deserializer(data)
+        except DecodeError:
+            raise InvalidArgument("the bytes of the request are not a valid message") from None
+        self._request = request
+        strict.check(request)
+        return request
+
+    def _serialize(self, response: Message) -> bytes:
+        data: bytes = self._handler.response_serializer(response)
+        return data
+
+    @asynccontextmanager
+    async def _guard(self, context: Context) -> AsyncIterator[None]:
+        """Sets the call's surroundings, maps what is raised within, logs how it ended."""
+        started = time.monotonic()
+        remaining = context.time_remaining()
+        call = Call(
+            method=self._method,
+            request_id=self._request_id,
+            user=self._user or "",
+            deadline=None if remaining is None else started + remaining,
+        )
+        calls.enter(call)
+        echo = ((REQUEST_ID, call.request_id),)
+        context.set_trailing_metadata(echo)
+        code = "OK"
+        more: dict[str, Any] = {}
+        try:
+            yield
+        except TdbError as error:
+            code, more = error.code, {"reason": error.reason, "field": error.field}
+            await context.abort_with_status(status.of_error(error, echo))
+        except grpc.aio.AbortError:
+            code = context.code().name
+            raise
+        except GeneratorExit:
+            code = "CANCELLED"
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_cancelling():
+                code = "CANCELLED"
+                raise
+            bug = _Bug("", reason="INTERNAL", metadata={"error_id": uuid.uuid4().hex[:12]})
+            bug.message = f"internal error {bug.metadata['error_id']}; the server's log has more"
+            code, more = bug.code, dict(bug.metadata)
+            _log.error(
+                "unexpected error",
+                exc_info=error,
+                extra={"fields": {"request_id": call.request_id, "method": call.method, **more}},
+            )
+            await context.abort_with_status(status.of_error(bug, echo))
+        finally:
+            self._interceptor.log_call(
+                call, code, started, {**more, **self._interceptor.loggable(self._request)}
+            )
+
+
+def _is_cancelling() -> bool:
+    """Whether this very call is being cancelled: gRPC cancels the task that serves it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

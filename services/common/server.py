@@ -1,0 +1,178 @@
+"""A gRPC service's process: listening, health, reflection, draining.
+
+    server = ServiceServer("inference", settings, port=..., add_servicers=..., service_names=[...])
+    async with server:              # listening, NOT_SERVING
+        ...                         # load the model, warm up
+        await server.set_serving()  # health says SERVING from here on
+
+`run_service` is that as a process: it prints one JSON line when it listens, prepares, serves until
+SIGTERM or SIGINT, drains, and answers the exit code. What stops it before it serves is one sentence
+on stderr and exit code 1.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from services.common import logs
+from services.common.errors import TdbError
+from services.common.interceptor import CallInterceptor
+from services.common.parent import follow_parent
+from services.common.settings import Settings, SettingsError, listen_address
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_CONCURRENT_CALLS = 512  # the last line of defence: admission is the scheduler's work
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Otherwise a second server binds the same port without an error and steals calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients ping every 30 s; the default server would cut them off for "too many pings".
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_log = logging.getLogger("tdb.server")
+
+
+class StartError(Exception):
+    """Why a process cannot start, in one sentence."""
+
+
+class ServiceServer:
+    """One gRPC server with the interceptor, health and reflection that every service has."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        *,
+        port: int,
+        add_servicers: Callable[[grpc.aio.Server], None],
+        service_names: Sequence[str],
+    ) -> None:
+        """`port` 0 takes any free port. `service_names` are full proto names, for health and
+        reflection."""
+        self.name = name
+        self.settings = settings
+        self.port = port
+        self._add_servicers = add_servicers
+        self._service_names = tuple(service_names)
+        self._health = HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        """Listens. Raises StartError when the port is taken."""
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.settings)],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+        )
+        self._add_servicers(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self.settings.reflection:
+            names = [*self._service_names, "grpc.health.v1.Health", reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, server)
+        await self._set_health(_NOT_SERVING)
+        try:
+            self.port = server.add_insecure_port(listen_address(self.settings.host, self.port))
+        except RuntimeError:
+            raise StartError(
+                f"the {self.name} service cannot listen on {self.settings.host} port {self.port}: "
+                "is the port in use?"
+            ) from None
+        await server.start()
+        self._server = server
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.drain()
+
+    async def set_serving(self) -> None:
+        """Health says SERVING, for each service and for the whole server ("")."""
+        await self._set_health(_SERVING)
+
+    async def set_not_serving(self) -> None:
+        """Health says NOT_SERVING until `set_serving`; calls are still let in."""
+        await self._set_health(_NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Refuses new calls, gives those in flight `drain_s` to end, cancels the rest."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        await self._health.enter_graceful_shutdown()
+        await server.stop(self.settings.drain_s)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", *self._service_names):
+            await self._health.set(name, status)
+
+
+def announce(service: str, host: str, port: int) -> None:
+    """Tells whoever started this process where it listens: one JSON line on standard output."""
+    line = {"event": "listening", "service": service, "host": host, "port": port}
+    print(json.dumps(line), flush=True)
+
+
+def run_service(server: ServiceServer, prepare: Callable[[ServiceServer], Awaitable[None]]) -> int:
+    """Runs a service until it is told to stop; the exit code.
+
+    `prepare` runs once the server listens: it loads the model, warms it up and calls
+    `server.set_serving()`. A TdbError, SettingsError or StartError from it ends the process with
+    its sentence. SIGTERM cancels it.
+    """
+    logs.configure(server.settings)
+    follow_parent(server.settings.drain_s + 5)
+    try:
+        asyncio.run(_serve(server, prepare))
+    except (TdbError, SettingsError, StartError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+async def _serve(
+    server: ServiceServer, prepare: Callable[[ServiceServer], Awaitable[None]]
+) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    async with server:
+        announce(server.name, server.settings.host, server.port)
+        preparing = asyncio.ensure_future(prepare(server))
+        stopping = asyncio.ensure_future(stopped.wait())
+        await asyncio.wait({preparing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if preparing.done():
+            stopping_early = preparing.exception() is not None
+            if stopping_early:
+                stopping.cancel()
+            preparing.result()
+            await stopping
+        else:
+            preparing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await preparing
+        _log.info("stopping", extra={"fields": {"service": server.name}})

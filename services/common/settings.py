@@ -1,0 +1,301 @@
+"""Every setting of every process, read once from the environment into one frozen object.
+
+A setting is declared once, as a field of `Settings`: its variable, default, meaning and parser
+stand together, and `tdb config` and docs/settings.md are printed from there. Flags of `tdb up`
+become variables before this module reads them, so a flag beats its variable, which beats the
+default. A value that cannot be right is refused in one sentence that names the variable.
+"""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from services.common.tokens import Tokens
+
+
+class SettingsError(Exception):
+    """A setting that cannot be right, in one sentence."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to serve: the id it is served under, and the folder or Hub id it comes from."""
+
+    name: str
+    source: str
+
+
+# Named in the design, read by nothing yet: setting one is refused rather than ignored.
+NOT_BUILT = {
+    "TDB_DATASET_PORT": "the dataset service",
+    "TDB_EXPLAINER_PORT": "the explainer service",
+    "TDB_REDIS_URL": "the Redis cache",
+    "TDB_DICTIONARIES": "support for dictionaries",
+}
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise ValueError(f"must be a port from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,4}(\.\d+)?", text):
+        raise ValueError(f"must be a number of seconds from 0 to 9999, not {text!r}")
+    return float(text)
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(f"must be 0 or 1, not {text!r}")
+    return text == "1"
+
+
+def _log_level(text: str) -> str:
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {text!r}")
+    return text.lower()
+
+
+def _host(text: str) -> str:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        if not _HOST_NAME.match(text):
+            raise ValueError(f"must be a host name or address, not {text!r}") from None
+    return text
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    return tuple(_host(entry.strip().lower()) for entry in text.split(",") if entry.strip())
+
+
+def _address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if text and not (colon and host and _port(port)):
+        raise ValueError(f"must be host:port, not {text!r}")
+    return text
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"must be a folder, but {path} is a file")
+    return path
+
+
+def _source(text: str) -> str:
+    """A folder as its absolute path, or a Hub id as it is."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return str(path.absolute())
+    if text.startswith(("/", ".", "~")):
+        raise ValueError(f"names a folder that does not exist: {text}")
+    if not _HUB_ID.match(text):
+        raise ValueError(f"must be a Hub id or an existing folder, not {text!r}")
+    return text
+
+
+def _tokenizer(text: str) -> str | None:
+    return _source(text) if text else None
+
+
+def _models(text: str) -> tuple[ModelSource, ...]:
+    models: list[ModelSource] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, given = entry.partition("=")
+        if not (equals and _MODEL_NAME.match(name)):
+            name, given = "", entry
+        source = _source(given)
+        folder = source.startswith("/")
+        name = name or (Path(source).name if folder else source)
+        if any(name == other.name for other in models):
+            raise ValueError(f"serves two models as {name!r}: name one of them, NAME=ID_OR_FOLDER")
+        models.append(ModelSource(name, source))
+    return tuple(models)
+
+
+def _default_data_dir(env: Mapping[str, str]) -> str:
+    return f"{env.get('XDG_DATA_HOME') or '~/.local/share'}/tdb"
+
+
+def _setting(
+    variable: str,
+    default: str | Callable[[Mapping[str, str]], str],
+    help: str,
+    parse: Callable[[str], object] = str,
+    *,
+    shown_default: str | None = None,
+) -> Any:
+    shown = shown_default if shown_default is not None else default
+    return field(
+        metadata={
+            "variable": variable,
+            "default": default if callable(default) else lambda env: default,
+            "shown_default": shown,
+            "help": help,
+            "parse": parse,
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    models: tuple[ModelSource, ...] = _setting(
+        "TDB_MODEL",
+        "",
+        "The models to serve, separated by commas; the first is the default. Each is a Hub id or "
+        "a folder, or `NAME=ID_OR_FOLDER` to serve it under another name.",
+        _models,
+    )
+    tokenizer: str | None = _setting(
+        "TDB_TOKENIZER",
+        "",
+        "The tokenizer's Hub id or folder, for models that come without one.",
+        _tokenizer,
+    )
+    host: str = _setting(
+        "TDB_HOST",
+        "127.0.0.1",
+        "The address to listen on. Anything but loopback needs `TDB_TOKENS`.",
+        _host,
+    )
+    gateway_port: int = _setting(
+        "TDB_GATEWAY_PORT",
+        "8080",
+        "The port of the page and of the JSON API; 0 takes any free port, which is printed.",
+        _port,
+    )
+    inference_port: int = _setting(
+        "TDB_INFERENCE_PORT",
+        "50051",
+        "The port of the inference service's gRPC API; 0 takes any free port, which is printed.",
+        _port,
+    )
+    inference_address: str = _setting(
+        "TDB_INFERENCE_ADDRESS",
+        "",
+        "`host:port` of an inference service on another machine, for a gateway that is run alone. "
+        "Empty: `TDB_INFERENCE_PORT` on this machine.",
+        _address,
+    )
+    data_dir: Path = _setting(  # noqa: RUF009  # a Field, not a value
+        "TDB_DATA_DIR",
+        _default_data_dir,
+        "Where everything that is kept is written, logs included; created with mode 0700.",
+        _folder,
+        shown_default="$XDG_DATA_HOME/tdb, else ~/.local/share/tdb",
+    )
+    tokens: Tokens = _setting(  # noqa: RUF009
+        "TDB_TOKENS",
+        "",
+        "Who may call: `name:token` entries separated by commas, or the path of a file with one "
+        "per line. Empty: no token is asked for.",
+        Tokens.parse,
+    )
+    allowed_hosts: tuple[str, ...] = _setting(
+        "TDB_ALLOWED_HOSTS",
+        "",
+        "Further host names that browsers may use for the gateway, separated by commas; loopback "
+        "names and `TDB_HOST` always work.",
+        _hosts,
+    )
+    reflection: bool = _setting(
+        "TDB_REFLECTION", "1", "1: gRPC services describe themselves (server reflection).", _switch
+    )
+    drain_s: float = _setting(
+        "TDB_DRAIN_SECONDS", "10", "How long calls in flight may take to finish at stop.", _seconds
+    )
+    log_level: str = _setting(
+        "TDB_LOG_LEVEL", "info", f"The least that is logged: {', '.join(LOG_LEVELS)}.", _log_level
+    )
+    log_prompts: bool = _setting(
+        "TDB_LOG_PROMPTS",
+        "0",
+        "1: requests and the text of unexpected errors are logged too. Otherwise no prompt is.",
+        _switch,
+    )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Settings":
+        """Reads all settings; an empty variable counts as absent. Raises SettingsError."""
+        _refuse_strangers(env)
+        values: dict[str, object] = {}
+        for each in fields(cls):
+            variable = each.metadata["variable"]
+            text = env.get(variable, "").strip() or each.metadata["default"](env)
+            try:
+                values[each.name] = each.metadata["parse"](text)
+            except (ValueError, OSError) as error:
+                raise SettingsError(f"{variable} {error}.") from None
+        settings = cls(**values)  # type: ignore[arg-type]  # checked by the parsers
+        if not is_loopback(settings.host) and not settings.tokens:
+            raise SettingsError(
+                f"TDB_HOST is {settings.host}, which others can reach: set TDB_TOKENS as well."
+            )
+        return settings
+
+    @property
+    def inference_target(self) -> str:
+        """Where the gateway finds the inference service."""
+        if self.inference_address:
+            return self.inference_address
+        if not self.inference_port:
+            raise SettingsError("TDB_INFERENCE_PORT is 0, so the gateway cannot find the service.")
+        return listen_address(reachable(self.host), self.inference_port)
+
+    def folder(self, *parts: str) -> Path:
+        """A folder below the data folder, created with mode 0700."""
+        path = self.data_dir.joinpath(*parts)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.data_dir.chmod(0o700)
+        except OSError as error:
+            raise SettingsError(f"TDB_DATA_DIR: cannot create {path}: {error.strerror}.") from None
+        return path
+
+
+def setting_fields() -> tuple[Field[Any], ...]:
+    """The declarations, in the order in which they are shown."""
+    return fields(Settings)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def reachable(host: str) -> str:
+    """`host` as something to connect to: a server on all addresses is found on loopback."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def listen_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _refuse_strangers(env: Mapping[str, str]) -> None:
+    """A setting that is not built yet, or that looks like a misspelt one, is never ignored."""
+    known = [each.metadata["variable"] for each in fields(Settings)]
+    for variable in sorted(env):
+        if not variable.startswith("TDB_") or variable in known or not env[variable].strip():
+            continue
+        if variable in NOT_BUILT:
+            raise SettingsError(
+                f"{variable} is set, but {NOT_BUILT[variable]} is not part of this version yet."
+            )
+        if meant := difflib.get_close_matches(variable, known, n=1, cutoff=0.88):
+            raise SettingsError(f"{variable} is not a setting: did you mean {meant[0]}?")

@@ -1,0 +1,71 @@
+"""A refusal as gRPC sends it: code, sentence, and `google.rpc` details that programs can read.
+
+    BadRequest   the field path in proto names, where a field is at fault
+    ErrorInfo    a stable reason, domain "tdb", metadata
+    RetryInfo    when to come back, where waiting helps
+
+gRPC clients retry by the trailer `grpc-retry-pushback-ms` and ignore RetryInfo, so both are sent.
+"""
+
+import math
+from collections.abc import Sequence
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from services.common.errors import TdbError
+
+DOMAIN = "tdb"
+DETAILS_TRAILER = "grpc-status-details-bin"
+PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class CallStatus(grpc.Status):
+    """What `abort_with_status` wants."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, trailers: Metadata) -> None:
+        self.code = code
+        self.details = details
+        self.trailing_metadata = tuple(trailers)
+
+
+def of_error(error: TdbError, trailers: Metadata = ()) -> CallStatus:
+    """The status of a refusal; `trailers` are sent beside its own."""
+    code = grpc.StatusCode[error.code]
+    status = status_pb2.Status(
+        code=code.value[0],  # (number, name)
+        message=error.message,
+        details=[_packed(detail) for detail in details(error)],
+    )
+    own: list[tuple[str, str | bytes]] = [(DETAILS_TRAILER, status.SerializeToString())]
+    if error.retry_after_s is not None:
+        own.append((PUSHBACK_TRAILER, str(math.ceil(error.retry_after_s * 1000))))
+    return CallStatus(code, error.message, [*own, *trailers])
+
+
+def details(error: TdbError) -> list[Message]:
+    """The `google.rpc` messages that go with a refusal."""
+    found: list[Message] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message, reason=error.reason
+        )
+        found.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    found.append(
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    )
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        found.append(retry)
+    return found
+
+
+def _packed(message: Message) -> Any:
+    packed = Any()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,66 @@
+"""What no request may hold, checked by descriptor for any message.
+
+protobuf accepts fields it does not know, enum numbers without a name, NaN and infinity. All three
+would be ignored or computed with, and give a wrong answer to a question nobody asked. Here they
+are refused with the path of the field.
+"""
+
+import math
+from collections.abc import Iterator
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from services.common.errors import InvalidArgument
+
+
+def check(message: Message) -> None:
+    """Raises InvalidArgument for the first thing in `message` that is not allowed."""
+    _check_message(message, "")
+
+
+def _check_message(message: Message, path: str) -> None:
+    unknown_fields = UnknownFieldSet(message)
+    if len(unknown_fields):
+        raise InvalidArgument(
+            f"{message.DESCRIPTOR.full_name} has no field number {unknown_fields[0].field_number}; "
+            "is the client newer than the server?",
+            field=path,
+            reason="UNKNOWN_FIELD",
+        )
+    for field, value in message.ListFields():
+        name = f"{path}.{field.name}" if path else field.name
+        for item_path, item_field, item in _items(field, value, name):
+            _check_value(item_field, item, item_path)
+
+
+def _items(
+    field: FieldDescriptor, value: object, path: str
+) -> Iterator[tuple[str, FieldDescriptor, object]]:
+    """The single values of a field: itself, or each one of a repeated field or map."""
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        entry = field.message_type.fields_by_name["value"]
+        for key in value:  # type: ignore[attr-defined]
+            yield f"{path}[{key!r}]", entry, value[key]  # type: ignore[index]
+    elif field.is_repeated:
+        for index, item in enumerate(value):  # type: ignore[arg-type, var-annotated]
+            yield f"{path}[{index}]", field, item
+    else:
+        yield path, field, value
+
+
+def _check_value(field: FieldDescriptor, value: object, path: str) -> None:
+    if isinstance(value, Message):
+        _check_message(value, path)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidArgument(
+                f"{path} is {value}; it must be a finite number", field=path, reason="NON_FINITE"
+            )
+    elif field.enum_type is not None and value not in field.enum_type.values_by_number:
+        raise InvalidArgument(
+            f"{path} is {value}, which {field.enum_type.full_name} does not define",
+            field=path,
+            reason="UNKNOWN_ENUM_VALUE",
+        )
