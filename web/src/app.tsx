@@ -1,0 +1,127 @@
+/** The workbench: the question on top and always in sight, the answer scrolling below it. */
+import { exampleQuestion, start, unlock } from "./asking";
+import { Header } from "./header";
+import { change } from "./asking";
+import { Interventions } from "./interventions";
+import { Logits } from "./logits";
+import { ObjectiveCard } from "./objective";
+import { PromptBar } from "./prompt";
+import { answer, loading, locked, model, modelProblem, problemsAt, stale } from "./state";
+import { NodeTable } from "./table";
+import { encode } from "./url";
+
+export function App() {
+  return (
+    <>
+      <Header />
+      <div
+        class="progress"
+        data-on={loading.value ? "" : undefined}
+        role="progressbar"
+        aria-label="Asking the model"
+        aria-hidden={!loading.value}
+      />
+      {locked.value && <Unlock />}
+      <div class="question">
+        <PromptBar />
+        <Interventions />
+      </div>
+      <Notices />
+      <main data-scroller aria-busy={loading.value} data-stale={stale.value ? "" : undefined}>
+        {answer.value ? (
+          <>
+            <div class="cards">
+              <Logits />
+              <ObjectiveCard />
+            </div>
+            <NodeTable />
+          </>
+        ) : (
+          <Blank />
+        )}
+        <Examples />
+      </main>
+    </>
+  );
+}
+
+/** What concerns no single field: one sentence, and a way to try again where that may help. */
+function Notices() {
+  const all = [...(modelProblem.value ? [modelProblem.value] : []), ...problemsAt("page")];
+  return (
+    <div class="notices" aria-live="assertive">
+      {all.map(({ text, retry }) => (
+        <p key={text} class="notice error" role="alert">
+          {text}{" "}
+          {(retry || !model.value) && (
+            <button
+              type="button"
+              class="small"
+              onClick={() => (model.value ? change(() => ({})) : void start())}
+            >
+              Try again
+            </button>
+          )}
+        </p>
+      ))}
+    </div>
+  );
+}
+
+function Blank() {
+  if (modelProblem.value) return null;
+  if (!model.value || loading.value) {
+    return <p class="blank">{model.value ? "Asking the model…" : "Looking for the model…"}</p>;
+  }
+  return (
+    <div class="blank">
+      <p>
+        Type a prompt, name the token it should continue with as the <em>target</em> and a plausible
+        wrong one as the <em>distractor</em>, and press Enter.
+      </p>
+      <p>
+        You will see which attention heads and neurons made the difference, and can ablate any of
+        them to see what changes.
+      </p>
+    </div>
+  );
+}
+
+function Examples() {
+  const examples = model.value?.examples ?? [];
+  if (examples.length === 0) return null;
+  return (
+    <nav class="examples" aria-label="Examples">
+      Examples:{" "}
+      {examples.map((example) => (
+        <a
+          key={example.title}
+          href={`#${encode(exampleQuestion(example))}`}
+          title={`${example.prompt} → ${example.target}, not ${example.distractor}`}
+        >
+          {example.title}
+        </a>
+      ))}
+    </nav>
+  );
+}
+
+/** Asks once for the token that the service wants. */
+function Unlock() {
+  return (
+    <form
+      class="unlock"
+      onSubmit={(event) => {
+        event.preventDefault();
+        const field = event.currentTarget.elements.namedItem("token") as HTMLInputElement;
+        if (field.value.trim()) unlock(field.value.trim());
+      }}
+    >
+      <label for="bearer">This server asks for a token. It is kept in this tab only.</label>
+      <input id="bearer" name="token" type="password" autocomplete="off" />
+      <button type="submit" class="small">
+        Continue
+      </button>
+    </form>
+  );
+}

@@ -1,0 +1,277 @@
+/**
+ * Asking: the only way from a question to an answer, and what the page's actions do with it.
+ *
+ * One question is in flight at a time; a newer one aborts it, so an old answer never covers a new one.
+ * The table comes first; the next tokens' exact numbers follow, because which tokens are worth naming is
+ * known only from the first answer.
+ */
+import { batch } from "@preact/signals";
+import { bearer, ConnectError } from "./connect";
+import type { InterventionJson } from "./gen/tdb/inference/v1/intervention_pb";
+import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
+import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
+import { attribute, getModel, listModels, run } from "./inference";
+import { problems } from "./problems";
+import { attributeRequest, likelyIds, predictionRequest } from "./requests";
+import * as state from "./state";
+import { tokens } from "./tokenise";
+import { ablation, decode, DEFAULT_ROWS, encode, isAblation, type Question } from "./url";
+
+const REMEMBERED = 50;
+let flight = new AbortController();
+
+/** Loads the model, then asks what the address asks, or the model's first example. */
+export async function start(): Promise<void> {
+  let question: Question | null = null;
+  try {
+    question = decode(location.hash);
+  } catch (error) {
+    state.found.value = problems(error);
+  }
+  if (!(await loadModel(question?.model ?? ""))) return;
+  const example = state.model.value?.examples?.[0];
+  if (question) await open(question);
+  else if (example && state.found.value.length === 0) await open(exampleQuestion(example));
+}
+
+/** Follows the address when a link inside the page, or the back button, changes it. */
+export async function follow(): Promise<void> {
+  try {
+    const question = decode(location.hash);
+    if (!question || (state.asked.value && encode(state.asked.value) === encode(question))) return;
+    if (question.model !== currentModel() && !(await loadModel(question.model))) return;
+    await open(question);
+  } catch (error) {
+    state.found.value = problems(error);
+  }
+}
+
+async function loadModel(id: string): Promise<boolean> {
+  try {
+    const [listed, facts] = await Promise.all([listModels({}), getModel(id ? { model: id } : {})]);
+    batch(() => {
+      state.models.value = listed.models ?? [];
+      state.model.value = facts;
+      state.modelProblem.value = null;
+    });
+    return true;
+  } catch (error) {
+    if (needsToken(error)) return false;
+    state.modelProblem.value = problems(error)[0] ?? null;
+    return false;
+  }
+}
+
+export function currentModel(): string {
+  return state.model.value?.model?.id ?? "";
+}
+
+export function exampleQuestion(example: ExampleJson): Question {
+  return {
+    model: currentModel(),
+    prompt: example.prompt ?? "",
+    targets: example.target ? [example.target] : [],
+    distractors: example.distractor ? [example.distractor] : [],
+    interventions: [],
+    rankBy: "total",
+    rows: DEFAULT_ROWS,
+  };
+}
+
+/** Puts a whole question into the fields and asks it. */
+export async function open(question: Question): Promise<void> {
+  const named = { ...question, model: question.model || currentModel() };
+  fill(named);
+  await ask(named);
+}
+
+function fill({ prompt, targets, distractors }: Question): void {
+  state.draft.value = { prompt, targets, distractors, pending: { targets: "", distractors: "" } };
+}
+
+/** Asks what stands in the fields; what is typed beside the chips becomes a chip if it is one token. */
+export async function askDraft(): Promise<void> {
+  for (const side of ["targets", "distractors"] as const) {
+    if (!(await settle(side))) return;
+  }
+  const { prompt, targets, distractors } = state.draft.value;
+  const { interventions = [], rankBy = "total", rows = DEFAULT_ROWS } = state.asked.value ?? {};
+  const missing = [
+    ...(prompt === ""
+      ? [
+          {
+            place: "prompt",
+            text: "Type a prompt: the model needs something to continue.",
+          } as const,
+        ]
+      : []),
+    ...(targets.length === 0
+      ? [{ place: "target", text: "Name a target: the token whose logit is explained." } as const]
+      : []),
+  ];
+  if (missing.length > 0) {
+    state.found.value = missing.map((problem) => ({ ...problem, retry: false }));
+    return;
+  }
+  await ask({ model: currentModel(), prompt, targets, distractors, interventions, rankBy, rows });
+}
+
+/** Turns the pending text of a side into a chip; false if it is not one token. */
+export async function settle(side: state.Side): Promise<boolean> {
+  const text = state.draft.value.pending[side];
+  if (text === "") return true;
+  try {
+    if ((await tokens(currentModel(), text, { single: true })).length !== 1) return false;
+  } catch (error) {
+    if (!needsToken(error)) state.found.value = problems(error);
+    return false;
+  }
+  addChoice(side, text);
+  return true;
+}
+
+export function addChoice(side: state.Side, text: string): void {
+  const { [side]: chosen, pending } = state.draft.value;
+  state.editDraft({
+    [side]: chosen.includes(text) ? chosen : [...chosen, text],
+    pending: { ...pending, [side]: "" },
+  });
+}
+
+/** Asks a question. Resolves when it is answered, refused, or overtaken by another. */
+export async function ask(question: Question): Promise<void> {
+  flight.abort();
+  const own = (flight = new AbortController());
+  batch(() => {
+    state.asked.value = question;
+    state.loading.value = true;
+    state.found.value = [];
+  });
+  history.replaceState(null, "", `#${encode(question)}`);
+  try {
+    const response = await attribute(attributeRequest(question), { signal: own.signal });
+    if (own.signal.aborted) return;
+    batch(() => {
+      const before = state.answer.value;
+      if (before) state.past.value = [...state.past.value, before].slice(-REMEMBERED);
+      if (before?.question.prompt !== question.prompt) {
+        state.selected.value = null;
+        state.tokenFilter.value = null;
+      }
+      if (!before || before.question.interventions.length > 0 !== question.interventions.length > 0)
+        state.sort.value = null;
+      state.answer.value = { question, response, outlooks: null };
+    });
+    await look(question, own.signal);
+  } catch (error) {
+    if (own.signal.aborted) return;
+    if (!needsToken(error)) state.found.value = problems(error);
+  } finally {
+    if (own === flight) state.loading.value = false;
+  }
+}
+
+/** Exact logits and probabilities: targets, distractors, and what either run finds likely. */
+async function look(question: Question, signal: AbortSignal): Promise<void> {
+  const shown = state.answer.value;
+  if (!shown) return;
+  const idOf = async (text: string): Promise<number[]> => {
+    const [token, ...more] = await tokens(question.model, text, { single: true, signal });
+    return token && more.length === 0 ? [token.id ?? 0] : [];
+  };
+  const ids = async (texts: string[]): Promise<number[]> =>
+    (await Promise.all(texts.map(idOf))).flat();
+  try {
+    const [targets, distractors] = [await ids(question.targets), await ids(question.distractors)];
+    const all = [...new Set([...targets, ...distractors, ...likelyIds(shown.response)])];
+    const named = async (base: boolean): Promise<PredictionJson[]> => {
+      const answer = await run(predictionRequest(question, all, base), { signal });
+      return answer.nextTokens?.at(-1)?.named ?? [];
+    };
+    const [now, base] = await Promise.all([
+      named(false),
+      question.interventions.length > 0 ? named(true) : [],
+    ]);
+    const outlooks = now.map((prediction, i): state.Outlook => {
+      const id = all[i]!;
+      const role = targets.includes(id)
+        ? "target"
+        : distractors.includes(id)
+          ? "distractor"
+          : "likely";
+      return { role, now: prediction, ...(base[i] ? { base: base[i] } : {}) };
+    });
+    if (!signal.aborted) state.answer.value = { ...shown, outlooks };
+  } catch (error) {
+    if (signal.aborted || needsToken(error)) return;
+    state.found.value = problems(error).map((problem) => ({ ...problem, place: "prediction" }));
+  }
+}
+
+/** The question that an action on a shown row changes: the latest, if it is about the same prompt. */
+function base(): Question | null {
+  const [now, shown] = [state.asked.value, state.answer.value?.question];
+  return now && shown && now.prompt === shown.prompt && now.model === shown.model
+    ? now
+    : (shown ?? now);
+}
+
+export function isAblated(node: string): boolean {
+  return !!state.asked.value?.interventions.some((e) => e.target === node && isAblation(e));
+}
+
+export function toggleAblation(node: string): void {
+  const question = base();
+  if (!question) return;
+  const kept = question.interventions.filter((e) => !(e.target === node && isAblation(e)));
+  const interventions: InterventionJson[] =
+    kept.length < question.interventions.length ? kept : [...kept, ablation(node)];
+  void ask({ ...question, interventions });
+}
+
+export function removeIntervention(index: number): void {
+  change((question) => ({ interventions: question.interventions.filter((_, i) => i !== index) }));
+}
+
+/** Asks the latest question again with something changed. */
+export function change(how: (question: Question) => Partial<Question>): void {
+  const question = state.asked.value;
+  if (question) void ask({ ...question, ...how(question) });
+}
+
+/** Back to the previous answer, from memory. */
+export function undo(): void {
+  const before = state.past.value.at(-1);
+  if (!before) return;
+  flight.abort();
+  batch(() => {
+    state.past.value = state.past.value.slice(0, -1);
+    state.answer.value = before;
+    state.asked.value = before.question;
+    state.loading.value = false;
+    state.found.value = [];
+    fill(before.question);
+  });
+  history.replaceState(null, "", `#${encode(before.question)}`);
+  if (!before.outlooks) void look(before.question, (flight = new AbortController()).signal);
+}
+
+export async function switchModel(id: string): Promise<void> {
+  if (!(await loadModel(id))) return;
+  const question = state.asked.value;
+  if (question) await ask({ ...question, model: id, interventions: [] });
+}
+
+function needsToken(error: unknown): boolean {
+  if (!(error instanceof ConnectError) || error.code !== "unauthenticated") return false;
+  state.locked.value = true;
+  return true;
+}
+
+/** Takes the token and carries on where it was missing. */
+export function unlock(token: string): void {
+  bearer.set(token);
+  state.locked.value = false;
+  const question = state.asked.value;
+  void (state.model.value && question ? ask(question) : start());
+}

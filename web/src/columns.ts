@@ -1,0 +1,142 @@
+/**
+ * The columns of the node table, as data: what each means, how it is read off a row, how it is coloured.
+ *
+ * With a compared run a column becomes three: before (the compared run), after (this run) and their
+ * difference. A node that one run lacks has no value there, so it has no difference either.
+ */
+import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
+import { num } from "./numbers";
+
+export type Quantity = "activation" | "writeMagnitude" | "directEffect" | "totalEffect";
+export type Side = "after" | "before" | "difference";
+
+interface Meaning {
+  name: string;
+  definition: string;
+  /** Effects carry a sign and the diverging scale; magnitudes the sequential one. */
+  effect: boolean;
+  /** Whether before and difference are shown when runs are compared. */
+  paired: boolean;
+}
+
+export const QUANTITIES: Record<Quantity, Meaning> = {
+  activation: {
+    name: "act",
+    definition:
+      "Activation: a neuron's value, a head pair's attention probability; 1 for an embedding",
+    effect: false,
+    paired: true,
+  },
+  writeMagnitude: {
+    name: "write",
+    definition: "Write magnitude: norm of what the node adds to the residual stream",
+    effect: false,
+    paired: false,
+  },
+  directEffect: {
+    name: "direct",
+    definition:
+      "Direct effect on the objective: the write times the gradient at the final residual",
+    effect: true,
+    paired: true,
+  },
+  totalEffect: {
+    name: "total",
+    definition:
+      "Estimated total effect on the objective: activation times gradient, through everything downstream",
+    effect: true,
+    paired: true,
+  },
+};
+
+export interface Column {
+  id: string;
+  quantity: Quantity;
+  side: Side;
+  /** Heading below the quantity's name. */
+  label: string;
+  /** Whether the sign is part of the news. */
+  signed: boolean;
+}
+
+export function columns(paired: boolean): Column[] {
+  return (Object.keys(QUANTITIES) as Quantity[]).flatMap((quantity) => {
+    const { effect, paired: both } = QUANTITIES[quantity];
+    const sides: [Side, string][] =
+      paired && both
+        ? [
+            ["before", "before"],
+            ["after", "after"],
+            ["difference", "diff."],
+          ]
+        : [["after", paired ? "after" : ""]];
+    return sides.map(([side, label]) => ({
+      id: `${quantity}.${side}`,
+      quantity,
+      side,
+      label,
+      signed: effect || side === "difference",
+    }));
+  });
+}
+
+/** A row's value in a column; undefined where the node does not exist in that run. */
+export function value(row: NodeRowJson, { quantity, side }: Column): number | undefined {
+  const after = num(row[quantity]);
+  if (side === "after") return after;
+  const before = num(row.compare?.[quantity]);
+  if (side === "before") return before;
+  return difference(after, before);
+}
+
+/** After minus before; nothing where either is. */
+export function difference(after?: number, before?: number): number | undefined {
+  return after === undefined || before === undefined ? undefined : after - before;
+}
+
+/** The largest absolute value of a quantity over all rows and sides: the end of its colour scale. */
+export function extent(
+  rows: readonly NodeRowJson[],
+  shown: readonly Column[],
+): Map<Quantity, number> {
+  const ends = new Map<Quantity, number>();
+  for (const col of shown) {
+    let end = ends.get(col.quantity) ?? 0;
+    for (const row of rows) end = Math.max(end, Math.abs(value(row, col) ?? 0));
+    ends.set(col.quantity, end);
+  }
+  return ends;
+}
+
+export interface Sort {
+  column: string;
+  /** By absolute value, by value downwards, by value upwards. */
+  by: "size" | "down" | "up";
+}
+
+/** What a click on a column's heading does: largest first, then upside down, then the service's order. */
+export function nextSort(now: Sort | null, col: Column): Sort | null {
+  const ways: Sort["by"][] = col.signed ? ["size", "down", "up"] : ["down", "up"];
+  const step = now?.column === col.id ? ways.indexOf(now.by) + 1 : 0;
+  const by = ways[step];
+  return by ? { column: col.id, by } : null;
+}
+
+/** Rows in the asked order; rows without a value come last; equal rows keep the service's order. */
+export function sorted(
+  rows: readonly NodeRowJson[],
+  sort: Sort | null,
+  shown: readonly Column[],
+): NodeRowJson[] {
+  const col = shown.find(({ id }) => id === sort?.column);
+  if (!sort || !col) return [...rows];
+  const key = (row: NodeRowJson): number => {
+    const x = value(row, col);
+    if (x === undefined) return Infinity;
+    return sort.by === "size" ? -Math.abs(x) : sort.by === "down" ? -x : x;
+  };
+  return rows
+    .map((row) => ({ row, key: key(row) }))
+    .sort((a, b) => (a.key === b.key ? 0 : a.key < b.key ? -1 : 1))
+    .map(({ row }) => row);
+}

@@ -1,0 +1,57 @@
+/** The top line: which model, on what, and the look of the page. */
+import { switchModel } from "./asking";
+import { plain } from "./numbers";
+import { loading, model, models } from "./state";
+import { nextTheme, theme, THEMES } from "./theme";
+
+export function Header() {
+  const facts = model.value;
+  const { layers = 0, heads = 0, neurons = 0, width = 0, vocabulary = 0 } = facts?.dimensions ?? {};
+  const dtype = (facts?.dataType ?? "").replace("DATA_TYPE_", "").toLowerCase();
+  return (
+    <header class="top">
+      <h1 title="Transformer Debugger">tdb</h1>
+      {facts && (
+        <p class="facts">
+          {models.value.length > 1 ? (
+            <select
+              aria-label="Model"
+              value={facts.model?.id ?? ""}
+              disabled={loading.value}
+              title="Choosing asks the same question of the other model, without interventions"
+              onChange={(event) => void switchModel(event.currentTarget.value)}
+            >
+              {models.value.map((id) => (
+                <option key={id} value={id}>
+                  {id}
+                </option>
+              ))}
+            </select>
+          ) : (
+            <strong>{facts.model?.id}</strong>
+          )}
+          <span
+            title={`${layers} layers of ${heads} heads and ${neurons} neurons, width ${plain(width)}, vocabulary ${vocabulary}`}
+          >
+            {layers} layers
+          </span>
+          <span title="Data type of weights and activations">{dtype}</span>
+          <span
+            title={`Device, as the service names it; weights ${facts.model?.weightsHash ?? ""}`}
+          >
+            {facts.device}
+          </span>
+        </p>
+      )}
+      <button
+        type="button"
+        class="quiet theme"
+        aria-label={`Colours: ${theme.value}. Change to ${nextTheme()}`}
+        title={`Colours: ${theme.value}; click for ${nextTheme()}`}
+        onClick={() => (theme.value = nextTheme())}
+      >
+        {THEMES[theme.value]}
+      </button>
+    </header>
+  );
+}

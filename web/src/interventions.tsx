@@ -1,0 +1,102 @@
+/** What is done to the run, always in sight: each edit with what it really did, removable on its own. */
+import { change, removeIntervention, undo } from "./asking";
+import type { InterventionJson, ReceiptJson } from "./gen/tdb/inference/v1/intervention_pb";
+import { count, num, plain } from "./numbers";
+import { answer, asked, loading, past, problemsAt, stale } from "./state";
+import { isAblation } from "./url";
+
+/** The edit in words: `ablate head.2.3~13-1`. */
+export function words(edit: InterventionJson): string {
+  if (isAblation(edit)) return `ablate ${edit.target}`;
+  if (edit.scale) return `scale ${edit.target} × ${edit.scale.factor ?? 0}`;
+  if (edit.set) return `set ${edit.target} = ${edit.set.value ?? "vector"}`;
+  const rest: Partial<InterventionJson> = { ...edit };
+  delete rest.target;
+  delete rest.positions;
+  const op = Object.keys(rest)[0] ?? "edit";
+  return `${op.replace(/[A-Z]/g, (c) => ` ${c.toLowerCase()}`)} ${edit.target}`;
+}
+
+/** A receipt in words: how many sites were edited, how far, and from what to what. */
+export function receiptWords(receipt: ReceiptJson): string {
+  const [before, after] = [num(receipt.before), num(receipt.after)];
+  return [
+    count(receipt.sites ?? 0, "site"),
+    `Δ norm ${plain(num(receipt.deltaNorm) ?? 0)}`,
+    ...(before !== undefined && after !== undefined ? [`${plain(before)} → ${plain(after)}`] : []),
+  ].join(" · ");
+}
+
+export function Interventions() {
+  const edits = asked.value?.interventions ?? [];
+  const receipts = stale.value ? [] : (answer.value?.response.receipts ?? []);
+  return (
+    <section class="bar" aria-label="Interventions">
+      <span class="name">interventions</span>
+      <ul class="edits">
+        {edits.length === 0 && (
+          <li class="hint">none: this is the model as it is; ablate a row below to change it</li>
+        )}
+        {edits.map((edit, index) => {
+          const wrong = problemsAt("edit", index)[0]?.text;
+          const receipt = receipts[index];
+          return (
+            <li key={`${index} ${edit.target}`}>
+              <span
+                class="chip edit"
+                data-wrong={wrong ? "" : undefined}
+                title={wrong ?? (receipt ? receiptWords(receipt) : "no receipt yet")}
+              >
+                {words(edit)}
+                {receipt && !wrong && <small class="receipt">{receiptWords(receipt)}</small>}
+                <button
+                  type="button"
+                  class="remove"
+                  aria-label={`Remove: ${words(edit)}`}
+                  onClick={() => removeIntervention(index)}
+                >
+                  ×
+                </button>
+              </span>
+              {wrong && (
+                <span class="error" role="alert">
+                  {wrong}
+                </span>
+              )}
+            </li>
+          );
+        })}
+      </ul>
+      <div class="actions">
+        {edits.length > 1 && (
+          <button
+            type="button"
+            class="quiet"
+            onClick={() => change(() => ({ interventions: [] }))}
+            title="Remove every intervention"
+          >
+            clear all
+          </button>
+        )}
+        <button
+          type="button"
+          class="quiet"
+          disabled={past.value.length === 0}
+          onClick={undo}
+          title="Back to the previous answer, from memory (u)"
+        >
+          ⟲ undo
+        </button>
+        <button
+          type="button"
+          class="quiet"
+          disabled={!asked.value || loading.value}
+          onClick={() => change(() => ({}))}
+          title="Ask the same question again"
+        >
+          ▷ rerun
+        </button>
+      </div>
+    </section>
+  );
+}

@@ -1,0 +1,38 @@
+/** Keys that work anywhere but in a field: j k move, a ablates, u undoes, / goes to the prompt. */
+import { notAblatable } from "./address";
+import { toggleAblation, undo } from "./asking";
+import { selected } from "./state";
+import { shownRows } from "./table";
+
+export function onKey(event: KeyboardEvent): void {
+  const { target } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  if (target instanceof HTMLElement && target.closest("input, textarea, select")) return;
+  const act = ACTIONS[event.key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+const ACTIONS: Record<string, () => void> = {
+  j: () => move(1),
+  k: () => move(-1),
+  a: () => {
+    const node = selected.value;
+    if (node !== null && notAblatable(node) === undefined) toggleAblation(node);
+  },
+  u: undo,
+  "/": () => document.getElementById("prompt")?.focus(),
+  Escape: () => (selected.value = null),
+};
+
+function move(step: number): void {
+  const rows = shownRows();
+  if (rows.length === 0) return;
+  const now = rows.findIndex(({ node }) => node === selected.value);
+  const next = now < 0 ? 0 : Math.max(0, Math.min(rows.length - 1, now + step));
+  selected.value = rows[next]?.node ?? null;
+  requestAnimationFrame(() =>
+    document.querySelector("[data-chosen]")?.scrollIntoView({ block: "nearest" }),
+  );
+}

@@ -1,0 +1,101 @@
+/** What the model says next: exact logits and probabilities, now and before the interventions. */
+import { difference } from "./columns";
+import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
+import { full, num, percent, plain, signed } from "./numbers";
+import { answer, paired, problemsAt, type Outlook } from "./state";
+import { TokenText } from "./tokens";
+
+const MARKS = {
+  target: { mark: "●", title: "target" },
+  distractor: { mark: "○", title: "distractor" },
+  likely: { mark: "", title: "" },
+} as const;
+
+export function Logits() {
+  const outlooks = answer.value?.outlooks;
+  const two = paired.value;
+  const refused = problemsAt("prediction")[0]?.text;
+  return (
+    <section class="card logits" aria-label="Next token">
+      <h2>Next token</h2>
+      {refused && (
+        <p class="error" role="alert">
+          {refused}
+        </p>
+      )}
+      <table data-waiting={outlooks ? undefined : ""}>
+        <thead>
+          <tr>
+            <th scope="col">token</th>
+            <th scope="col" title="Logit of this run">
+              {two ? "now" : "logit"}
+            </th>
+            {two && (
+              <>
+                <th scope="col" title="Logit without the interventions">
+                  base
+                </th>
+                <th scope="col" title="Logit now minus logit without the interventions">
+                  Δ
+                </th>
+              </>
+            )}
+            <th scope="col" title="Probability, in this run">
+              prob.
+            </th>
+            {two && (
+              <th scope="col" title="Probability without the interventions">
+                base
+              </th>
+            )}
+          </tr>
+        </thead>
+        <tbody>
+          {(outlooks ? ordered(outlooks) : []).map((outlook) => (
+            <Row key={outlook.now.token?.id ?? 0} outlook={outlook} two={two} />
+          ))}
+        </tbody>
+      </table>
+    </section>
+  );
+}
+
+const SHOWN = 10;
+
+/** Targets, distractors, then what this run finds likeliest. */
+export function ordered(outlooks: Outlook[]): Outlook[] {
+  const rank = { target: 0, distractor: 1, likely: 2 };
+  return [...outlooks]
+    .sort((a, b) => rank[a.role] - rank[b.role] || logit(b.now) - logit(a.now))
+    .filter(({ role }, index) => role !== "likely" || index < SHOWN);
+}
+
+function logit(prediction: PredictionJson): number {
+  return num(prediction.logit) ?? 0;
+}
+
+function Row({ outlook: { role, now, base }, two }: { outlook: Outlook; two: boolean }) {
+  const { mark, title } = MARKS[role];
+  const delta = difference(num(now.logit), num(base?.logit));
+  return (
+    <tr class={role}>
+      <th scope="row" title={`id ${now.token?.id ?? 0}`}>
+        <TokenText token={now.token} />{" "}
+        {mark && (
+          <span title={title} role="img" aria-label={title}>
+            {mark}
+          </span>
+        )}
+      </th>
+      <Figure x={num(now.logit)} write={plain} />
+      {two && <Figure x={num(base?.logit)} write={plain} />}
+      {two && <Figure x={delta} write={signed} />}
+      <Figure x={num(now.probability)} write={percent} />
+      {two && <Figure x={num(base?.probability)} write={percent} />}
+    </tr>
+  );
+}
+
+function Figure({ x, write }: { x: number | undefined; write: (x: number) => string }) {
+  return <td title={x === undefined ? "no value" : full(x)}>{x === undefined ? "–" : write(x)}</td>;
+}

@@ -1,0 +1,146 @@
+/**
+ * The objective's value, and how the direct effects add up to it.
+ *
+ * listed + unlisted + remainder = J holds for every answer; all four numbers are shown, and a share only
+ * where J is not near 0, because a percentage of nothing says nothing.
+ */
+import type { TotalsJson } from "./gen/tdb/inference/v1/attribute_pb";
+import { CopyButtons } from "./copy";
+import { difference } from "./columns";
+import { full, num, percent, plain, signed } from "./numbers";
+import { answer, paired, type Answer } from "./state";
+import { visible } from "./tokens";
+
+export function ObjectiveCard() {
+  const shown = answer.value;
+  return (
+    <section class="card objective-card" aria-label="Objective">
+      <h2>{shown ? title(shown) : "Objective"}</h2>
+      {shown && <Value answer={shown} />}
+      {shown && <Sum answer={shown} />}
+      {shown && <Provenance answer={shown} />}
+    </section>
+  );
+}
+
+function title({ question: { targets, distractors } }: Answer) {
+  const names = (texts: string[]) => texts.map(visible).join(", ");
+  return (
+    <>
+      {distractors.length > 0 ? "Logit difference" : "Logit"}{" "}
+      <span class="token formula">
+        {names(targets)}
+        {distractors.length > 0 && ` − ${names(distractors)}`}
+      </span>
+    </>
+  );
+}
+
+function Value({ answer: { response } }: { answer: Answer }) {
+  const now = num(response.objectiveValue) ?? 0;
+  const before = num(response.compareValue);
+  const delta = difference(now, before);
+  return (
+    <p class="objective-value">
+      <strong data-testid="objective" data-value={now} title={`J = ${full(now)} logits`}>
+        {signed(now)}
+      </strong>
+      {before !== undefined && delta !== undefined && (
+        <span>
+          was{" "}
+          <span data-testid="objective-before" data-value={before} title={full(before)}>
+            {signed(before)}
+          </span>
+          <span class="quiet-text" title={full(delta)}>
+            {" "}
+            Δ {signed(delta)}
+          </span>
+        </span>
+      )}
+    </p>
+  );
+}
+
+const PARTS = [
+  ["listed", "Direct effects of the nodes in the table"],
+  ["unlisted", "Direct effects of the nodes that did not make it into the table"],
+  ["remainder", "Biases, constants and the rest: what no node carries"],
+] as const satisfies [keyof TotalsJson, string][];
+
+function Sum({ answer: { response } }: { answer: Answer }) {
+  const { totals, compareTotals } = response;
+  if (!totals) return null;
+  const j = num(response.objectiveValue) ?? 0;
+  const size = PARTS.reduce((sum, [part]) => sum + Math.abs(num(totals[part]) ?? 0), 0);
+  const tellShare = Math.abs(j) > 0.05 * size;
+  return (
+    <table class="sum" title="Sums of the direct-effect column, in logits">
+      <thead>
+        <tr>
+          <th scope="col">direct effects</th>
+          {paired.value && <th scope="col">before</th>}
+          <th scope="col">{paired.value ? "after" : ""}</th>
+          <th scope="col">{tellShare ? "share" : ""}</th>
+        </tr>
+      </thead>
+      <tbody>
+        {PARTS.map(([part, meaning]) => {
+          const now = num(totals[part]) ?? 0;
+          return (
+            <tr key={part} title={meaning}>
+              <th scope="row">{part}</th>
+              {paired.value && <Figure x={num(compareTotals?.[part])} />}
+              <Figure x={now} />
+              <td>{tellShare ? share(now / j) : ""}</td>
+            </tr>
+          );
+        })}
+        <tr class="total" title="listed + unlisted + remainder">
+          <th scope="row">objective</th>
+          {paired.value && <Figure x={num(response.compareValue)} />}
+          <Figure x={j} />
+          <td />
+        </tr>
+      </tbody>
+    </table>
+  );
+}
+
+function share(fraction: number): string {
+  return fraction < 0 ? `−${percent(-fraction)}` : percent(fraction);
+}
+
+function Figure({ x }: { x: number | undefined }) {
+  return (
+    <td title={x === undefined ? "no value" : full(x)}>{x === undefined ? "–" : signed(x)}</td>
+  );
+}
+
+/** Where the numbers come from: timings, cache, warnings, and the request to send again. */
+function Provenance({ answer: { question, response } }: { answer: Answer }) {
+  const { manifest } = response;
+  const t = manifest?.timings;
+  const spent = [t?.queueMs, t?.forwardMs, t?.backwardMs, t?.readOutMs].map((ms) => num(ms) ?? 0);
+  const total = spent.reduce((a, b) => a + b, 0);
+  const [queue, forward, backward, readOut] = spent.map(plain);
+  return (
+    <footer class="provenance">
+      {(manifest?.warnings ?? []).map((warning) => (
+        <p key={warning} class="warning">
+          {warning}
+        </p>
+      ))}
+      <span
+        title={`queue ${queue} ms · forward ${forward} ms · backward ${backward} ms · read-out ${readOut} ms`}
+      >
+        {manifest?.cached ? "from the cache" : `${plain(total)} ms`}
+      </span>
+      {manifest?.resultId && (
+        <span class="token" title={`Result ${manifest.resultId}`}>
+          {manifest.resultId.slice(0, 8)}
+        </span>
+      )}
+      <CopyButtons question={question} />
+    </footer>
+  );
+}

@@ -1,0 +1,110 @@
+/** The prompt bar: the text, its tokens while it is typed, what is asked of it, and Enter to ask. */
+import { useLayoutEffect, useRef } from "preact/hooks";
+import { askDraft, currentModel } from "./asking";
+import { Choices } from "./choices";
+import { count } from "./numbers";
+import { problems, sentence } from "./problems";
+import { answer, draft, edited, editDraft, loading, model, problemsAt, tokenFilter } from "./state";
+import { useTokens } from "./tokenise";
+import { TokenStrip } from "./tokens";
+
+export function PromptBar() {
+  const { prompt, targets, distractors, pending } = draft.value;
+  const area = useRef<HTMLTextAreaElement>(null);
+  useLayoutEffect(() => {
+    const box = area.current;
+    if (!box) return;
+    box.style.height = "auto";
+    box.style.height = `${Math.min(box.scrollHeight, 160) + 2}px`;
+  }, [prompt]);
+
+  return (
+    <form
+      class="prompt-bar"
+      onSubmit={(event) => {
+        event.preventDefault();
+        void askDraft();
+      }}
+    >
+      <div class="prompt">
+        <label class="name" for="prompt">
+          Prompt
+        </label>
+        <textarea
+          id="prompt"
+          ref={area}
+          rows={1}
+          spellcheck={false}
+          autocomplete="off"
+          value={prompt}
+          placeholder="Text for the model to continue"
+          aria-describedby="prompt-says"
+          aria-invalid={problemsAt("prompt").length > 0}
+          onInput={(event) => editDraft({ prompt: event.currentTarget.value })}
+          onKeyDown={(event) => {
+            if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+            event.preventDefault();
+            void askDraft();
+          }}
+        />
+        <PromptTokens />
+      </div>
+      <div class="objective">
+        <Choices side="targets" />
+        <button
+          type="button"
+          class="quiet swap"
+          title="Swap targets and distractors"
+          aria-label="Swap targets and distractors"
+          onClick={() =>
+            editDraft({
+              targets: distractors,
+              distractors: targets,
+              pending: { targets: pending.distractors, distractors: pending.targets },
+            })
+          }
+        >
+          ⇄
+        </button>
+        <Choices side="distractors" />
+        <button
+          type="submit"
+          class={edited.value ? "run primary" : "run"}
+          title="Ask the model (Enter in any of these fields)"
+          disabled={!model.value || loading.value}
+        >
+          Run <kbd>⏎</kbd>
+        </button>
+      </div>
+    </form>
+  );
+}
+
+/** The tokens of what stands in the field, and below them what is wrong with it, if anything. */
+function PromptTokens() {
+  const { prompt } = draft.value;
+  const { tokens, error } = useTokens(currentModel(), model.value ? prompt : "");
+  const shown = answer.value;
+  const same = shown?.question.prompt === prompt && shown.question.model === currentModel();
+  const limit = model.value?.limits?.maxTokens ?? 0;
+  const refused = problemsAt("prompt").map(({ text }) => text);
+  const says =
+    refused[0] ??
+    (limit && tokens.length > limit
+      ? sentence(`This is ${count(tokens.length, "token")}; the model reads at most ${limit}`)
+      : error
+        ? problems(error)[0]?.text
+        : undefined);
+  return (
+    <>
+      <TokenStrip
+        tokens={same ? (shown.response.tokens ?? []) : prompt === "" ? [] : tokens}
+        chosen={same ? tokenFilter.value : null}
+        onChoose={same ? (position) => (tokenFilter.value = position) : undefined}
+      />
+      <p id="prompt-says" class={says ? "says error" : "says"} role={says ? "alert" : undefined}>
+        {says ?? (prompt === "" ? "" : count(tokens.length, "token"))}
+      </p>
+    </>
+  );
+}

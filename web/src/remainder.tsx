@@ -1,0 +1,88 @@
+/** The foot of the table: what no row shows, so that the direct-effect column adds up in sight. */
+import { signal } from "@preact/signals";
+import { difference, type Column } from "./columns";
+import { full, num, signed } from "./numbers";
+import { answer } from "./state";
+
+const open = signal(false);
+
+interface Part {
+  node: string;
+  title: string;
+  after: number | undefined;
+  before: number | undefined;
+}
+
+export function Remainder({ cols }: { cols: Column[] }) {
+  const response = answer.value?.response;
+  const { totals, compareTotals } = response ?? {};
+  if (!response || !totals) return null;
+  const parts = (response.remainder ?? []).map((row): Part => ({
+    node: row.node ?? "",
+    title: "Direct effect of a part that no node carries",
+    after: num(row.directEffect),
+    before: num(row.compareDirectEffect),
+  }));
+  const unlisted: Part = {
+    node: "unlisted nodes",
+    title: "Direct effects of all nodes that are not in this table",
+    after: num(totals.unlisted),
+    before: num(compareTotals?.unlisted),
+  };
+  const remainder: Part = {
+    node: "bias + rest",
+    title: "Direct effects of biases and constants, and what is not linear in the residual stream",
+    after: num(totals.remainder),
+    before: num(compareTotals?.remainder),
+  };
+  return (
+    <tfoot>
+      <Row part={unlisted} cols={cols} />
+      <Row part={remainder} cols={cols}>
+        {parts.length > 0 && (
+          <button
+            type="button"
+            class="link"
+            aria-expanded={open.value}
+            onClick={() => (open.value = !open.value)}
+          >
+            {open.value ? "▾ fewer" : `▸ ${parts.length} parts`}
+          </button>
+        )}
+      </Row>
+      {open.value && parts.map((part) => <Row key={part.node} part={part} cols={cols} inner />)}
+    </tfoot>
+  );
+}
+
+interface RowProps {
+  part: Part;
+  cols: Column[];
+  inner?: boolean;
+  children?: preact.ComponentChildren;
+}
+
+function Row({ part: { node, title, after, before }, cols, inner, children }: RowProps) {
+  const values = { after, before, difference: difference(after, before) };
+  return (
+    <tr class={inner ? "inner" : undefined} title={title}>
+      <th scope="row" class="node">
+        {node}
+      </th>
+      <td class="at">{children}</td>
+      {cols.map(({ id, quantity, side }) => {
+        const x = quantity === "directEffect" ? values[side] : undefined;
+        return (
+          <td
+            key={id}
+            class={`figure ${side} ${quantity}`}
+            title={x === undefined ? title : full(x)}
+          >
+            {x === undefined ? "" : signed(x)}
+          </td>
+        );
+      })}
+      <td class="act" />
+    </tr>
+  );
+}

@@ -1,0 +1,90 @@
+/**
+ * What the page knows, as signals.
+ *
+ * A *question* is everything that determines an answer. The *draft* is what stands in the input fields;
+ * it becomes the question only on Enter. `asked` is the latest question, `answer` the latest result: while
+ * they differ the answer is out of date and shown dimmed. An answer is never changed by a later one, so
+ * undo is going back to an earlier object.
+ */
+import { computed, signal } from "@preact/signals";
+import type { Sort } from "./columns";
+import type { AttributeResponseJson } from "./gen/tdb/inference/v1/attribute_pb";
+import type { GetModelResponseJson } from "./gen/tdb/inference/v1/model_pb";
+import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
+import type { Place, Problem } from "./problems";
+import type { Question } from "./url";
+
+/** One next token: now, and before the interventions where there are any. */
+export interface Outlook {
+  role: "target" | "distractor" | "likely";
+  now: PredictionJson;
+  base?: PredictionJson;
+}
+
+export interface Answer {
+  question: Question;
+  response: AttributeResponseJson;
+  /** Filled in once the second pair of calls has come back. */
+  outlooks: Outlook[] | null;
+}
+
+export type Side = "targets" | "distractors";
+
+export interface Draft {
+  prompt: string;
+  targets: string[];
+  distractors: string[];
+  /** Text typed beside the chips, not yet one of them. */
+  pending: Record<Side, string>;
+}
+
+export const models = signal<string[]>([]);
+export const model = signal<GetModelResponseJson | null>(null);
+/** Why there is no model, and whether asking again may help. */
+export const modelProblem = signal<Problem | null>(null);
+
+export const draft = signal<Draft>({
+  prompt: "",
+  targets: [],
+  distractors: [],
+  pending: { targets: "", distractors: "" },
+});
+
+export const asked = signal<Question | null>(null);
+export const answer = signal<Answer | null>(null);
+export const past = signal<Answer[]>([]);
+export const loading = signal(false);
+export const found = signal<Problem[]>([]);
+/** Whether the service wants a token that it has not been given. */
+export const locked = signal(false);
+
+export const selected = signal<string | null>(null);
+export const sort = signal<Sort | null>(null);
+export const tokenFilter = signal<number | null>(null);
+
+/** Whether what is shown answers an earlier question. */
+export const stale = computed(() => !!answer.value && answer.value.question !== asked.value);
+
+export const paired = computed(() => (answer.value?.question.interventions.length ?? 0) > 0);
+
+/** Whether Enter would ask something new. */
+export const edited = computed(() => {
+  const { prompt, targets, distractors, pending } = draft.value;
+  const now = asked.value;
+  return (
+    !now ||
+    now.prompt !== prompt ||
+    now.targets.join("\0") !== targets.join("\0") ||
+    now.distractors.join("\0") !== distractors.join("\0") ||
+    pending.targets !== "" ||
+    pending.distractors !== ""
+  );
+});
+
+export function problemsAt(place: Place, index?: number): Problem[] {
+  return found.value.filter((p) => p.place === place && (index === undefined || p.index === index));
+}
+
+export function editDraft(change: Partial<Draft>): void {
+  draft.value = { ...draft.value, ...change };
+}
