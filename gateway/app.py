@@ -1,0 +1,43 @@
+"""The gateway's parts, put together: one origin for the API, health and the page."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Mount, Route
+
+from gateway import backends, health
+from gateway.access import Access
+from gateway.pages import FOLDER, Pages
+from gateway.security import Security
+from gateway.transcoder import Transcoder
+from services.common.settings import Settings
+
+
+def create_app(
+    settings: Settings, addresses: Mapping[str, str] | None = None, page: Path = FOLDER
+) -> Starlette:
+    """The ASGI application. `addresses` says where the services are, by default the settings do."""
+    addresses = addresses if addresses is not None else backends.targets(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # Channels belong to the running loop, so the routes that use them are made here as well.
+        connected = backends.connect(addresses)
+        app.router.routes[:] = [
+            *health.routes(connected),
+            Route("/{service}/{method}", Transcoder(connected), methods=["POST"]),
+            Mount("/", Pages(page)),
+        ]
+        try:
+            yield
+        finally:
+            for backend in connected:
+                await backend.channel.close()
+
+    return Starlette(
+        lifespan=lifespan,
+        middleware=[Middleware(Access), Middleware(Security, settings=settings)],
+    )
