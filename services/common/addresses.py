@@ -156,14 +156,14 @@ def _node(address: Address, place: str, text: str) -> Address:
         )
     if not dash:
         return address.at(_number(position, "token position", text))
-    pair = address.at(_number(position, "query position", text), _number(key, "key position", text))
-    assert pair.position is not None and pair.key is not None
-    if pair.key > pair.position:
+    query_position = _number(position, "query position", text)
+    key_position = _number(key, "key position", text)
+    if key_position > query_position:
         raise InvalidArgument(
-            f"{_quote(text)}: key {pair.key} lies after query {pair.position}, so the pair is "
-            f"masked; the key must be in 0..{pair.position}"
+            f"{_quote(text)}: key {key_position} lies after query {query_position}, so the pair is "
+            f"masked; the key must be in 0..{query_position}"
         )
-    return pair
+    return address.at(query_position, key_position)
 
 
 def _number(digits: str, part: str, text: str) -> int:

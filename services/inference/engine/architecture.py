@@ -89,7 +89,7 @@ def check_family(config: PretrainedConfig) -> None:
 
 
 def resolve(model: PreTrainedModel) -> Architecture:
-    """Finds every module the engine hooks. Raises FailedPrecondition where one is not as assumed."""
+    """Finds the modules to hook. Raises FailedPrecondition where one is not as assumed."""
     config = model.config
     check_family(config)
     arch = resolve_arch(model, config)

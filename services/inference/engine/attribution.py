@@ -83,7 +83,6 @@ def explain(
     ]
     positions = sorted({run.objective.position for run in runs})
     current = hooks.run(rows, positions, gradients=True, cancel=cancel)
-    assert current.logits is not None
     logits = [
         current.logits[row, positions.index(run.objective.position)] for row, run in enumerate(runs)
     ]
@@ -144,7 +143,6 @@ def _explanation(
     objective: Tensor,
     logits: Tensor,
 ) -> Explanation:
-    assert current.embed is not None and current.final_input is not None
     length = len(run.token_ids)
     reference = current.final_input[row, :length].detach()
     reader = Reader(gradients.final_input[row, :length], (run.objective.position,))
@@ -182,13 +180,11 @@ def _explanation(
     remainder["bias.read"] = constants
     remainder["rest"] = value - explained - constants
     _require_finite(value, remainder, gradients.embed[row, :length])
-    return Explanation(
-        value, tuple(groups), remainder, logits.detach(), current.receipts(row)
-    )
+    return Explanation(value, tuple(groups), remainder, logits.detach(), current.receipts(row))
 
 
 def _bias_rows(architecture: Architecture, gradient: Tensor) -> dict[str, float]:
-    """Direct effect of the output biases, summed over tokens; gradient: sum of g* over tokens, [d]."""
+    """Direct effect of the output biases over all tokens; gradient: sum of g* over tokens, [d]."""
     rows: dict[str, float] = {}
     for index, layer in enumerate(architecture.layers):
         for sublayer, bias in (("attn", layer.b_o), ("mlp", layer.b_out)):

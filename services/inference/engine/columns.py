@@ -89,7 +89,7 @@ class EmbedNodes(NodeGroup):
             case Column.ACTIVATION:
                 return torch.ones_like(self._embed[:, 0])
             case Column.WRITE_MAGNITUDE:
-                return torch.linalg.vector_norm(self._embed, dim=1)
+                return self._embed.square().sum(1).sqrt()
             case Column.DIRECT_EFFECT:
                 return (self._embed * self._reader.gradient).sum(1)
             case Column.TOTAL_EFFECT:
@@ -127,7 +127,7 @@ class HeadNodes(NodeGroup):
         values: Tensor,
         reader: Reader,
     ) -> None:
-        """probabilities, gradient: A and G(A), [H, T, T]; values: v as each head reads it, [H, T, dh]."""
+        """probabilities, gradient: A and G(A), [H, T, T]; values: v per query head, [H, T, dh]."""
         self._layer_index = layer_index
         self._layer = layer
         self._probabilities = probabilities
@@ -178,7 +178,7 @@ class HeadNodes(NodeGroup):
 
     def gather(self, indices: Tensor) -> Tensor:
         where = self._locate(indices)
-        heads, rows, keys = where
+        heads, _, keys = where
         activation = self._probabilities[where]
         return torch.stack(
             [

@@ -63,16 +63,16 @@ class Pass:
     rows: Sequence[Row]
     gradients: bool
     cancel: CancelToken
-    embed: Tensor | None = None
+    embed: Tensor = field(init=False)
     """[B, T, d]: input of the first block; the leaf of the graph."""
     attention: list[AttentionSite] = field(default_factory=list)
     neurons: list[Tensor] = field(default_factory=list)
     """Per layer [B, T, F], after edits."""
-    final_input: Tensor | None = None
+    final_input: Tensor = field(init=False)
     """[B, T, d]: the residual stream after the last block."""
-    final_output: Tensor | None = None
+    final_output: Tensor = field(init=False)
     """[B, T, d]: output of the final norm."""
-    logits: Tensor | None = None
+    logits: Tensor = field(init=False)
     """[B, P, V] at the positions asked for."""
     forward_ms: float = 0.0
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
@@ -224,15 +224,15 @@ class Hooks:
                 f"captured attention in {len(current.attention)} and neurons in "
                 f"{len(current.neurons)} of {layers} layers: a hook was bypassed"
             )
-        assert current.logits is not None and current.final_input is not None
         for index, row in enumerate(current.rows):
             current.receipts(index)
             length = len(row.token_ids)
             if torch.isfinite(current.final_input[index, :length]).all():
                 continue
+            where = self._first_non_finite(current, index, length)
             raise FailedPrecondition(
-                f"the model's numbers overflow: {self._first_non_finite(current, index, length)} is "
-                "not finite; look for an intervention that sets a very large value",
+                f"the model's numbers overflow: {where} is not finite; look for an intervention "
+                "that sets a very large value",
                 reason="NON_FINITE",
             )
         if not torch.isfinite(current.logits).all():
@@ -242,7 +242,9 @@ class Hooks:
 
     @staticmethod
     def _first_non_finite(current: Pass, row: int, length: int) -> str:
-        for layer, (site, neurons) in enumerate(zip(current.attention, current.neurons, strict=True)):
+        for layer, (site, neurons) in enumerate(
+            zip(current.attention, current.neurons, strict=True)
+        ):
             if not torch.isfinite(site.used(row)[:, :length, :length]).all():
                 return f"attn.{layer}"
             if not torch.isfinite(neurons[row, :length]).all():
@@ -259,7 +261,9 @@ class Hooks:
         hidden = args[0]
         if layer > 0:
             if hidden.requires_grad:
-                hidden.register_hook(partial(_check_cancel, current.cancel))
+                hidden.register_hook(  # type: ignore[no-untyped-call]
+                    partial(_check_cancel, current.cancel)
+                )
             return None
         current.embed = hidden.detach().requires_grad_(current.gradients)
         return (current.embed, *args[1:])
@@ -289,9 +293,7 @@ class Hooks:
         current.final_input = args[0]
         if current.gradients:
             frozen = tuple(row.final_norm_frozen for row in current.rows)
-            output = norms.hold_scale(
-                self._architecture.final_norm, args[0], output, frozen
-            )
+            output = norms.hold_scale(self._architecture.final_norm, args[0], output, frozen)
         current.final_output = output
         return output
 

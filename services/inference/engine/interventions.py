@@ -70,7 +70,7 @@ class Receipt:
 
 
 def resolve(interventions: Sequence[Intervention], shape: Shape, tokens: int) -> tuple[Edit, ...]:
-    """Checks and expands. Raises InvalidArgument or Unimplemented with field `[i].target` and so on."""
+    """Checks and expands. Refusals carry fields such as `[i].target`."""
     edits: list[Edit] = []
     taken: dict[tuple[object, ...], int] = {}
     for number, intervention in enumerate(interventions):
@@ -89,10 +89,9 @@ def _claim(edit: Edit, number: int, taken: dict[tuple[object, ...], int]) -> Non
     for position in edit.positions:
         site = (edit.target.kind, edit.layer, edit.index, position)
         row_edited, pair_edited = (*site, "row"), (*site, "some pair")
-        if edit.key is None:
-            conflicts, claims = [row_edited, pair_edited], [row_edited]
-        else:
-            conflicts, claims = [row_edited, (*site, edit.key)], [(*site, edit.key), pair_edited]
+        edited = row_edited if edit.key is None else (*site, str(edit.key))
+        conflicts = [edited, pair_edited if edit.key is None else row_edited]
+        claims = [edited] if edit.key is None else [edited, pair_edited]
         for conflict in conflicts:
             if conflict in taken:
                 raise InvalidArgument(
@@ -112,13 +111,14 @@ def _edit(intervention: Intervention, shape: Shape, tokens: int) -> Edit:
             raise Unimplemented(
                 f"{target}: only neurons and attention heads can be edited in this version"
             )
-    assert target.layer is not None and target.index is not None
+    assert target.layer is not None
+    assert target.index is not None
     vector = target.kind is Kind.HEAD and target.key is None
     if vector and isinstance(operation, SetValue):
         row = target.position if target.is_node else 0
         raise InvalidArgument(
-            f"{target}: a head's output is a vector, so it cannot be set to one number; zero it, or "
-            f"set one pair, for example {target.component}~{row}-0",
+            f"{target}: a head's output is a vector, so it cannot be set to one number; zero it, "
+            f"or set one pair, for example {target.component}~{row}-0",
             field="set.value",
         )
     return Edit(

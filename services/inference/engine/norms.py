@@ -37,7 +37,7 @@ class Norm:
         return (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def frozen_gradient(self, grad: Tensor, scale: Tensor) -> Tensor:
-        """Gradient with respect to the input while `scale` is constant; shapes [..., d], [..., 1]."""
+        """Gradient at the input while `scale` is constant; shapes [..., d], [..., 1]."""
         grad = grad * (self.gain / scale)
         return grad - grad.mean(-1, keepdim=True) if self.centres else grad
 
@@ -53,11 +53,14 @@ def probe_norm(module: nn.Module, width: int) -> Norm:
 
     def run(x: Tensor) -> Tensor:
         # The shape the model itself uses: some norms flatten over batch and token.
-        return module(x[None, None])[0, 0].detach()
+        output: Tensor = module(x[None, None])
+        return output[0, 0].detach()
 
     bias = run(torch.zeros_like(pattern))
     gain = (run(pattern * 1e4) - bias) * rms / pattern
-    centres = bool((run(torch.full_like(pattern, 1e4)) - bias).abs().max() < 1e-3 * gain.abs().max())
+    centres = bool(
+        (run(torch.full_like(pattern, 1e4)) - bias).abs().max() < 1e-3 * gain.abs().max()
+    )
     norm = Norm(module, gain, bias, centres, _epsilon(module))
     generator = torch.Generator().manual_seed(0)
     for size in (0.1, 3.0):
@@ -67,8 +70,8 @@ def probe_norm(module: nn.Module, width: int) -> Norm:
         error = (run(x) - expected).abs().max() / expected.abs().max()
         if not error < 1e-3:
             raise FailedPrecondition(
-                f"{type(module).__name__} is neither a LayerNorm nor an RMSNorm: its output differs "
-                f"from both by {float(error):.2g} of its largest value",
+                f"{type(module).__name__} is neither a LayerNorm nor an RMSNorm: its output "
+                f"differs by {float(error):.2g} of its largest value",
                 reason="UNSUPPORTED_ARCHITECTURE",
             )
     return norm
@@ -88,16 +91,14 @@ class _HeldScale(torch.autograd.Function):
     """Output of the norm itself forward; backward with the scale constant in the rows asked for."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types it with *args
-        ctx: Any, x: Tensor, output: Tensor, norm: Norm, frozen: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, output: Tensor, norm: Norm, frozen: Tensor | None) -> Tensor:
         ctx.norm = norm
         ctx.frozen = frozen
         ctx.save_for_backward(norm.scale(x))
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (scale,) = ctx.saved_tensors
         held = ctx.norm.frozen_gradient(grad, scale)
         if ctx.frozen is None:
@@ -119,8 +120,8 @@ def hold_scale(norm: Norm, x: Tensor, output: Tensor, frozen_rows: tuple[bool, .
     if not any(frozen_rows):
         return output
     if all(frozen_rows):
-        held: Tensor = _HeldScale.apply(x, output.detach(), norm, None)
+        held: Tensor = _HeldScale.apply(x, output.detach(), norm, None)  # type: ignore[no-untyped-call]
         return held
     flags = torch.tensor(frozen_rows, device=x.device)[:, None, None]
-    mixed: Tensor = _HeldScale.apply(x, output, norm, flags)
+    mixed: Tensor = _HeldScale.apply(x, output, norm, flags)  # type: ignore[no-untyped-call]
     return mixed

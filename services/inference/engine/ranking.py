@@ -51,8 +51,8 @@ def select(groups: Sequence[NodeGroup], column: Column, k: int) -> Selection:
                 group.order(indices).cpu().numpy(),
             )
         )
-    numbers, indices, magnitudes, order = (
+    numbers, flat, magnitudes, order = (
         np.concatenate(parts) for parts in zip(*candidates, strict=True)
     )
     best = np.lexsort((order, numbers, -magnitudes))[:k]
-    return Selection(numbers[best], indices[best])
+    return Selection(numbers[best], flat[best])

@@ -1,0 +1,151 @@
+"""Loading: from a folder or Hub id to weights, tokenizer and identity, or one sentence why not.
+
+Nothing a model folder says is run (`trust_remote_code` is never on), weights come as safetensors
+or through `torch.load(weights_only=True)`, and a checkpoint that leaves weights uninitialised is
+refused: transformers would fill them with random numbers and go on.
+"""
+
+import hashlib
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from services.common.errors import FailedPrecondition
+from services.inference.engine import attention, text
+from services.inference.engine.architecture import check_family
+
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_OFFLINE_PROBE_S = 3.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights these are."""
+
+    id: str
+    revision: str
+    """Hub commit; empty for a local folder."""
+    weights_hash: str
+    """SHA-256, in hex, of configuration and weights."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model in eval mode without parameter gradients, and its vocabulary."""
+
+    identity: Identity
+    folder: Path
+    model: PreTrainedModel
+    vocabulary: text.Vocabulary
+
+
+def load(
+    name: str, source: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype
+) -> Loaded:
+    """Loads `source` (a folder or Hub id), served as `name`. Raises FailedPrecondition."""
+    folder, revision = _folder(source, _PATTERNS)
+    if not (folder / "config.json").is_file():
+        raise FailedPrecondition(f"{folder} holds no config.json, so it is no model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise FailedPrecondition(
+            f"{folder / 'config.json'} is not readable: {_sentence(error)}"
+        ) from error
+    check_family(config)
+    model = _weights(folder, device, dtype)
+    vocabulary = _vocabulary(folder, tokenizer, model.get_output_embeddings().weight.shape[0])
+    identity = Identity(name, revision, _hash(folder))
+    return Loaded(identity, folder, model, vocabulary)
+
+
+def _weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention.IMPLEMENTATION,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise FailedPrecondition(f"{folder} does not load: {_sentence(error)}") from error
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        raise FailedPrecondition(
+            f"{folder} lacks {len(missing)} weights that the model needs, first {missing[0]}",
+            reason="INCOMPLETE_WEIGHTS",
+        )
+    model.eval().requires_grad_(False).to(device)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _vocabulary(folder: Path, tokenizer: str | None, size: int) -> text.Vocabulary:
+    if tokenizer is not None:
+        folder, _ = _folder(tokenizer, [each for each in _PATTERNS if each != "*.safetensors"])
+        if not text.has_tokenizer(folder):
+            raise FailedPrecondition(f"--tokenizer: {folder} holds no tokenizer")
+    if not text.has_tokenizer(folder):
+        return text.Vocabulary(size, None)
+    return text.Vocabulary.load(size, folder)
+
+
+def _folder(source: str, patterns: list[str]) -> tuple[Path, str]:
+    """The local folder of a source and its Hub revision; downloads only where the Hub answers."""
+    if Path(source).is_dir():
+        return Path(source), ""
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        _require_hub(source)
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise FailedPrecondition(
+                f"{source!r} could not be fetched from the Hub: {_sentence(error)}"
+            ) from error
+    return folder, folder.name
+
+
+def _require_hub(source: str) -> None:
+    address = urlsplit(constants.ENDPOINT)
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    if not reason and not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
+        try:
+            port = address.port or (443 if address.scheme == "https" else 80)
+            socket.create_connection((address.hostname or "", port), _OFFLINE_PROBE_S).close()
+        except OSError:
+            reason = f"{address.hostname} does not answer"
+    if reason:
+        raise FailedPrecondition(
+            f"{source!r} is neither a folder nor in the local Hugging Face cache, and {reason}",
+            reason="MODEL_NOT_AVAILABLE",
+        )
+
+
+def _hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name == "config.json" or re.fullmatch(r".*\.(safetensors|bin)", path.name)
+    )
+    for name in names:
+        digest.update(name.encode() + b"\0")
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of another library's message, without its trailing full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,166 @@
+"""A served model: what a request can ask of it, as plain Python in and out.
+
+Everything here runs on the one torch thread (`services.inference.worker`), except the vocabulary
+and the facts, which touch no device.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from services.common.errors import FailedPrecondition
+from services.inference.engine import attribution, loading, tables
+from services.inference.engine.architecture import Architecture, resolve
+from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.columns import Column
+from services.inference.engine.forward import Hooks, Row
+from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.text import Vocabulary
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One possible next token."""
+
+    token_id: int
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """What is predicted to follow one position: the most likely, and those asked for by id."""
+
+    position: int
+    top: tuple[Prediction, ...]
+    named: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    next_tokens: tuple[NextTokens, ...]
+    receipts: tuple[Receipt, ...]
+    forward_ms: float
+
+
+@dataclass(frozen=True)
+class AttributeResult:
+    """`explanations` has one entry per run; `top_tokens` too, as (token id, logit)."""
+
+    explanations: tuple[Explanation, ...]
+    table: tables.Table
+    top_tokens: tuple[tuple[tuple[int, float], ...], ...]
+    times: StageTimes
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt the model is known to answer."""
+
+    title: str
+    prompt: str
+    target: str
+    distractor: str
+
+
+TOP_TOKENS = 10
+
+
+class Model:
+    """One model on one device."""
+
+    def __init__(self, loaded: loading.Loaded) -> None:
+        self.identity = loaded.identity
+        self.vocabulary: Vocabulary = loaded.vocabulary
+        self.architecture: Architecture = resolve(loaded.model)
+        self.examples = _examples(loaded.folder)
+        parameter = next(loaded.model.parameters())
+        self.device: torch.device = parameter.device
+        self.dtype: torch.dtype = parameter.dtype
+        self._hooks = Hooks(loaded.model, self.architecture)
+
+    def warm_up(self) -> None:
+        """Touches the device with a whole attribution, never longer than the context."""
+        ids = (0,) * min(8, self.architecture.context)
+        run = ExplainedRun(ids, (), LogitDiff((0,), (), len(ids) - 1))
+        ranking = tables.Ranking(Column.TOTAL_EFFECT, 1)
+        self.attribute([run], NormMode.FINAL_NORM_FROZEN, ranking, CancelToken())
+
+    def run(
+        self,
+        token_ids: Sequence[int],
+        edits: tuple[Edit, ...],
+        positions: Sequence[int],
+        top_k: int,
+        named: Sequence[int],
+        cancel: CancelToken,
+    ) -> RunResult:
+        """Forward with interventions; predictions at `positions`, ascending."""
+        row = Row(tuple(token_ids), edits)
+        current = self._hooks.run([row], positions, gradients=False, cancel=cancel)
+        next_tokens = [
+            self._next_tokens(position, current.logits[0, number], top_k, named)
+            for number, position in enumerate(positions)
+        ]
+        return RunResult(tuple(next_tokens), current.receipts(0), current.forward_ms)
+
+    def attribute(
+        self,
+        runs: Sequence[ExplainedRun],
+        norm_mode: NormMode,
+        ranking: tables.Ranking,
+        cancel: CancelToken,
+    ) -> AttributeResult:
+        """The node table of one run, or of a run and the one it is compared with."""
+        explanations, times = attribution.explain(
+            self._hooks, self.architecture, runs, norm_mode, cancel
+        )
+        cancel.check()
+        return AttributeResult(
+            explanations,
+            tables.build(explanations, ranking),
+            tuple(self._top(explanation.logits, TOP_TOKENS) for explanation in explanations),
+            times,
+        )
+
+    def _next_tokens(
+        self, position: int, logits: Tensor, top_k: int, named: Sequence[int]
+    ) -> NextTokens:
+        probabilities = logits.float().softmax(-1)
+
+        def prediction(token_id: int) -> Prediction:
+            return Prediction(token_id, float(logits[token_id]), float(probabilities[token_id]))
+
+        return NextTokens(
+            position,
+            tuple(prediction(token_id) for token_id, _ in self._top(logits, top_k)),
+            tuple(prediction(token_id) for token_id in named),
+        )
+
+    def _top(self, logits: Tensor, k: int) -> tuple[tuple[int, float], ...]:
+        """(id, logit) of the k largest; ids the tokenizer cannot decode are never listed."""
+        facts = self.vocabulary.facts
+        listed = logits if facts is None else logits[: facts.vocabulary]
+        top = torch.topk(listed, min(k, listed.numel()))
+        return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+def _examples(folder: Path) -> tuple[Example, ...]:
+    """`behaviours.json` beside the weights: prompts with known answers, if the folder has any."""
+    path = folder / "behaviours.json"
+    if not path.is_file():
+        return ()
+    try:
+        entries = json.loads(path.read_text())
+        return tuple(
+            Example(entry["title"], entry["prompt"], entry["target"], entry["distractor"])
+            for entry in entries
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise FailedPrecondition(f"{path} is not a list of examples: {error}") from error

@@ -1,0 +1,39 @@
+"""What this version can do, and what it cannot do yet: one list for GetModel and for refusals."""
+
+from services.common.errors import Unimplemented
+
+BUILT = (
+    "objective.logit_diff",
+    "intervention.zero",
+    "intervention.set",
+    "target.neuron",
+    "target.head",
+    "target.head_pair",
+    "attribute.compare",
+    "attribute.norm_modes",
+)
+
+NOT_BUILT = {
+    "objective.logit_minus_mean": "the objective logit_minus_mean",
+    "objective.log_prob": "the objective log_prob",
+    "objective.prob": "the objective prob",
+    "objective.along": "the objective along",
+    "objective.traced_node": "tracing a node",
+    "intervention.scale": "the operation scale",
+    "intervention.add": "the operation add",
+    "intervention.mean": "the operation mean",
+    "intervention.patch": "the operation patch",
+    "intervention.project_out": "the operation project_out",
+    "intervention.mask": "the operation mask",
+    "intervention.set_vector": "setting a vector",
+    "positions.generated": "generation, and so its positions,",
+    "attribute.dictionaries": "dictionaries",
+    "attribute.read_outs": "token read-outs of nodes",
+    "attribute.verify": "the verified column",
+    "attribute.integrated_steps": "the integrated-gradients column",
+}
+
+
+def not_built(feature: str, field: str) -> Unimplemented:
+    """The refusal of a feature of `NOT_BUILT`, naming the field that asked for it."""
+    return Unimplemented(f"{NOT_BUILT[feature]} is not built in this version", field=field)

@@ -1,0 +1,68 @@
+"""The manifest of a result: what was run, exactly, and the id under which it is the same result."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from tdb.inference.v1 import manifest_pb2
+from tdb.type.v1 import tensor_pb2, token_pb2
+
+from services.inference.engine import ENGINE_VERSION
+from services.inference.engine.model import Model
+
+SERVICE = "tdb.inference.v1.InferenceService"
+
+DATA_TYPES = {
+    torch.float32: tensor_pb2.DATA_TYPE_FLOAT32,
+    torch.float64: tensor_pb2.DATA_TYPE_FLOAT64,
+    torch.float16: tensor_pb2.DATA_TYPE_FLOAT16,
+    torch.bfloat16: tensor_pb2.DATA_TYPE_BFLOAT16,
+}
+
+
+def build(
+    method: str,
+    model: Model,
+    canonical: Message,
+    token_ids: Sequence[Sequence[int]],
+    timings: manifest_pb2.Timings,
+    warnings: Sequence[str] = (),
+) -> manifest_pb2.Manifest:
+    """`canonical` is the request after reading made it canonical; its model is the resolved id."""
+    request = MessageToDict(canonical)
+    request_json = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    manifest = manifest_pb2.Manifest(
+        request_json=request_json,
+        method=f"{SERVICE}/{method}",
+        model=model_ref(model),
+        data_type=DATA_TYPES[model.dtype],
+        device=str(model.device),
+        engine_version=ENGINE_VERSION,
+        token_ids=[token_pb2.TokenIds(ids=ids) for ids in token_ids],
+        timings=timings,
+        warnings=warnings,
+    )
+    manifest.result_id = _result_id(manifest)
+    return manifest
+
+
+def model_ref(model: Model) -> manifest_pb2.ModelRef:
+    identity = model.identity
+    return manifest_pb2.ModelRef(
+        id=identity.id, revision=identity.revision, weights_hash=identity.weights_hash
+    )
+
+
+def _result_id(manifest: manifest_pb2.Manifest) -> str:
+    parts = (
+        manifest.model.weights_hash,
+        str(manifest.data_type),
+        *(each.weights_hash for each in manifest.dictionaries),
+        manifest.engine_version,
+        manifest.method,
+        manifest.request_json,
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,0 +1,202 @@
+"""From what the engine found to response messages."""
+
+from collections.abc import Sequence
+
+from tdb.inference.v1 import attribute_pb2, intervention_pb2, manifest_pb2, model_pb2, run_pb2
+from tdb.type.v1 import token_pb2
+
+from services.inference import features, manifest, requests
+from services.inference.engine import ENGINE_VERSION, tables
+from services.inference.engine.interventions import Receipt
+from services.inference.engine.model import (
+    AttributeResult,
+    Model,
+    NextTokens,
+    Prediction,
+    RunResult,
+)
+from services.inference.engine.text import Vocabulary
+
+
+def describe(model: Model) -> model_pb2.GetModelResponse:
+    architecture, facts = model.architecture, model.vocabulary.facts
+    response = model_pb2.GetModelResponse(
+        model=manifest.model_ref(model),
+        architecture=architecture.family,
+        data_type=manifest.DATA_TYPES[model.dtype],
+        device=str(model.device),
+        dimensions=model_pb2.Dimensions(
+            layers=len(architecture.layers),
+            heads=architecture.n_heads,
+            key_value_heads=architecture.n_key_value_heads,
+            width=architecture.width,
+            head_width=architecture.head_width,
+            neurons=architecture.neurons,
+            vocabulary=architecture.vocabulary,
+            context=architecture.context,
+        ),
+        limits=model_pb2.Limits(
+            max_tokens=architecture.context,
+            max_rows=requests.MAX_ROWS,
+            max_interventions=requests.MAX_INTERVENTIONS,
+            max_token_refs=requests.MAX_TOKEN_REFS,
+        ),
+        supports=[
+            *(model_pb2.Support(feature=each, supported=True) for each in features.BUILT),
+            *(
+                model_pb2.Support(feature=each, reason=f"{what} is not built in this version")
+                for each, what in features.NOT_BUILT.items()
+            ),
+        ],
+        examples=[
+            model_pb2.Example(
+                title=each.title,
+                prompt=each.prompt,
+                target=each.target,
+                distractor=each.distractor,
+            )
+            for each in model.examples
+        ],
+        engine_version=ENGINE_VERSION,
+    )
+    if facts is not None:
+        response.tokenizer.CopyFrom(
+            model_pb2.TokenizerFacts(
+                vocabulary=facts.vocabulary,
+                prepends_bos=facts.prepends_bos,
+                bos_id=facts.bos_id,
+                eos_id=facts.eos_id,
+                has_chat_template=facts.has_chat_template,
+            )
+        )
+    return response
+
+
+def tokens(ids: Sequence[int], vocabulary: Vocabulary) -> list[token_pb2.Token]:
+    return [_token(each, vocabulary) for each in ids]
+
+
+def fill_run(
+    response: run_pb2.RunResponse, result: RunResult, ids: Sequence[int], vocabulary: Vocabulary
+) -> None:
+    response.tokens.extend(tokens(ids, vocabulary))
+    response.next_tokens.extend(_next_tokens(each, vocabulary) for each in result.next_tokens)
+    response.receipts.extend(_receipt(each) for each in result.receipts)
+
+
+def fill_attribution(
+    response: attribute_pb2.AttributeResponse,
+    result: AttributeResult,
+    ids: Sequence[Sequence[int]],
+    vocabulary: Vocabulary,
+) -> None:
+    """`ids` has the tokens of each run."""
+    table, explanations = result.table, result.explanations
+    first = explanations[0]
+    response.objective_value = first.value
+    response.rows.extend(_row(each) for each in table.rows)
+    response.totals.CopyFrom(_totals(table.totals[0]))
+    response.tokens.extend(tokens(ids[0], vocabulary))
+    response.top_tokens.extend(_scores(result.top_tokens[0], vocabulary))
+    response.receipts.extend(_receipt(each) for each in first.receipts)
+    response.token_effects.extend(_effects(each, False) for each in table.token_effects[0])
+    for name, value in first.remainder.items():
+        response.remainder.add(node=name, direct_effect=value)
+    if len(explanations) == 1:
+        return
+    second = explanations[1]
+    response.compare_value = second.value
+    response.compare_totals.CopyFrom(_totals(table.totals[1]))
+    response.compare_tokens.extend(tokens(ids[1], vocabulary))
+    response.compare_top_tokens.extend(_scores(result.top_tokens[1], vocabulary))
+    response.compare_receipts.extend(_receipt(each) for each in second.receipts)
+    response.token_effects.extend(_effects(each, True) for each in table.token_effects[1])
+    for row in response.remainder:
+        row.compare_direct_effect = second.remainder[row.node]
+
+
+def timings(
+    queue_ms: float, forward_ms: float, backward_ms: float, read_out_ms: float
+) -> manifest_pb2.Timings:
+    return manifest_pb2.Timings(
+        queue_ms=queue_ms,
+        forward_ms=forward_ms,
+        backward_ms=backward_ms,
+        read_out_ms=read_out_ms,
+    )
+
+
+def _token(token_id: int, vocabulary: Vocabulary) -> token_pb2.Token:
+    token = vocabulary.token(token_id)
+    return token_pb2.Token(id=token.id, text=token.text, raw=token.raw)
+
+
+def _scores(
+    scores: Sequence[tuple[int, float]], vocabulary: Vocabulary
+) -> list[token_pb2.TokenScore]:
+    return [
+        token_pb2.TokenScore(token=_token(token_id, vocabulary), score=score)
+        for token_id, score in scores
+    ]
+
+
+def _next_tokens(result: NextTokens, vocabulary: Vocabulary) -> run_pb2.NextTokens:
+    return run_pb2.NextTokens(
+        position=result.position,
+        top=[_prediction(each, vocabulary) for each in result.top],
+        named=[_prediction(each, vocabulary) for each in result.named],
+    )
+
+
+def _prediction(prediction: Prediction, vocabulary: Vocabulary) -> run_pb2.Prediction:
+    return run_pb2.Prediction(
+        token=_token(prediction.token_id, vocabulary),
+        logit=prediction.logit,
+        probability=prediction.probability,
+    )
+
+
+def _receipt(receipt: Receipt) -> intervention_pb2.Receipt:
+    return intervention_pb2.Receipt(
+        target=str(receipt.target),
+        sites=receipt.sites,
+        positions=receipt.positions,
+        applied=receipt.applied,
+        delta_norm=receipt.delta_norm,
+        before=receipt.before,
+        after=receipt.after,
+    )
+
+
+def _row(row: tables.NodeRow) -> attribute_pb2.NodeRow:
+    message = attribute_pb2.NodeRow(node=str(row.node))
+    if row.values is not None:
+        message.activation = row.values.activation
+        message.write_magnitude = row.values.write_magnitude
+        message.direct_effect = row.values.direct_effect
+        message.total_effect = row.values.total_effect
+    if row.compare is not None:
+        message.compare.CopyFrom(
+            attribute_pb2.NodeValues(
+                activation=row.compare.activation,
+                write_magnitude=row.compare.write_magnitude,
+                direct_effect=row.compare.direct_effect,
+                total_effect=row.compare.total_effect,
+            )
+        )
+    return message
+
+
+def _totals(totals: tables.Totals) -> attribute_pb2.Totals:
+    return attribute_pb2.Totals(
+        listed=totals.listed, unlisted=totals.unlisted, remainder=totals.remainder
+    )
+
+
+def _effects(effects: tables.TokenEffects, compare: bool) -> attribute_pb2.TokenEffects:
+    return attribute_pb2.TokenEffects(
+        kind=effects.kind,
+        compare=compare,
+        direct_effect=effects.direct_effect,
+        total_effect=effects.total_effect,
+    )

@@ -1,0 +1,83 @@
+"""The inference service as a process: `python -m services.inference`."""
+
+import logging
+import os
+import sys
+import time
+
+# Before transformers is imported: nothing is reported home, and no progress bars in the logs.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tdb.inference.v1 import service_pb2_grpc
+from transformers.utils import logging as transformers_logging
+
+from services.common.server import ServiceServer, run_service
+from services.common.settings import ModelSource, Settings, SettingsError
+from services.inference.engine import loading
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.model import Model
+from services.inference.manifest import SERVICE
+from services.inference.servicer import InferenceServicer
+from services.inference.worker import TorchWorker
+
+_log = logging.getLogger("tdb.inference")
+
+
+def build_server(
+    settings: Settings, worker: TorchWorker, models: dict[str, Model], port: int
+) -> ServiceServer:
+    """A server over `models`, which may be filled later; until then calls are UNAVAILABLE."""
+    names = tuple(source.name for source in settings.models)
+    return ServiceServer(
+        "inference",
+        settings,
+        port=port,
+        add_servicers=lambda server: service_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(worker, models, names), server
+        ),
+        service_names=[SERVICE],
+    )
+
+
+def load_model(source: ModelSource, tokenizer: str | None) -> Model:
+    """Loads and warms up one model, on the GPU where there is one. Raises FailedPrecondition."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    loaded = loading.load(source.name, source.source, tokenizer, device, torch.float32)
+    model = Model(loaded)
+    model.warm_up()
+    return model
+
+
+def main() -> int:
+    """Serves until told to stop; the exit code."""
+    try:
+        settings = Settings.from_env(os.environ)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not settings.models:
+        print("No model is named: set TDB_MODEL, or use `tdb up --demo`.", file=sys.stderr)
+        return 1
+    transformers_logging.disable_progress_bar()
+    worker = TorchWorker()
+    models: dict[str, Model] = {}
+
+    async def prepare(server: ServiceServer) -> None:
+        for source in settings.models:
+            started = time.perf_counter()
+
+            def load(_: CancelToken, source: ModelSource = source) -> Model:
+                return load_model(source, settings.tokenizer)
+
+            models[source.name] = (await worker.submit(load)).result
+            seconds = round(time.perf_counter() - started, 1)
+            fields = {"model": source.name, "seconds": seconds}
+            _log.info("model loaded", extra={"fields": fields})
+        await server.set_serving()
+
+    try:
+        return run_service(build_server(settings, worker, models, settings.inference_port), prepare)
+    finally:
+        worker.close()

@@ -1,0 +1,138 @@
+"""The gRPC face of the inference service: read the request, call the engine, answer."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc.aio
+from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc
+
+from services.common import calls
+from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
+from services.inference import manifest, requests, responses
+from services.inference.engine.attribution import NormMode
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.model import Model
+from services.inference.worker import Finished, TorchWorker
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Result = TypeVar("Result")
+
+LIVE_WARNING = (
+    "norm mode LIVE: a live norm ignores the length of its input, so direct effects rank nodes but "
+    "explain no share of the objective"
+)
+
+
+class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
+    """Serves `models`, which fill up while they load; `names` are all, the default first."""
+
+    def __init__(
+        self, worker: TorchWorker, models: Mapping[str, Model], names: tuple[str, ...]
+    ) -> None:
+        self._worker = worker
+        self._models = models
+        self._names = names
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: Context
+    ) -> model_pb2.ListModelsResponse:
+        return model_pb2.ListModelsResponse(models=self._names)
+
+    async def GetModel(
+        self, request: model_pb2.GetModelRequest, context: Context
+    ) -> model_pb2.GetModelResponse:
+        return responses.describe(self._model(request.model))
+
+    async def Tokenize(
+        self, request: model_pb2.TokenizeRequest, context: Context
+    ) -> model_pb2.TokenizeResponse:
+        model = self._model(request.model)
+
+        def tokenize() -> model_pb2.TokenizeResponse:
+            with inside("prompt"):
+                if not request.HasField("prompt"):
+                    raise InvalidArgument("a prompt is required", reason="REQUIRED")
+                ids = requests.prompt_ids(request.prompt, model)
+            text, offsets = model.vocabulary.decode(ids)
+            return model_pb2.TokenizeResponse(
+                tokens=responses.tokens(ids, model.vocabulary), byte_offsets=offsets, text=text
+            )
+
+        return await asyncio.to_thread(tokenize)
+
+    async def Run(self, request: run_pb2.RunRequest, context: Context) -> run_pb2.RunResponse:
+        model = self._model(request.model)
+        canonical = run_pb2.RunRequest()
+        canonical.CopyFrom(request)
+        canonical.model = model.identity.id
+        wanted = await asyncio.to_thread(requests.read_forward, canonical, model)
+        finished = await self._on_device(
+            lambda cancel: model.run(
+                wanted.run.token_ids,
+                wanted.run.edits,
+                wanted.positions,
+                wanted.top_k,
+                wanted.named,
+                cancel,
+            )
+        )
+        response = run_pb2.RunResponse()
+        responses.fill_run(response, finished.result, wanted.run.token_ids, model.vocabulary)
+        timings = responses.timings(finished.queue_ms, finished.result.forward_ms, 0.0, 0.0)
+        ids = [wanted.run.token_ids]
+        response.manifest.CopyFrom(manifest.build("Run", model, canonical, ids, timings))
+        return response
+
+    async def Attribute(
+        self, request: attribute_pb2.AttributeRequest, context: Context
+    ) -> attribute_pb2.AttributeResponse:
+        model = self._model(request.model)
+        canonical = attribute_pb2.AttributeRequest()
+        canonical.CopyFrom(request)
+        canonical.model = model.identity.id
+        wanted = await asyncio.to_thread(requests.read_attribution, canonical, model)
+        finished = await self._on_device(
+            lambda cancel: _timed(
+                lambda: model.attribute(wanted.runs, wanted.norm_mode, wanted.ranking, cancel)
+            )
+        )
+        result, device_ms = finished.result
+        ids = [run.token_ids for run in wanted.runs]
+
+        def answer() -> attribute_pb2.AttributeResponse:
+            response = attribute_pb2.AttributeResponse()
+            responses.fill_attribution(response, result, ids, model.vocabulary)
+            times = result.times
+            read_out = device_ms - times.forward - times.backward
+            timings = responses.timings(finished.queue_ms, times.forward, times.backward, read_out)
+            warnings = [LIVE_WARNING] if wanted.norm_mode is NormMode.LIVE else []
+            response.manifest.CopyFrom(
+                manifest.build("Attribute", model, canonical, ids, timings, warnings)
+            )
+            return response
+
+        # 100,000 rows take a second to write down; the loop must not wait for it.
+        return await asyncio.to_thread(answer)
+
+    def _model(self, name: str) -> Model:
+        name = name or self._names[0]
+        if name not in self._names:
+            raise NotFound(
+                f"no model {name!r} is served here; served: {', '.join(self._names)}", field="model"
+            )
+        model = self._models.get(name)
+        if model is None:
+            raise Unavailable(f"the model {name!r} is still loading", retry_after_s=2.0)
+        return model
+
+    async def _on_device(self, work: Callable[[CancelToken], Result]) -> Finished[Result]:
+        call = calls.current()
+        return await self._worker.submit(work, call.deadline if call else None)
+
+
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.perf_counter()
+    result = work()
+    return result, (time.perf_counter() - started) * 1e3
