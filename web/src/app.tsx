@@ -1,14 +1,12 @@
 /** The workbench: the question on top and always in sight, the answer scrolling below it. */
-import { exampleQuestion, start, unlock } from "./asking";
+import { change, start, unlock } from "./asking";
 import { Header } from "./header";
-import { change } from "./asking";
 import { Interventions } from "./interventions";
 import { Logits } from "./logits";
 import { ObjectiveCard } from "./objective";
 import { PromptBar } from "./prompt";
 import { answer, loading, locked, model, modelProblem, problemsAt, stale } from "./state";
 import { NodeTable } from "./table";
-import { encode } from "./url";
 
 export function App() {
   return (
@@ -39,7 +37,6 @@ export function App() {
         ) : (
           <Blank />
         )}
-        <Examples />
       </main>
     </>
   );
@@ -84,25 +81,6 @@ function Blank() {
         them to see what changes.
       </p>
     </div>
-  );
-}
-
-function Examples() {
-  const examples = model.value?.examples ?? [];
-  if (examples.length === 0) return null;
-  return (
-    <nav class="examples" aria-label="Examples">
-      Examples:{" "}
-      {examples.map((example) => (
-        <a
-          key={example.title}
-          href={`#${encode(exampleQuestion(example))}`}
-          title={`${example.prompt} → ${example.target}, not ${example.distractor}`}
-        >
-          {example.title}
-        </a>
-      ))}
-    </nav>
   );
 }
 

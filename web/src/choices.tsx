@@ -62,7 +62,7 @@ export function Choices({ side }: { side: Side }) {
   };
 
   return (
-    <div class="choices">
+    <div class={`choices ${one}`}>
       <label class="name" for={id} title={title}>
         {one} <span aria-hidden="true">{mark}</span>
       </label>

@@ -1,12 +1,13 @@
 /** The prompt bar: the text, its tokens while it is typed, what is asked of it, and Enter to ask. */
 import { useLayoutEffect, useRef } from "preact/hooks";
-import { askDraft, currentModel } from "./asking";
+import { askDraft, currentModel, exampleQuestion } from "./asking";
 import { Choices } from "./choices";
 import { count } from "./numbers";
 import { problems, sentence } from "./problems";
 import { answer, draft, edited, editDraft, loading, model, problemsAt, tokenFilter } from "./state";
 import { useTokens } from "./tokenise";
-import { TokenStrip } from "./tokens";
+import { TokenStrip, visible } from "./tokens";
+import { encode } from "./url";
 
 export function PromptBar() {
   const { prompt, targets, distractors, pending } = draft.value;
@@ -28,7 +29,7 @@ export function PromptBar() {
     >
       <div class="prompt">
         <label class="name" for="prompt">
-          Prompt
+          prompt
         </label>
         <textarea
           id="prompt"
@@ -102,9 +103,32 @@ function PromptTokens() {
         chosen={same ? tokenFilter.value : null}
         onChoose={same ? (position) => (tokenFilter.value = position) : undefined}
       />
-      <p id="prompt-says" class={says ? "says error" : "says"} role={says ? "alert" : undefined}>
-        {says ?? (prompt === "" ? "" : count(tokens.length, "token"))}
-      </p>
+      <div class="below">
+        <p id="prompt-says" class={says ? "says error" : "says"} role={says ? "alert" : undefined}>
+          {says ?? (prompt === "" ? "" : count(tokens.length, "token"))}
+        </p>
+        <Examples />
+      </div>
     </>
+  );
+}
+
+/** One link per behaviour the model is known to have: a real link, to copy or to open beside this one. */
+function Examples() {
+  const examples = model.value?.examples ?? [];
+  if (examples.length === 0) return null;
+  return (
+    <nav class="examples" aria-label="Examples">
+      <span>examples</span>
+      {examples.map((example) => (
+        <a
+          key={example.title}
+          href={`#${encode(exampleQuestion(example))}`}
+          title={`${example.prompt} → ${visible(example.target ?? "")}, not ${visible(example.distractor ?? "")}`}
+        >
+          {example.title}
+        </a>
+      ))}
+    </nav>
   );
 }

@@ -102,8 +102,9 @@ function Headings({ cols, ends }: { cols: Column[]; ends: Map<Quantity, number> 
             title={`${definition}. The colour scale ends at ${effect ? "±" : ""}${end}.`}
           >
             <button type="button" onClick={() => (sort.value = nextSort(now, col))}>
-              <span class="quantity">{name}</span> {col.label}
+              {name}
               {mine && <span aria-hidden="true"> {marks[mine]}</span>}
+              {col.label && <span class="side"> {col.label}</span>}
             </button>
             <small class="end">
               {effect ? "±" : "≤"}
@@ -138,6 +139,8 @@ function Row({ row, cols, ends, tokens }: RowProps) {
           <button
             type="button"
             class="address"
+            data-ablated={ablated ? "" : undefined}
+            title={ablated ? "ablated" : undefined}
             aria-expanded={open}
             onClick={(event) => {
               event.stopPropagation();
@@ -146,7 +149,6 @@ function Row({ row, cols, ends, tokens }: RowProps) {
           >
             {node}
           </button>
-          {ablated && <span class="tag">ablated</span>}
         </th>
         <td class="at">
           <Place node={node} tokens={tokens} />

@@ -1,0 +1,81 @@
+// The requests the page sends are those a reader of the API would write.
+import { expect, test } from "vitest";
+import { notAblatable, site, touches } from "../src/address";
+import { curl } from "../src/copy";
+import { receiptWords, words } from "../src/interventions";
+import { attributeRequest, likelyIds, predictionRequest } from "../src/requests";
+import { typed, visible } from "../src/tokens";
+import { ablation, type Question } from "../src/url";
+
+const question: Question = {
+  model: "",
+  prompt: "When Mary",
+  targets: [" Mary"],
+  distractors: [" John"],
+  interventions: [],
+  rankBy: "total",
+  rows: 50,
+};
+const edited = { ...question, interventions: [ablation("head.2.3~1-0")] };
+
+test("without interventions there is one run and nothing to compare", () => {
+  expect(attributeRequest(question)).toEqual({
+    run: { prompt: { text: "When Mary" } },
+    objective: { logitDiff: { targets: [{ text: " Mary" }], distractors: [{ text: " John" }] } },
+    topK: 50,
+    rankBy: "COLUMN_TOTAL_EFFECT",
+  });
+});
+
+test("with interventions the untouched run is compared", () => {
+  const request = attributeRequest(edited);
+  expect(request.run?.interventions).toEqual([{ target: "head.2.3~1-0", zero: {} }]);
+  expect(request.compare).toEqual({ prompt: { text: "When Mary" } });
+});
+
+test("the base of the next tokens is the untouched run", () => {
+  expect(predictionRequest(edited, [3], false).run?.interventions).toHaveLength(1);
+  expect(predictionRequest(edited, [3], true).run?.interventions).toBeUndefined();
+  expect(predictionRequest(edited, [3, 0], true).tokens).toEqual([{ id: 3 }, { id: 0 }]);
+});
+
+test("likely tokens of both runs are named once; an id left out of the JSON is 0", () => {
+  const score = (id?: number) => ({ token: id === undefined ? {} : { id }, score: 1 });
+  expect(
+    likelyIds({ topTokens: [score(5), score()], compareTopTokens: [score(7), score(5)] }),
+  ).toEqual([5, 0, 7]);
+});
+
+test("a command for the shell survives quotes and never holds the token", () => {
+  const text = curl("http://box/x", { run: { prompt: { text: "it's" } } }, true);
+  expect(text).toContain(`it'\\''s`);
+  expect(text).toContain("$TDB_TOKEN");
+});
+
+test("addresses say where a node sits", () => {
+  expect(site("head.2.3~13-1")).toEqual({
+    component: "head.2.3",
+    kind: "head",
+    position: 13,
+    key: 1,
+  });
+  expect(site("neuron.3.17~5")).toEqual({ component: "neuron.3.17", kind: "neuron", position: 5 });
+  expect(site("bias.read")).toEqual({ component: "bias.read", kind: "bias" });
+  expect([0, 1, 13].map((token) => touches("head.2.3~13-1", token))).toEqual([false, true, true]);
+  expect(notAblatable("embed~3")).toMatch(/Embeddings/);
+  expect(notAblatable("head.2.3~13-1")).toBeUndefined();
+});
+
+test("an edit and what it did are words", () => {
+  expect(words(ablation("head.2.3~13-1"))).toBe("ablate head.2.3~13-1");
+  expect(words({ target: "neuron.1.2", scale: { factor: 2 } })).toBe("scale neuron.1.2 × 2");
+  expect(words({ target: "resid_post.2", projectOut: {} })).toBe("project out resid_post.2");
+  expect(receiptWords({ sites: 1, deltaNorm: 4.1, before: 0.83, after: 0 })).toBe(
+    "1 site · Δ norm 4.10 · 0.830 → 0",
+  );
+});
+
+test("white space is visible and can be typed as it is seen", () => {
+  expect(visible(" a\n\tb")).toBe("␣a⏎⇥b");
+  expect(typed("␣Mary")).toBe(" Mary");
+});
