@@ -54,9 +54,8 @@ def parse(body: bytes, kind: type[Message]) -> Message:
 
 def write(message: Message) -> bytes:
     """proto3 JSON with zeros written out, so that 0 and "not there" look different."""
-    text = json_format.MessageToJson(
-        message, indent=None, always_print_fields_with_no_presence=True, ensure_ascii=False
-    )
+    tree = json_format.MessageToDict(message, always_print_fields_with_no_presence=True)
+    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
     return text.encode()
 
 

@@ -1,0 +1,148 @@
+"""The `tdb` command.
+
+Flags become variables of the environment, so that settings have one source; `tdb up` hands the
+same environment to the services it starts. The services' code is imported only by the commands
+that need it: a machine with only the client can still say its version.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tdb
+
+DEMO_NAME = "demo-gpt2"
+
+
+class CliError(Exception):
+    """Why a command cannot be carried out, in one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code: 2 for wrong usage, 1 for what failed, 0 otherwise."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.error("a command is needed: up or config")
+    env = dict(os.environ)
+    if options.command == "up":
+        _check_up(parser, options, env)
+    try:
+        if options.command == "config":
+            return _config(env)
+        return _up(options, env)
+    except CliError as error:
+        print(f"tdb: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tdb", description="Why did the model say A rather than B?", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"tdb {tdb.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    up = commands.add_parser(
+        "up", help="start everything on this machine and print the URL", allow_abbrev=False
+    )
+    up.add_argument("--demo", action="store_true", help="serve the model that comes with tdb")
+    up.add_argument(
+        "--model",
+        action="append",
+        metavar="ID_OR_FOLDER",
+        help="serve this model; NAME=ID_OR_FOLDER serves it under another name; repeatable, the "
+        "first is the default (TDB_MODEL)",
+    )
+    up.add_argument(
+        "--tokenizer", metavar="ID_OR_FOLDER", help="for models without one (TDB_TOKENIZER)"
+    )
+    up.add_argument("--host", help="the address to listen on (TDB_HOST)")
+    up.add_argument("--data-dir", metavar="DIR", help="where logs are written (TDB_DATA_DIR)")
+    commands.add_parser("config", help="print every setting and its value")
+    return parser
+
+
+def _check_up(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, env: dict[str, str]
+) -> None:
+    """Puts the flags of `tdb up` into `env`; exit code 2 where they do not go together."""
+    models: list[str] = options.model or []
+    if options.demo and models:
+        parser.error("--demo and --model exclude each other")
+    if any("," in model or not model.strip() for model in models):
+        parser.error("--model takes one model: repeat it for more")
+    if options.demo:
+        env["TDB_MODEL"] = f"{DEMO_NAME}={_demo_folder()}"
+    elif models:
+        env["TDB_MODEL"] = ",".join(models)
+    elif not env.get("TDB_MODEL", "").strip():
+        parser.error("say what to serve: --demo, or --model ID_OR_FOLDER")
+    for variable, value in (
+        ("TDB_TOKENIZER", options.tokenizer),
+        ("TDB_HOST", options.host),
+        ("TDB_DATA_DIR", options.data_dir),
+    ):
+        if value is not None:
+            env[variable] = value
+
+
+def _demo_folder() -> Path:
+    found = importlib.util.find_spec("demo")
+    if found is None or not found.submodule_search_locations:
+        return Path("/nonexistent/demo")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def _config(env: Mapping[str, str]) -> int:
+    from services.common.settings import Settings, SettingsError
+    from services.common.settings_text import as_lines
+
+    try:
+        print("\n".join(as_lines(Settings.from_env(env), env)))
+    except SettingsError as error:
+        raise CliError(str(error)) from None
+    return 0
+
+
+def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
+    from services.common.settings import Settings, SettingsError, reachable
+    from tdb.children import Service
+    from tdb.supervisor import Plan, Supervisor, SupervisorError
+
+    if options.demo and not _demo_folder().is_dir():
+        raise CliError("the demo's model is not part of this installation: use --model.")
+    try:
+        settings = Settings.from_env(env)
+        log_folder = settings.folder("logs")
+    except SettingsError as error:
+        raise CliError(str(error)) from None
+    # -P: a folder called `services` where the user happens to be must not be taken for ours.
+    python = (sys.executable, "-P", "-m")
+    plan = Plan(
+        services=[
+            Service("inference", (*python, "services.inference"), "TDB_INFERENCE_PORT"),
+            Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT"),
+        ],
+        env={**env, "TDB_INFERENCE_ADDRESS": "", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        host=reachable(settings.host),
+        log_folder=log_folder,
+        stop_grace_s=settings.drain_s + 5,
+        loading=f"Loading {', '.join(model.name for model in settings.models)} ...",
+    )
+
+    async def supervise() -> None:
+        await Supervisor(plan).run()
+
+    try:
+        asyncio.run(supervise())
+    except SupervisorError as error:
+        raise CliError(str(error)) from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
