@@ -21,6 +21,14 @@ export function signed(x: number): string {
   return Number(text) === 0 ? "0" : withMinus(x > 0 ? `+${text}` : text);
 }
 
+/** Signed and short, for a narrow cell: two decimals at most; what rounds to nothing is a dot. */
+export function brief(x: number): string {
+  const size = Math.abs(x);
+  if (size < 0.005) return "·";
+  const text = x.toFixed(size < 9.995 ? 2 : size < 99.95 ? 1 : 0);
+  return withMinus(x > 0 ? `+${text}` : text);
+}
+
 /** As many digits as the number has. */
 export function full(x: number): string {
   return withMinus(String(x));

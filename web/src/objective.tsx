@@ -7,6 +7,7 @@
 import type { TotalsJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { CopyButtons } from "./copy";
 import { difference } from "./columns";
+import { EffectsByToken } from "./effects";
 import { full, num, percent, plain, signed } from "./numbers";
 import { answer, paired, type Answer } from "./state";
 import { visible } from "./tokens";
@@ -16,8 +17,13 @@ export function ObjectiveCard() {
   return (
     <section class="card objective-card" aria-label="Objective">
       <h2>{shown ? title(shown) : "Objective"}</h2>
-      {shown && <Value answer={shown} />}
-      {shown && <Sum answer={shown} />}
+      {shown && (
+        <div class="value-and-sum">
+          <Value answer={shown} />
+          <Sum answer={shown} />
+        </div>
+      )}
+      {shown && <EffectsByToken />}
       {shown && <Provenance answer={shown} />}
     </section>
   );
@@ -46,7 +52,7 @@ function Value({ answer: { response } }: { answer: Answer }) {
         {signed(now)}
       </strong>
       {before !== undefined && delta !== undefined && (
-        <span>
+        <span class="was">
           was{" "}
           <span data-testid="objective-before" data-value={before} title={full(before)}>
             {signed(before)}

@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { count, full, num, percent, plain, signed } from "../src/numbers";
+import { brief, count, full, num, percent, plain, signed } from "../src/numbers";
 
 test.each([
   [0, "0"],
@@ -22,6 +22,14 @@ test.each([
   [-0, "0"],
   [-4.1e-7, "−4.10e−7"],
 ])("%d is written %s where the sign matters", (x, text) => expect(signed(x)).toBe(text));
+
+test.each([
+  [0.004, "·"],
+  [0.005, "+0.01"],
+  [-0.5, "−0.50"],
+  [12.34, "+12.3"],
+  [-1234, "−1234"],
+])("%d is briefly %s", (x, text) => expect(brief(x)).toBe(text));
 
 test("full precision is really full", () => {
   expect(full(0.1 + 0.2)).toBe("0.30000000000000004");
