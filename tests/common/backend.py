@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
+from tdb.inference.v1 import model_pb2, service_pb2_grpc
 
 from services.common.server import ServiceServer
 from services.common.settings import Settings
-from tdb.inference.v1 import model_pb2, service_pb2_grpc
 
 SERVICE = "tdb.inference.v1.InferenceService"
 
@@ -29,11 +29,11 @@ class Backend(service_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         return await self.answer(request, context)
 
-    ListModels = GetModel = Tokenize = Run = Attribute = _call  # type: ignore[assignment]
+    ListModels = GetModel = Tokenize = Run = Attribute = _call
 
 
 class StreamingBackend:
-    """A method that the protos do not have yet: `/test.v1.StreamService/Items`, server streaming."""
+    """A method of a kind that the protos do not have yet: server streaming."""
 
     METHOD = "/test.v1.StreamService/Items"
 
@@ -75,10 +75,14 @@ async def serving(
         yield server
 
 
+def channel_to(server: ServiceServer) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+
+
 @asynccontextmanager
 async def connected(
     server: ServiceServer,
 ) -> AsyncIterator["service_pb2_grpc.InferenceServiceAsyncStub"]:
     """A stub over a real channel to `server`."""
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+    async with channel_to(server) as channel:
         yield service_pb2_grpc.InferenceServiceStub(channel)

@@ -12,11 +12,11 @@ import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2
 
 from services.common import calls, errors
 from services.common.logs import JsonLines
-from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2
-from tests.common.backend import SERVICE, Backend, StreamingBackend, connected, serving
+from tests.common.backend import SERVICE, Backend, StreamingBackend, channel_to, connected, serving
 
 SECRET = "a secret detail of the prompt"
 
@@ -142,10 +142,12 @@ async def test_prompts_are_logged_only_where_the_setting_says_so(
     for switch in "01":
         caplog.clear()
         with caplog.at_level(logging.INFO, "tdb"):
-            async with serving(Backend(), TDB_LOG_PROMPTS=switch) as server:
-                async with connected(server) as stub:
-                    await stub.ListModels(model_pb2.ListModelsRequest())
-                    await stub.GetModel(model_pb2.GetModelRequest(model=SECRET))
+            async with (
+                serving(Backend(), TDB_LOG_PROMPTS=switch) as server,
+                connected(server) as stub,
+            ):
+                await stub.ListModels(model_pb2.ListModelsRequest())
+                await stub.GetModel(model_pb2.GetModelRequest(model=SECRET))
         lines = [json.loads(JsonLines(log_prompts=False).format(r)) for r in caplog.records]
         assert [line["code"] for line in lines if line["message"] == "call"] == ["OK", "OK"]
         assert any(SECRET in str(line) for line in lines) == (switch == "1")
@@ -198,9 +200,9 @@ async def test_what_no_request_may_hold_is_refused_before_the_servicer() -> None
 
 
 async def test_bytes_that_are_no_message_are_the_client_s_fault() -> None:
-    async with serving(Backend()) as server:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            error = await refusal(channel.unary_unary(f"/{SERVICE}/Run")(b"\xff\xff"))
+    async with serving(Backend()) as server, channel_to(server) as channel:
+        method: Any = channel.unary_unary(f"/{SERVICE}/Run")
+        error = await refusal(method(b"\xff\xff"))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert error.details() == "the bytes of the request are not a valid message"
 
@@ -220,8 +222,8 @@ async def test_an_answer_that_is_no_message_is_internal() -> None:
 
 async def read(server: Any, request: bytes, metadata: Any = ()) -> list[bytes]:
     """All items of the streaming method, read without stubs."""
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        method = channel.unary_stream(StreamingBackend.METHOD)
+    async with channel_to(server) as channel:
+        method: Any = channel.unary_stream(StreamingBackend.METHOD)
         return [item async for item in method(request, metadata=metadata, timeout=5)]
 
 
@@ -266,8 +268,9 @@ async def test_a_reader_that_leaves_ends_the_stream() -> None:
             left.set()
 
     async with serving(Backend(), StreamingBackend(items)) as server:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            call = channel.unary_stream(StreamingBackend.METHOD)(b"")
+        async with channel_to(server) as channel:
+            method: Any = channel.unary_stream(StreamingBackend.METHOD)
+            call = method(b"")
             await call.read()
             call.cancel()
         await asyncio.wait_for(left.wait(), 5)

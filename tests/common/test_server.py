@@ -12,14 +12,14 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tdb.inference.v1 import model_pb2
 
 from services.common.server import ServiceServer, StartError
-from tdb.inference.v1 import model_pb2
-from tests.common.backend import SERVICE, Backend, connected, serving, settings
+from tests.common.backend import SERVICE, Backend, channel_to, connected, serving, settings
 
 
 async def health(server: ServiceServer, name: str) -> str:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+    async with channel_to(server) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
@@ -83,19 +83,21 @@ async def test_draining_lets_a_short_call_end_and_cancels_a_long_one() -> None:
 async def test_reflection_is_a_setting() -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     for switch in "10":
-        async with serving(Backend(), TDB_REFLECTION=switch) as server:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-                stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-                call = stub.ServerReflectionInfo(iter([request]))
-                if switch == "1":
-                    answer = await call.read()
-                    names = [each.name for each in answer.list_services_response.service]
-                    assert SERVICE in names
-                    call.cancel()
-                else:
-                    with pytest.raises(grpc.aio.AioRpcError) as caught:
-                        await call.read()
-                    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        async with (
+            serving(Backend(), TDB_REFLECTION=switch) as server,
+            channel_to(server) as channel,
+        ):
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            call = stub.ServerReflectionInfo(iter([request]))
+            if switch == "1":
+                answer = await call.read()
+                names = [each.name for each in answer.list_services_response.service]
+                assert SERVICE in names
+                call.cancel()
+            else:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 PROGRAM = """

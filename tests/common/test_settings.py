@@ -1,0 +1,160 @@
+"""Settings: every refusal is one sentence with the variable's name, and the docs agree."""
+
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.common import settings_text
+from services.common.settings import (
+    ModelSource,
+    Settings,
+    SettingsError,
+    is_loopback,
+    setting_fields,
+)
+
+
+def read(**variables: str) -> Settings:
+    return Settings.from_env(variables)
+
+
+def test_defaults() -> None:
+    settings = read(XDG_DATA_HOME="/somewhere")
+    assert settings.models == ()
+    assert settings.tokenizer is None
+    assert (settings.gateway_port, settings.inference_port) == (8080, 50051)
+    assert settings.inference_target == "127.0.0.1:50051"
+    assert settings.data_dir == Path("/somewhere/tdb")
+    assert read().data_dir == Path.home() / ".local/share/tdb"
+    assert not settings.tokens
+    assert settings.reflection
+    assert not settings.log_prompts
+
+
+def test_an_empty_variable_counts_as_absent() -> None:
+    assert read(TDB_HOST="", TDB_GATEWAY_PORT=" ") == read()
+
+
+def test_models_take_the_name_given_or_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    settings = read(TDB_MODEL=f"gpt2, org/model,{folder},mine={folder}", TDB_TOKENIZER=str(folder))
+    assert settings.models == (
+        ModelSource("gpt2", "gpt2"),
+        ModelSource("org/model", "org/model"),
+        ModelSource("tiny", str(folder)),
+        ModelSource("mine", str(folder)),
+    )
+    assert settings.tokenizer == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("TDB_GATEWAY_PORT", "80a", "must be a port from 0 to 65535, not '80a'"),
+        ("TDB_INFERENCE_PORT", "65536", "must be a port"),
+        ("TDB_INFERENCE_PORT", "-1", "must be a port"),
+        ("TDB_HOST", "not a host", "must be a host name or address"),
+        ("TDB_HOST", "0.0.0.0", "set TDB_TOKENS as well"),
+        ("TDB_HOST", "gpu-box", "set TDB_TOKENS as well"),
+        ("TDB_INFERENCE_ADDRESS", "gpu-box", "must be host:port"),
+        ("TDB_MODEL", "/no/such/folder", "names a folder that does not exist: /no/such/folder"),
+        ("TDB_MODEL", "a b", "must be a Hub id or an existing folder, not 'a b'"),
+        ("TDB_MODEL", "gpt2,gpt2", "serves two models as 'gpt2'"),
+        ("TDB_TOKENIZER", "./nowhere", "names a folder that does not exist"),
+        ("TDB_LOG_LEVEL", "loud", "must be one of debug, info, warning, error, not 'loud'"),
+        ("TDB_LOG_PROMPTS", "yes", "must be 0 or 1, not 'yes'"),
+        ("TDB_DRAIN_SECONDS", "soon", "must be a number of seconds"),
+        ("TDB_DATA_DIR", __file__, "must be a folder"),
+        ("TDB_REDIS_URL", "redis://x", "the Redis cache is not part of this version yet"),
+        ("TDB_DATASET_PORT", "50052", "the dataset service is not part of this version yet"),
+        ("TDB_TOKEN", "ann:x", "TDB_TOKEN is not a setting: did you mean TDB_TOKENS?"),
+    ],
+)
+def test_what_cannot_be_right_is_one_sentence(variable: str, value: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(**{variable: value})
+    message = str(caught.value)
+    assert message.startswith(variable)
+    assert says in message
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+
+
+def test_variables_that_are_nobody_s_are_left_alone() -> None:
+    assert read(TDB_SERVICE_HOST="10.0.0.1", TDB_REDIS_URL="", OTHER="x") == read()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "gpu-box"])
+def test_not_loopback(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_a_host_that_others_reach_works_with_tokens() -> None:
+    settings = read(TDB_HOST="0.0.0.0", TDB_TOKENS="ann:t0ken")
+    assert settings.inference_target == "127.0.0.1:50051"
+    assert read(TDB_HOST="::1").inference_target == "[::1]:50051"
+
+
+def test_tokens_come_from_a_list_or_a_file(tmp_path: Path) -> None:
+    listed = read(TDB_TOKENS="ann:one, bob:two:three").tokens
+    file = tmp_path / "tokens"
+    file.write_text("# the team\nann:one\n\nbob:two:three  # his\n")
+    assert read(TDB_TOKENS=str(file)).tokens == listed
+    assert listed.user_of("Bearer two:three") == "bob"
+    assert listed.user_of("Bearer two") is None
+    assert listed.user_of("one") is None
+
+
+@pytest.mark.parametrize("value", ["hush", "ann:", ":hush", "ann hush", "ann:hush,bob:hush"])
+def test_no_token_is_ever_shown(value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(TDB_TOKENS=value)
+    assert str(caught.value).startswith("TDB_TOKENS")
+    assert "hush" not in str(caught.value)
+
+
+def test_the_settings_and_their_printed_form_hide_tokens() -> None:
+    env = {"TDB_TOKENS": "ann:hush", "TDB_GATEWAY_PORT": "9"}
+    settings = Settings.from_env(env)
+    lines = settings_text.as_lines(settings, env)
+    assert "hush" not in repr(settings)
+    assert "hush" not in "\n".join(lines)
+    assert "TDB_TOKENS=(tokens of ann)  # environment" in lines
+    assert "TDB_GATEWAY_PORT=9  # environment" in lines
+    assert "TDB_HOST=127.0.0.1  # default" in lines
+
+
+def test_the_data_folder_is_private(tmp_path: Path) -> None:
+    settings = read(TDB_DATA_DIR=str(tmp_path / "deep" / "data"))
+    assert not settings.data_dir.exists()
+    logs = settings.folder("logs")
+    assert logs.is_dir()
+    assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot create"):
+        read(TDB_DATA_DIR=str(tmp_path / "file" / "below")).folder("logs")
+
+
+def test_the_page_agrees_with_the_settings() -> None:
+    page = settings_text.PAGE.read_text()
+    assert page == settings_text.as_page(), "run python -m services.common.settings_text"
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert headings == [field.metadata["variable"] for field in setting_fields()]
+
+
+def test_settings_and_server_load_without_torch() -> None:
+    program = (
+        "import sys, services.common.server, gateway.app, tdb.cli; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
