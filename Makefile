@@ -11,8 +11,9 @@ TORCH_INDEX ?=
 PYTHON ?= python3
 
 VENV := .venv/bin
-# Node from .venv is found first: it is there only when the machine's own is missing or too old.
-NPM := PATH="$(CURDIR)/$(VENV):$$PATH" npm --prefix web
+# For protoc's plug-ins; and for Node, which is there only when the machine's own does not do.
+WITH_VENV := PATH="$(CURDIR)/$(VENV):$$PATH"
+NPM := $(WITH_VENV) npm --prefix web
 PROTOS := $(shell find protos -name '*.proto')
 PAGE_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/src/gen -prune -o -type f -print)
 
@@ -42,7 +43,7 @@ check: setup
 	$(NPM) run check
 
 protos:
-	$(VENV)/python -m tools.gen_protos
+	$(WITH_VENV) $(VENV)/python -m tools.gen_protos
 	$(NPM) run protos
 
 clean:
@@ -78,7 +79,7 @@ clean:
 	@touch $@
 
 .make/stubs: .make/python tools/gen_protos.py $(PROTOS)
-	$(VENV)/python -m tools.gen_protos
+	$(WITH_VENV) $(VENV)/python -m tools.gen_protos
 	@touch $@
 
 .make/node: .make/venv

@@ -1,0 +1,66 @@
+"""The gateway in this process over a real gRPC service."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+
+from gateway.app import create_app
+from tests.common.backend import SERVICE, Backend, serving, settings
+
+NOWHERE = Path("/nonexistent/page")
+
+
+@asynccontextmanager
+async def running(
+    address: str, page: Path = NOWHERE, **variables: str
+) -> AsyncIterator[tuple[Starlette, httpx.AsyncClient]]:
+    """The app with its lifespan, and a client that speaks to it as a browser on this machine."""
+    app = create_app(settings(**variables), {"inference": address}, page)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client,
+    ):
+        yield app, client
+
+
+class Gateway:
+    """A client with the few calls that the tests make."""
+
+    def __init__(self, app: Starlette, client: httpx.AsyncClient) -> None:
+        self.app = app
+        self.client = client
+
+    async def call(
+        self, method: str, body: Any = None, *, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """POSTs `body`: text and bytes as they are, anything else as JSON."""
+        url = f"/{SERVICE}/{method}"
+        if isinstance(body, str | bytes):
+            json_headers = {"content-type": "application/json", **(headers or {})}
+            return await self.client.post(url, content=body, headers=json_headers)
+        return await self.client.post(url, json=body or {}, headers=dict(headers or {}))
+
+
+@asynccontextmanager
+async def gateway_to(backend: Backend, **variables: str) -> AsyncIterator[Gateway]:
+    """The gateway over `backend`; both read the same settings."""
+    async with (
+        serving(backend, **variables) as server,
+        running(f"127.0.0.1:{server.port}", NOWHERE, **variables) as (app, client),
+    ):
+        yield Gateway(app, client)
+
+
+def violations(response: httpx.Response) -> list[str]:
+    """The field paths that a refusal names."""
+    return [
+        violation["field"]
+        for detail in response.json()["details"]
+        if detail["type"] == "google.rpc.BadRequest"
+        for violation in detail["debug"]["fieldViolations"]
+    ]
