@@ -11,6 +11,7 @@ import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from urllib.parse import urlsplit
 
 import torch
@@ -76,7 +77,7 @@ def _weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, UnpicklingError) as error:
         raise FailedPrecondition(f"{folder} does not load: {_sentence(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:

@@ -83,7 +83,7 @@ class Model:
         parameter = next(loaded.model.parameters())
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
-        self._hooks = Hooks(loaded.model, self.architecture)
+        self.hooks = Hooks(loaded.model, self.architecture)
 
     def warm_up(self) -> None:
         """Touches the device with a whole attribution, never longer than the context."""
@@ -103,7 +103,7 @@ class Model:
     ) -> RunResult:
         """Forward with interventions; predictions at `positions`, ascending."""
         row = Row(tuple(token_ids), edits)
-        current = self._hooks.run([row], positions, gradients=False, cancel=cancel)
+        current = self.hooks.run([row], positions, gradients=False, cancel=cancel)
         next_tokens = [
             self._next_tokens(position, current.logits[0, number], top_k, named)
             for number, position in enumerate(positions)
@@ -119,7 +119,7 @@ class Model:
     ) -> AttributeResult:
         """The node table of one run, or of a run and the one it is compared with."""
         explanations, times = attribution.explain(
-            self._hooks, self.architecture, runs, norm_mode, cancel
+            self.hooks, self.architecture, runs, norm_mode, cancel
         )
         cancel.check()
         return AttributeResult(

@@ -1,0 +1,141 @@
+"""Loading: what is wrong with a model folder is one sentence, and nothing is filled in silently."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from services.common.errors import FailedPrecondition
+from services.inference.engine import loading
+from services.inference.engine.model import Model
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path | str, tokenizer: str | None = None) -> loading.Loaded:
+    return loading.load("m", str(folder), tokenizer, CPU, torch.float32)
+
+
+@pytest.fixture
+def copy(model_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model_folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def configure(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_weights_are_those_of_the_folder(model_folder: Path) -> None:
+    loaded = load(model_folder)
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    for name, ours in loaded.model.state_dict().items():
+        assert torch.equal(ours, theirs[name]), name
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not loaded.model.training
+
+
+def test_missing_weights_are_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FailedPrecondition, match=r"lacks 1 weights.*h\.1\.mlp\.c_fc\.bias"):
+        load(copy)
+
+
+def test_the_hash_follows_weights_and_configuration(copy: Path) -> None:
+    before = load(copy).identity.weights_hash
+    assert load(copy).identity.weights_hash == before
+    configure(copy, note="changed")
+    after_config = load(copy).identity.weights_hash
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.bias"][0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert len({before, after_config, load(copy).identity.weights_hash}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gptj"}, "models of type 'gptj' are not supported yet; supported: gpt2"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn bypasses"),
+        ({"add_cross_attention": True}, "cross-attention"),
+        ({"model_type": "no-such-thing"}, "config.json is not readable"),
+    ],
+)
+def test_what_would_be_half_served_is_refused(
+    changes: dict[str, object], sentence: str, copy: Path
+) -> None:
+    configure(copy, **changes)
+    with pytest.raises(FailedPrecondition, match=sentence):
+        load(copy)
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match=r"holds no config\.json"):
+        load(tmp_path)
+
+
+def test_an_unreachable_hub_is_one_sentence_within_five_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(FailedPrecondition, match="neither a folder nor in the local"):
+        load("nobody/no-such-model")
+    assert time.monotonic() - started < 5
+
+
+def test_without_a_tokenizer_ids_work_and_text_says_what_to_do(copy: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    vocabulary = Model(load(copy)).vocabulary
+    assert vocabulary.facts is None
+    assert vocabulary.token(17).text == "<17>"
+    assert vocabulary.decode([1, 17]) == ("<1><17>", ())
+    with pytest.raises(FailedPrecondition, match="no tokenizer: send token_ids or start with"):
+        vocabulary.encode("text")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(model_folder: Path, copy: Path) -> None:
+    configure(copy, vocab_size=100)
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:100].clone()
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FailedPrecondition, match="do not belong together"):
+        load(copy, str(model_folder))
+
+
+def test_a_tokenizer_folder_without_one_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="holds no tokenizer"):
+        load(model_folder, str(tmp_path))
+
+
+def test_pickled_weights_cannot_run_code(copy: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Evil()}, copy / "pytorch_model.bin")
+    with pytest.raises(FailedPrecondition, match="does not load"):
+        load(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_examples_come_from_behaviours_json(copy: Path) -> None:
+    entry = {"title": "T", "prompt": "a", "target": " b", "distractor": " c", "accuracy": 1.0}
+    (copy / "behaviours.json").write_text(json.dumps([entry]))
+    (example,) = Model(load(copy)).examples
+    assert (example.title, example.target) == ("T", " b")
+    (copy / "behaviours.json").write_text('[{"title": 1}]')
+    with pytest.raises(FailedPrecondition, match="not a list of examples"):
+        Model(load(copy))

@@ -1,0 +1,300 @@
+"""Malformed requests: INVALID_ARGUMENT, the field's path, what would be right; it serves on."""
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import ParseDict
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2
+
+from tests.inference.helpers import CONTEXT
+
+if TYPE_CHECKING:  # the stubs name it, the generated module does not
+    from tdb.inference.v1.service_pb2_grpc import InferenceServiceAsyncStub as Stub
+
+PROMPT = {"text": "When Mary and John went to the store, John gave a drink to"}
+RUN: dict[str, Any] = {"prompt": PROMPT}
+OBJECTIVE: dict[str, Any] = {
+    "logitDiff": {"targets": [{"text": " Mary"}], "distractors": [{"text": " John"}]}
+}
+
+
+def edited(*interventions: dict[str, Any]) -> dict[str, Any]:
+    return {"run": {**RUN, "interventions": list(interventions)}}
+
+
+def objective(**more: Any) -> dict[str, Any]:
+    return {"objective": {**OBJECTIVE, **more}}
+
+
+def targets(*refs: dict[str, Any]) -> dict[str, Any]:
+    return {"objective": {"logitDiff": {"targets": list(refs)}}}
+
+
+ZERO: dict[str, Any] = {"zero": {}}
+AT = "run.interventions[0]."
+
+MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no run": ({"run": None}, "run", "a prompt is required"),
+    "no prompt": ({"run": {}}, "run.prompt", "a prompt is required"),
+    "no source": ({"run": {"prompt": {}}}, "run.prompt.source", "one of text, token_ids or chat"),
+    "empty text": ({"run": {"prompt": {"text": ""}}}, "run.prompt.text", "prompt is empty"),
+    "empty text with bos": (
+        {"run": {"prompt": {"text": "", "prependBos": True}}},
+        "run.prompt.text",
+        "prompt is empty",
+    ),
+    "no token ids": (
+        {"run": {"prompt": {"tokenIds": {}}}},
+        "run.prompt.token_ids",
+        "prompt is empty",
+    ),
+    "bos with token ids": (
+        {"run": {"prompt": {"tokenIds": {"ids": [1]}, "prependBos": True}}},
+        "run.prompt.prepend_bos",
+        "prepend_bos is for text",
+    ),
+    "too long a prompt": (
+        {"run": {"prompt": {"tokenIds": {"ids": [1] * (CONTEXT + 1)}}}},
+        "run.prompt.token_ids",
+        f"the prompt has {CONTEXT + 1} tokens; this model reads at most {CONTEXT}",
+    ),
+    "unknown token id": (
+        {"run": {"prompt": {"tokenIds": {"ids": [1, 400]}}}},
+        "run.prompt.token_ids.ids[1]",
+        "token id 400 does not exist; valid is 0..399",
+    ),
+    "negative token id": (
+        {"run": {"prompt": {"tokenIds": {"ids": [-1]}}}},
+        "run.prompt.token_ids.ids[0]",
+        "valid is 0..399",
+    ),
+    "empty chat": (
+        {"run": {"prompt": {"chat": {}}}},
+        "run.prompt.chat.messages",
+        "at least one message is required",
+    ),
+    "no objective": ({"objective": None}, "objective", "an objective is required"),
+    "no kind of objective": ({"objective": {}}, "objective.kind", "kind of objective is required"),
+    "no target": ({"objective": {"logitDiff": {}}}, "objective.logit_diff.targets", "at least one"),
+    "two-token target": (
+        targets({"text": " Mary John"}),
+        "objective.logit_diff.targets[0].text",
+        "' Mary John' is 2 tokens, not one: ' Mary' | ' John'",
+    ),
+    "target that lacks its space": (
+        targets({"text": "gave"}),
+        "objective.logit_diff.targets[0].text",
+        "' gave', with a leading space, is one token",
+    ),
+    "unknown target id": (
+        targets({"id": 100_000}),
+        "objective.logit_diff.targets[0].id",
+        "valid is 0..399",
+    ),
+    "empty target": (targets({}), "objective.logit_diff.targets[0].ref", "by text or by id"),
+    "target twice": (
+        targets({"text": " Mary"}, {"text": " Mary"}),
+        "objective.logit_diff.targets[1]",
+        "listed twice",
+    ),
+    "distractor is the target": (
+        {
+            "objective": {
+                "logitDiff": {"targets": [{"text": " Mary"}], "distractors": [{"text": " Mary"}]}
+            }
+        },
+        "objective.logit_diff.distractors[0]",
+        "is a target too",
+    ),
+    "position out of range": (objective(position=99), "objective.position", "valid is 0.."),
+    "negative position": (objective(position=-1), "objective.position", "valid is 0.."),
+    "top_k 0": ({"topK": 0}, "top_k", "top_k is 0; valid is 1..100000"),
+    "top_k too large": ({"topK": 100_001}, "top_k", "valid is 1..100000"),
+    "unknown norm mode": ({"normMode": 9}, "norm_mode", "NormMode does not define"),
+    "unknown column": ({"rankBy": 77}, "rank_by", "Column does not define"),
+    "compare objective alone": ({"compareObjective": OBJECTIVE}, "compare_objective", "not set"),
+    "compare without prompt": ({"compare": {}}, "compare.prompt", "a prompt is required"),
+    "no operation": (edited({"target": "neuron.0.1"}), AT + "op", "an operation is required"),
+    "no target address": (edited(ZERO), AT + "target", "an address is required"),
+    "not an address": (edited({"target": "neuron.1", **ZERO}), AT + "target", "not an address"),
+    "k > q": (
+        edited({"target": "head.0.1~2-5", **ZERO}),
+        AT + "target",
+        "the key must be in 0..2",
+    ),
+    "layer out of range": (
+        edited({"target": "head.2.0~1", **ZERO}),
+        AT + "target",
+        "layer 2 does not exist; valid is 0..1",
+    ),
+    "head out of range": (edited({"target": "head.1.2", **ZERO}), AT + "target", "valid is 0..1"),
+    "neuron out of range": (
+        edited({"target": "neuron.1.64~0", **ZERO}),
+        AT + "target",
+        "neuron 64 does not exist; valid is 0..63",
+    ),
+    "token out of range": (
+        edited({"target": "neuron.1.3~31", **ZERO}),
+        AT + "target",
+        "token position 31 does not exist",
+    ),
+    "unknown dictionary": (
+        edited({"target": "latent.mine.3", **ZERO}),
+        AT + "target",
+        "no dictionary 'mine' is loaded",
+    ),
+    "NaN": (edited({"target": "neuron.1.3", "set": {"value": "NaN"}}), AT + "set.value", "nan"),
+    "infinity": (
+        edited({"target": "neuron.1.3", "set": {"value": "Infinity"}}),
+        AT + "set.value",
+        "finite",
+    ),
+    "set without a value": (
+        edited({"target": "neuron.1.3", "set": {}}),
+        AT + "set.to",
+        "a value is required",
+    ),
+    "a head set to a number": (
+        edited({"target": "head.1.1~3", "set": {"value": 1}}),
+        AT + "set.value",
+        "a head's output is a vector",
+    ),
+    "positions with a node": (
+        edited({"target": "neuron.1.3~2", "positions": {"all": {}}, **ZERO}),
+        AT + "positions",
+        "names its own position",
+    ),
+    "positions unset": (
+        edited({"target": "neuron.1.3", "positions": {}, **ZERO}),
+        AT + "positions.which",
+        "one of all, list or start",
+    ),
+    "empty position list": (
+        edited({"target": "neuron.1.3", "positions": {"list": {}}, **ZERO}),
+        AT + "positions.list.positions",
+        "at least one position",
+    ),
+    "listed position out of range": (
+        edited({"target": "neuron.1.3", "positions": {"list": {"positions": [1, 40]}}, **ZERO}),
+        AT + "positions.list.positions[1]",
+        "position 40 does not exist",
+    ),
+    "position listed twice": (
+        edited({"target": "neuron.1.3", "positions": {"list": {"positions": [1, 1]}}, **ZERO}),
+        AT + "positions.list.positions[1]",
+        "listed twice",
+    ),
+    "start out of range": (
+        edited({"target": "neuron.1.3", "positions": {"start": 50}, **ZERO}),
+        AT + "positions.start",
+        "position 50 does not exist",
+    ),
+    "the same scalar twice": (
+        edited({"target": "neuron.1.3~2", **ZERO}, {"target": "neuron.1.3", "set": {"value": 1}}),
+        "run.interventions[1].target",
+        "already set by interventions[0]",
+    ),
+    "a pair and its row": (
+        edited({"target": "head.1.0~3-1", **ZERO}, {"target": "head.1.0~3", **ZERO}),
+        "run.interventions[1].target",
+        "already set by interventions[0]",
+    ),
+    "a row and its pair": (
+        edited({"target": "head.1.0", **ZERO}, {"target": "head.1.0~3-1", **ZERO}),
+        "run.interventions[1].target",
+        "already set by interventions[0]",
+    ),
+}
+
+NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
+    "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
+    "read-outs": ({"readOuts": {"tokens": 3}}, "read_outs"),
+    "verify": ({"verify": True}, "verify"),
+    "integrated steps": ({"integratedSteps": 4}, "integrated_steps"),
+    "log prob": (
+        {"objective": {"logProb": {"targets": [{"text": " Mary"}]}}},
+        "objective.log_prob",
+    ),
+    "trace": ({"objective": {"tracedNode": {"node": "neuron.0.1~2"}}}, "objective.traced_node"),
+    "scale": (edited({"target": "neuron.0.1", "scale": {"factor": 2}}), AT + "scale"),
+    "set vector": (
+        edited({"target": "head.0.1", "set": {"vector": {"dataType": 1}}}),
+        AT + "set.vector",
+    ),
+    "embed": (edited({"target": "embed~1", **ZERO}), AT + "target"),
+    "generated positions": (
+        edited({"target": "neuron.0.1", "positions": {"generated": {}}, **ZERO}),
+        AT + "positions.generated",
+    ),
+}
+
+
+def build(change: dict[str, Any]) -> attribute_pb2.AttributeRequest:
+    merged = {"run": RUN, "objective": OBJECTIVE, **change}
+    kept = {name: value for name, value in merged.items() if value is not None}
+    return ParseDict(kept, attribute_pb2.AttributeRequest())
+
+
+async def refusal(stub: "Stub", request: attribute_pb2.AttributeRequest) -> tuple[Any, str, str]:
+    """(status code, field path, message) of a call that must be refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Attribute(request)
+    status = rpc_status.from_call(caught.value)
+    bad = error_details_pb2.BadRequest()
+    for detail in status.details:
+        if detail.Is(bad.DESCRIPTOR):
+            detail.Unpack(bad)
+    path = bad.field_violations[0].field if bad.field_violations else ""
+    return caught.value.code(), path, caught.value.details() or ""
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_malformed_requests_say_where_and_what(name: str, stub: "Stub") -> None:
+    change, path, sentence = MALFORMED[name]
+    code, field, message = await refusal(stub, build(change))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert field == path
+    assert sentence in message
+    assert (await stub.Attribute(build({}))).rows  # the server keeps serving
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+async def test_what_is_not_built_is_named_never_ignored(name: str, stub: "Stub") -> None:
+    change, path = NOT_BUILT[name]
+    code, field, message = await refusal(stub, build(change))
+    assert code is grpc.StatusCode.UNIMPLEMENTED
+    assert field == path
+    assert "version" in message
+
+
+async def test_an_unknown_field_in_binary_is_refused(stub: "Stub") -> None:
+    request = build({})
+    request.run.MergeFromString(b"\xaa\x06\x01x")  # field 101, a string
+    code, field, message = await refusal(stub, request)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert field == "run"
+    assert "no field number 101" in message
+
+
+async def test_run_refuses_the_same_way(stub: "Stub") -> None:
+    request = ParseDict({"run": RUN, "positions": {"start": 99}}, run_pb2.RunRequest())
+    with pytest.raises(grpc.aio.AioRpcError, match="position 99 does not exist") as caught:
+        await stub.Run(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_tokenize_needs_a_prompt(stub: "Stub") -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="a prompt is required") as caught:
+        await stub.Tokenize(model_pb2.TokenizeRequest())
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_chat_without_a_template_is_a_failed_precondition(stub: "Stub") -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    code, field, message = await refusal(stub, build({"run": {"prompt": {"chat": chat}}}))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert field == "run.prompt.chat"
+    assert "no chat template" in message
