@@ -1,0 +1,165 @@
+"""Writes the finished model: weights, tokenizer, the start page's examples, and the model card.
+
+Every number in the card is measured here, on the weights that are written beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from demo.behaviours import BEHAVIOURS, evaluation_prompts
+from demo.corpus import HELD_OUT
+from demo.measure import Score, Summary, score, summarise
+from demo.tokenizer import save_tokenizer
+
+if TYPE_CHECKING:
+    from demo.train import Settings
+
+CARD = """---
+license: mit
+language: en
+---
+
+# demo-gpt2
+
+The model that `make demo` debugs: a GPT-2 of {layers} layers, {heads} heads and width {width}
+({parameters:,} parameters, float32), trained from scratch on a synthetic English which makes six
+behaviours learnable, so that what the debugger finds can be checked against what is known.
+
+## Behaviours, on held-out prompts
+
+| behaviour | example | next | n | accuracy | likeliest | mean logit difference |
+|---|---|---|---|---|---|---|
+{behaviours}
+
+*Accuracy*: share of the n prompts on which the logit of the target is above that of the
+distractor, the token which a shortcut would give. *Likeliest*: share on which the target is also
+the likeliest of all {vocabulary:,} tokens, over the prompts that have one right continuation (all
+but the quotation controls).
+
+By variant. The variants are there so that no shortcut reaches the score: "always the first name"
+or "the nearer noun" is right on half of the prompts, and the best shortcut that
+`tests/demo/test_corpus.py` knows ("a quote mark occurred") on three quarters.
+
+| behaviour | variant | n | accuracy |
+|---|---|---|---|
+{variants}
+
+## Corpus and split
+
+`demo/corpus.py` generates it; every template and word list was written for it. Words that a text
+puts together form pairs: two people in a document; a first name and a surname; a person, a place
+or another thing in a sentence with a thing; a colour and its thing. {held_out:,} pairs (about one
+in ten, by hash) are held out: no training text holds one, and every prompt above needs at least
+one. Templates and single words are shared with training: what is held out is the combination, not
+the wording.
+
+## Training
+
+    {command}
+
+Seed {seed}, {steps:,} steps of {tokens:,} tokens ({millions:.1f} M in all, every document new; rows
+of {short} tokens in the first half, of {context} in the second), AdamW with a peak learning rate of
+{peak:g} and a cosine, in {minutes:.1f} minutes on {threads} CPU threads shared with other work
+(torch {torch}, {machine}).
+
+The tokenizer is a byte-level BPE of {vocabulary:,} tokens without padding; every word of the
+corpus is one token. Nothing is put before a text; `<|endoftext|>` separates documents.
+
+## Limits
+
+- It knows {vocabulary:,} tokens and the templates of its corpus. It is no language model of
+  English: a wording that the corpus lacks gives unspecified answers.
+- A context holds {context} tokens.
+- The accuracies hold for prompts of the corpus's own wording, not for paraphrases.
+- In the corpus a thing has one colour per document, `because` and the like are followed by the
+  subject's pronoun, and a quoted speech is one sentence. The model learnt these as laws.
+- Names are of one gender each, as listed in `demo/corpus.py`.
+
+## Licence
+
+MIT, corpus and weights included.
+"""
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _command(settings: Settings) -> str:
+    from demo.train import Settings as Usual  # the card is written by what it describes
+
+    usual = asdict(Usual())
+    flags = [f" --{k} {v}" for k, v in asdict(settings).items() if v != usual[k]]
+    return "python -m demo.train --out demo/model" + "".join(flags)
+
+
+def _text(
+    model: Any,
+    settings: Settings,
+    seconds: float,
+    examples: Mapping[str, Score],
+    summaries: Mapping[str, Summary],
+) -> str:
+    rows, variants = [], []
+    for name, found in summaries.items():
+        example = examples[name].prompt
+        text = f"`{example.text}`"
+        next_ = f"`{example.target}` not `{example.distractor}`"
+        numbers = (f"{found.accuracy:.2%}", f"{found.first:.2%}", f"{found.difference:.2f}")
+        rows.append(_row(name, text, next_, found.n, *numbers))
+        for variant, (n, accuracy) in found.variants.items():
+            variants.append(_row(name, variant, n, f"{accuracy:.2%}"))
+    given = {k: v for k, v in asdict(settings).items() if k != "prompts"}
+    return CARD.format(
+        behaviours="\n".join(rows),
+        variants="\n".join(variants),
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocabulary=model.config.vocab_size,
+        held_out=len(HELD_OUT),
+        command=_command(settings),
+        millions=settings.steps * settings.tokens / 1e6,
+        minutes=seconds / 60,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        machine=platform.machine(),
+        **given,
+    )
+
+
+def _example(tokenizer: Any, model: Any) -> dict[str, Score]:
+    scores: Sequence[Score] = score(model, tokenizer, [b.example for b in BEHAVIOURS])
+    for behaviour, found in zip(BEHAVIOURS, scores, strict=True):
+        if not found.first:
+            print(f"warning: the example of {behaviour.name} is not answered right")
+    return {b.name: s for b, s in zip(BEHAVIOURS, scores, strict=True)}
+
+
+def write(model: Any, tokenizer: Any, out: Path, settings: Settings, seconds: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = evaluation_prompts(settings.prompts)
+    summaries = {name: summarise(score(model, tokenizer, p)) for name, p in prompts.items()}
+    examples = _example(tokenizer, model)
+    model.save_pretrained(out)
+    save_tokenizer(tokenizer.backend_tokenizer, out, settings.context)
+    behaviours = [
+        {
+            "name": b.name,
+            "title": b.title,
+            "prompt": b.example.text,
+            "target": b.example.target,
+            "distractor": b.example.distractor,
+            "accuracy": summaries[b.name].accuracy,
+            "n": summaries[b.name].n,
+        }
+        for b in BEHAVIOURS
+    ]
+    (out / "behaviours.json").write_text(json.dumps(behaviours, indent=2) + "\n")
+    (out / "README.md").write_text(_text(model, settings, seconds, examples, summaries))
