@@ -1,0 +1,84 @@
+"""The command's own refusals and answers; nothing is started here."""
+
+from pathlib import Path
+
+import pytest
+import tdb
+from tdb.cli import main
+
+from services.common.settings import setting_fields
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for field in setting_fields():
+        monkeypatch.delenv(field.metadata["variable"], raising=False)
+    monkeypatch.setenv("TDB_DATA_DIR", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "a command is needed"),
+        (("down",), "invalid choice: 'down'"),
+        (("up",), "--demo, or --model ID_OR_FOLDER"),
+        (("up", "--demo", "--model", "gpt2"), "--demo and --model exclude each other"),
+        (("up", "--model", "a,b"), "--model takes one model"),
+        (("up", "--model", ""), "--model takes one model"),
+        (("up", "--mod", "gpt2"), "unrecognized arguments"),
+        (("up", "--model"), "expected one argument"),
+    ],
+)
+def test_wrong_usage_is_exit_2(
+    arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "says"),
+    [
+        (("up", "--model", "/no/such/folder"), {}, "names a folder that does not exist"),
+        (("up", "--model", "gpt2", "--host", "0.0.0.0"), {}, "set TDB_TOKENS as well"),
+        (("up", "--model", "gpt2", "--data-dir", __file__), {}, "TDB_DATA_DIR must be a folder"),
+        (("up", "--model", "gpt2"), {"TDB_GATEWAY_PORT": "x"}, "TDB_GATEWAY_PORT must be a port"),
+        (("up",), {"TDB_MODEL": "/no/such/folder"}, "names a folder that does not exist"),
+        (("config",), {"TDB_REDIS_URL": "redis://x"}, "not part of this version yet"),
+    ],
+)
+def test_what_cannot_be_right_is_one_sentence_and_exit_1(
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"tdb {tdb.__version__}\n"
+
+
+def test_config_prints_every_setting_and_no_token(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TDB_TOKENS", "ann:hush")
+    assert main(["config"]) == 0
+    out = capsys.readouterr().out
+    assert "hush" not in out
+    assert "TDB_TOKENS=(tokens of ann)  # environment" in out
+    names = [line.partition("=")[0] for line in out.splitlines()]
+    assert names == [field.metadata["variable"] for field in setting_fields()]
