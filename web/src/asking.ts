@@ -18,6 +18,7 @@ import { tokens } from "./tokenise";
 import { ablation, decode, DEFAULT_ROWS, encode, isAblation, type Question } from "./url";
 
 const REMEMBERED = 50;
+const RESTART_MS = 3_000;
 let flight = new AbortController();
 
 /** Loads the model, then asks what the address asks, or the model's first example. */
@@ -57,9 +58,16 @@ async function loadModel(id: string): Promise<boolean> {
     return true;
   } catch (error) {
     if (needsToken(error)) return false;
-    state.modelProblem.value = problems(error)[0] ?? null;
+    const problem = problems(error)[0] ?? null;
+    state.modelProblem.value = problem;
+    if (problem?.retry && !state.model.value) setTimeout(restart, RESTART_MS);
     return false;
   }
+}
+
+/** A service that is still starting is waited for; whoever cannot wait has a button. */
+function restart(): void {
+  if (!state.model.value && !state.locked.value) void start();
 }
 
 export function currentModel(): string {

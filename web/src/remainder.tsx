@@ -76,7 +76,7 @@ function Row({ part: { node, title, after, before }, cols, inner, children }: Ro
           <td
             key={id}
             class={`figure ${side} ${quantity}`}
-            title={x === undefined ? title : full(x)}
+            title={x === undefined ? undefined : full(x)}
           >
             {x === undefined ? "" : signed(x)}
           </td>
