@@ -1,11 +1,11 @@
 /** The workbench: the question on top and always in sight, the answer scrolling below it. */
-import { change, start, unlock } from "./asking";
+import { unlock } from "./asking";
 import { Header } from "./header";
 import { Interventions } from "./interventions";
 import { Logits } from "./logits";
 import { ObjectiveCard } from "./objective";
 import { PromptBar } from "./prompt";
-import { answer, loading, locked, model, modelProblem, problemsAt, stale } from "./state";
+import { answer, loading, locked, model, modelProblem, stale } from "./state";
 import { NodeTable } from "./table";
 
 export function App() {
@@ -24,7 +24,6 @@ export function App() {
         <PromptBar />
         <Interventions />
       </div>
-      <Notices />
       <main data-scroller aria-busy={loading.value} data-stale={stale.value ? "" : undefined}>
         {answer.value ? (
           <>
@@ -39,29 +38,6 @@ export function App() {
         )}
       </main>
     </>
-  );
-}
-
-/** What concerns no single field: one sentence, and a way to try again where that may help. */
-function Notices() {
-  const all = [...(modelProblem.value ? [modelProblem.value] : []), ...problemsAt("page")];
-  return (
-    <div class="notices" aria-live="assertive">
-      {all.map(({ text, retry }) => (
-        <p key={text} class="notice error" role="alert">
-          {text}{" "}
-          {(retry || !model.value) && (
-            <button
-              type="button"
-              class="small"
-              onClick={() => (model.value ? change(() => ({})) : void start())}
-            >
-              Try again
-            </button>
-          )}
-        </p>
-      ))}
-    </div>
   );
 }
 

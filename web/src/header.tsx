@@ -1,7 +1,7 @@
-/** The top line: which model, on what, and the look of the page. */
-import { switchModel } from "./asking";
+/** The top line: which model, on what; what went wrong, if it concerns no field; the look. */
+import { change, start, switchModel } from "./asking";
 import { plain } from "./numbers";
-import { loading, model, models } from "./state";
+import { loading, model, modelProblem, models, problemsAt } from "./state";
 import { nextTheme, theme, THEMES } from "./theme";
 
 export function Header() {
@@ -43,6 +43,7 @@ export function Header() {
           </span>
         </p>
       )}
+      <Notices />
       <button
         type="button"
         class="quiet theme"
@@ -53,5 +54,28 @@ export function Header() {
         {THEMES[theme.value]}
       </button>
     </header>
+  );
+}
+
+/** What concerns no single field: one sentence, and a way to try again where that may help. */
+function Notices() {
+  const all = [...(modelProblem.value ? [modelProblem.value] : []), ...problemsAt("page")];
+  return (
+    <div class="notices" aria-live="assertive">
+      {all.map(({ text, retry }) => (
+        <p key={text} class="notice error" role="alert">
+          {text}{" "}
+          {(retry || !model.value) && (
+            <button
+              type="button"
+              class="small"
+              onClick={() => (model.value ? change(() => ({})) : void start())}
+            >
+              Try again
+            </button>
+          )}
+        </p>
+      ))}
+    </div>
   );
 }

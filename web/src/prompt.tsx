@@ -124,9 +124,9 @@ function Examples() {
         <a
           key={example.title}
           href={`#${encode(exampleQuestion(example))}`}
-          title={`${example.prompt} → ${visible(example.target ?? "")}, not ${visible(example.distractor ?? "")}`}
+          title={`${example.title}\n${example.prompt} → ${visible(example.target ?? "")}, not ${visible(example.distractor ?? "")}`}
         >
-          {example.title}
+          {example.title?.split(":")[0]}
         </a>
       ))}
     </nav>
