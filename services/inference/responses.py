@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tdb.inference.v1 import attribute_pb2, intervention_pb2, manifest_pb2, model_pb2, run_pb2
 from tdb.type.v1 import token_pb2
 
-from services.inference import features, manifest, requests
+from services.inference import features, manifest, request_tokens, requests
 from services.inference.engine import ENGINE_VERSION, tables
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.model import (
@@ -39,7 +39,7 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
             max_tokens=architecture.context,
             max_rows=requests.MAX_ROWS,
             max_interventions=requests.MAX_INTERVENTIONS,
-            max_token_refs=requests.MAX_TOKEN_REFS,
+            max_token_refs=request_tokens.MAX_TOKEN_REFS,
         ),
         supports=[
             *(model_pb2.Support(feature=each, supported=True) for each in features.BUILT),
@@ -112,7 +112,10 @@ def fill_attribution(
     response.compare_receipts.extend(_receipt(each) for each in second.receipts)
     response.token_effects.extend(_effects(each, True) for each in table.token_effects[1])
     for row in response.remainder:
-        row.compare_direct_effect = second.remainder[row.node]
+        row.compare_direct_effect = second.remainder.get(row.node, 0.0)
+    for name, value in second.remainder.items():
+        if name not in first.remainder:
+            response.remainder.add(node=name, compare_direct_effect=value)
 
 
 def timings(

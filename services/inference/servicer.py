@@ -10,7 +10,7 @@ from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc
 
 from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
-from services.inference import manifest, requests, responses
+from services.inference import manifest, request_tokens, requests, responses
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
@@ -54,7 +54,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
             with inside("prompt"):
                 if not request.HasField("prompt"):
                     raise InvalidArgument("a prompt is required", reason="REQUIRED")
-                ids = requests.prompt_ids(request.prompt, model)
+                ids = request_tokens.prompt_ids(request.prompt, model)
             text, offsets = model.vocabulary.decode(ids)
             return model_pb2.TokenizeResponse(
                 tokens=responses.tokens(ids, model.vocabulary), byte_offsets=offsets, text=text

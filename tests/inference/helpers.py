@@ -1,16 +1,13 @@
-"""Tiny GPT-2s with every weight random, and forward passes written here with plain hooks.
+"""Tiny models with every weight random, the engine on them, and views of what it found."""
 
-The plain passes share no code with the engine: they are what the engine is compared with.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 from services.inference.engine import attention
 from services.inference.engine.architecture import Architecture, resolve
@@ -18,10 +15,14 @@ from services.inference.engine.attribution import ExplainedRun, Explanation, Nor
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column, EmbedNodes, HeadNodes, NeuronNodes
 from services.inference.engine.forward import Hooks
-from services.inference.engine.interventions import Edit
-from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.interventions import Edit, Intervention
+from services.inference.engine.interventions import resolve as resolve_edits
+from services.inference.engine.objectives import LogitDiff, Objective
 
 VOCABULARY = 61
+LAYERS, HEADS, WIDTH, HEAD_WIDTH, NEURONS = 3, 4, 16, 4, 64
+FAMILIES = ("gpt2", "llama", "llama-tied")
+"""`llama` has grouped-query attention and an unembedding of its own; `llama-tied` has neither."""
 
 # The model folder of conftest.py: more vocabulary rows than its tokenizer has tokens.
 SENTENCE = "When Mary and John went to the store, John gave a drink to Mary."
@@ -30,26 +31,42 @@ CONTEXT = 32
 
 
 def random_model(
-    dtype: torch.dtype = torch.float32, *, implementation: str = "eager", layers: int = 3
-) -> GPT2LMHeadModel:
+    family: str = "gpt2", dtype: torch.dtype = torch.float32, *, implementation: str = "eager"
+) -> PreTrainedModel:
     """The same weights each time; biases and norms random too: no term can hide in a zero."""
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=24,
-        n_embd=16,
-        n_layer=layers,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation=implementation,
-    )
-    model = GPT2LMHeadModel(config)
+    model: PreTrainedModel
+    if family == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=24,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            attn_implementation=implementation,
+        )
+        model = GPT2LMHeadModel(config)
+    else:
+        tied = family == "llama-tied"
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                max_position_embeddings=24,
+                hidden_size=WIDTH,
+                intermediate_size=NEURONS,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=HEADS if tied else 2,
+                tie_word_embeddings=tied,
+                attention_bias=tied,
+                mlp_bias=tied,
+                attn_implementation=implementation,
+            )
+        )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_gain = name.endswith("weight") and ".ln_" in name
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.4 * noise)
     model.to(dtype).eval().requires_grad_(False)
     return model
@@ -62,6 +79,9 @@ class Engine:
     hooks: Hooks
     architecture: Architecture
 
+    def edits(self, *wanted: Intervention, tokens: int) -> tuple[Edit, ...]:
+        return resolve_edits(wanted, self.architecture.shape, self.architecture.widths, tokens)
+
     def explain(
         self,
         *runs: ExplainedRun,
@@ -70,21 +90,39 @@ class Engine:
         return explain(self.hooks, self.architecture, runs, norm_mode, CancelToken())[0]
 
 
-def random_engine(dtype: torch.dtype = torch.float32, *, layers: int = 3) -> Engine:
-    model = random_model(dtype, implementation=attention.IMPLEMENTATION, layers=layers)
+def random_engine(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> Engine:
+    model = random_model(family, dtype, implementation=attention.IMPLEMENTATION)
     architecture = resolve(model)
     return Engine(Hooks(model, architecture), architecture)
 
 
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lifts the casts to float32 inside Hugging Face's RMSNorm and softmax."""
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        scaled: Tensor = (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+        return scaled
+
+    def eager(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        key = modeling_llama.repeat_kv(key, module.num_key_value_groups)
+        value = modeling_llama.repeat_kv(value, module.num_key_value_groups)
+        scores = query @ key.transpose(2, 3) * kwargs["scaling"]
+        probabilities = nn.functional.softmax(scores + mask, dim=-1)
+        return (probabilities @ value).transpose(1, 2), probabilities
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+
+
 def explained(
-    ids: tuple[int, ...],
-    *edits: Edit,
-    targets: tuple[int, ...] = (5,),
-    distractors: tuple[int, ...] = (9, 11),
-    position: int | None = None,
+    ids: tuple[int, ...], *edits: Edit, objective: Objective | None = None
 ) -> ExplainedRun:
-    position = len(ids) - 1 if position is None else position
-    return ExplainedRun(ids, edits, LogitDiff(targets, distractors, position))
+    return ExplainedRun(ids, edits, objective or LogitDiff((5,), (9, 11), len(ids) - 1))
 
 
 def matrices(explanation: Explanation, column: Column) -> list[Tensor]:
@@ -104,101 +142,3 @@ def matrices(explanation: Explanation, column: Column) -> list[Tensor]:
             case NeuronNodes():
                 found.append(values.view(tokens, -1))
     return found
-
-
-Site = Callable[[Tensor], Tensor]
-
-
-@contextmanager
-def plain_edits(
-    model: GPT2LMHeadModel,
-    *,
-    neurons: dict[int, Site] | None = None,
-    probabilities: dict[int, Site] | None = None,
-    final_scale: Tensor | None = None,
-) -> Iterator[None]:
-    """Edits an eager Hugging Face GPT-2 by hand.
-
-    `neurons[l]` maps [B, T, F]; `probabilities[l]` maps [B, H, T, T]; `final_scale` [B, T, 1] is
-    what the final norm divides by instead of its own scale.
-    """
-    with ExitStack() as stack:
-        for layer, site in (neurons or {}).items():
-            stack.enter_context(_neurons_edited(model.transformer.h[layer].mlp.c_proj, site))
-        for layer, site in (probabilities or {}).items():
-            stack.enter_context(_attention_edited(model.transformer.h[layer].attn, site))
-        if final_scale is not None:
-            stack.enter_context(_final_norm_held(model.transformer.ln_f, final_scale))
-        yield
-
-
-@contextmanager
-def _neurons_edited(projection: nn.Module, site: Site) -> Iterator[None]:
-    handle = projection.register_forward_pre_hook(lambda module, args: (site(args[0]), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _attention_edited(module: GPT2Attention, site: Site) -> Iterator[None]:
-    """Replaces the output projection's input by probs' @ v, from q, k, v taken by hand."""
-    seen: dict[str, Tensor] = {}
-
-    def remember(owner: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["qkv"] = output
-
-    def rewrite(owner: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        batch, tokens, width = args[0].shape
-        heads = module.num_heads
-        parts = seen["qkv"].view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        query, key, value = parts[0], parts[1], parts[2]
-        scores = query @ key.transpose(-1, -2) / (width // heads) ** 0.5
-        causal = torch.ones(tokens, tokens).triu(1).bool()
-        probabilities = site(scores.masked_fill(causal, float("-inf")).softmax(-1))
-        return ((probabilities @ value).transpose(1, 2).reshape(batch, tokens, width),)
-
-    handles = [
-        module.c_attn.register_forward_hook(remember),
-        module.c_proj.register_forward_pre_hook(rewrite),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _final_norm_held(norm: nn.LayerNorm, scale: Tensor) -> Iterator[None]:
-    def held(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        centred = args[0] - args[0].mean(-1, keepdim=True)
-        return centred / scale * norm.weight + norm.bias
-
-    handle = norm.register_forward_hook(held)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def final_scale(model: GPT2LMHeadModel, ids: tuple[int, ...]) -> Tensor:
-    """[1, T, 1]: the final norm's scale in the clean run."""
-    seen: list[Tensor] = []
-    handle = model.transformer.ln_f.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
-    model(torch.tensor([ids]))
-    handle.remove()
-    variance: Tensor = seen[0].var(-1, keepdim=True, correction=0)
-    return (variance + float(model.transformer.ln_f.eps)).sqrt()
-
-
-def plain_objective(model: GPT2LMHeadModel, run: ExplainedRun) -> float:
-    """J by the model's own forward pass, as it stands (under whatever `plain_edits`)."""
-    logits = model(torch.tensor([run.token_ids])).logits[0, run.objective.position].double()
-    value = logits[list(run.objective.targets)].mean()
-    if run.objective.distractors:
-        value = value - logits[list(run.objective.distractors)].mean()
-    return float(value)

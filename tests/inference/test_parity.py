@@ -22,7 +22,7 @@ from services.inference.engine.attribution import (
 )
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
-from services.inference.engine.interventions import Intervention, SetValue, Zero, resolve
+from services.inference.engine.interventions import Intervention, SetTo, Zero, resolve
 from services.inference.engine.model import Model
 from services.inference.engine.objectives import LogitDiff
 from tests.inference.helpers import matrices
@@ -79,7 +79,7 @@ def to_run(request: dict[str, Any], model: Model) -> ExplainedRun:
         tuple(model.vocabulary.single(token) for token in request.get(name) or [])
         for name in ("targetTokens", "distractorTokens")
     )
-    edits = resolve(wanted, model.architecture.shape, len(ids))
+    edits = resolve(wanted, model.architecture.shape, model.architecture.widths, len(ids))
     return ExplainedRun(ids, edits, LogitDiff(targets, distractors, len(ids) - 1))
 
 
@@ -88,7 +88,7 @@ def _intervention(ablation: dict[str, Any]) -> Intervention:
     layer = node["layerIndex"]
     if node["nodeType"] == "mlp_neuron":
         token, neuron = node["tensorIndices"]
-        return Intervention(Address(Kind.NEURON, layer, neuron, position=token), SetValue(value))
+        return Intervention(Address(Kind.NEURON, layer, neuron, position=token), SetTo(value))
     assert value == 0
     query, _, head = node["tensorIndices"]
     return Intervention(Address(Kind.HEAD, layer, head, position=query), Zero())

@@ -1,5 +1,8 @@
 """Malformed requests: INVALID_ARGUMENT, the field's path, what would be right; it serves on."""
 
+import base64
+import math
+import struct
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -31,6 +34,11 @@ def objective(**more: Any) -> dict[str, Any]:
 
 def targets(*refs: dict[str, Any]) -> dict[str, Any]:
     return {"objective": {"logitDiff": {"targets": list(refs)}}}
+
+
+def tensor(*values: float) -> dict[str, Any]:
+    data = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+    return {"dataType": "DATA_TYPE_FLOAT32", "shape": [len(values)], "data": data}
 
 
 ZERO: dict[str, Any] = {"zero": {}}
@@ -160,7 +168,92 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a head set to a number": (
         edited({"target": "head.1.1~3", "set": {"value": 1}}),
         AT + "set.value",
-        "a head's output is a vector",
+        "its value is a vector of width 8",
+    ),
+    "a vector for a scalar": (
+        edited({"target": "neuron.1.3", "set": {"vector": tensor(0.5)}}),
+        AT + "set.vector",
+        "its value is one number",
+    ),
+    "a vector of the wrong width": (
+        edited({"target": "attn.1", "set": {"vector": tensor(0.5, 1.0)}}),
+        AT + "set.vector",
+        "its value has width 16, the vector has shape [2]",
+    ),
+    "a vector without a data type": (
+        edited({"target": "attn.1", "set": {"vector": {"shape": [1], "data": ""}}}),
+        AT + "set.vector.data_type",
+        "FLOAT32",
+    ),
+    "a vector of two axes": (
+        edited({"target": "attn.1", "set": {"vector": {**tensor(1.0), "shape": [1, 1]}}}),
+        AT + "set.vector.shape",
+        "a vector has one axis",
+    ),
+    "a vector that lacks bytes": (
+        edited({"target": "attn.1", "set": {"vector": {**tensor(1.0), "shape": [16]}}}),
+        AT + "set.vector.data",
+        "needs 64 bytes, there are 4",
+    ),
+    "NaN in a vector": (
+        edited({"target": "attn.1", "add": {"direction": {"vector": tensor(*[math.nan] * 16)}}}),
+        AT + "add.direction.vector.data",
+        "every value must be finite",
+    ),
+    "infinite factor": (
+        edited({"target": "neuron.1.3", "scale": {"factor": "-Infinity"}}),
+        AT + "scale.factor",
+        "finite",
+    ),
+    "nothing to add": (
+        edited({"target": "neuron.1.3", "add": {}}),
+        AT + "add.addend",
+        "one of value or direction",
+    ),
+    "strength of a number": (
+        edited({"target": "neuron.1.3", "add": {"value": 1, "strength": 2}}),
+        AT + "add.strength",
+        "strength multiplies a direction",
+    ),
+    "a number added to a sublayer": (
+        edited({"target": "mlp.1", "add": {"value": 1}}),
+        AT + "add.value",
+        "its value is a vector of width 16",
+    ),
+    "no direction": (
+        edited({"target": "mlp.1", "add": {"direction": {}}}),
+        AT + "add.direction.of",
+        "one of vector, write_of or unembedding",
+    ),
+    "direction of length 0": (
+        edited({"target": "mlp.1", "add": {"direction": {"vector": tensor(*[0.0] * 16)}}}),
+        AT + "add.direction",
+        "length 0",
+    ),
+    "write of a head": (
+        edited({"target": "mlp.1", "add": {"direction": {"writeOf": "head.0.1"}}}),
+        AT + "add.direction.write_of",
+        "writes no single direction",
+    ),
+    "unembedding of nothing": (
+        edited({"target": "mlp.1", "add": {"direction": {"unembedding": {}}}}),
+        AT + "add.direction.unembedding.targets",
+        "at least one target",
+    ),
+    "no target of log_prob": (
+        {"objective": {"logProb": {}}},
+        "objective.log_prob.targets",
+        "at least one target",
+    ),
+    "two-token target of prob": (
+        {"objective": {"prob": {"targets": [{"text": " Mary John"}]}}},
+        "objective.prob.targets[0].text",
+        "is 2 tokens",
+    ),
+    "a sublayer set twice": (
+        edited({"target": "resid_pre.1~2", **ZERO}, {"target": "resid_post.0", **ZERO}),
+        "run.interventions[1].target",
+        "already set by interventions[0]",
     ),
     "positions with a node": (
         edited({"target": "neuron.1.3~2", "positions": {"all": {}}, **ZERO}),
@@ -214,17 +307,13 @@ NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "read-outs": ({"readOuts": {"tokens": 3}}, "read_outs"),
     "verify": ({"verify": True}, "verify"),
     "integrated steps": ({"integratedSteps": 4}, "integrated_steps"),
-    "log prob": (
-        {"objective": {"logProb": {"targets": [{"text": " Mary"}]}}},
-        "objective.log_prob",
-    ),
+    "along": ({"objective": {"along": {"point": "embed"}}}, "objective.along"),
     "trace": ({"objective": {"tracedNode": {"node": "neuron.0.1~2"}}}, "objective.traced_node"),
-    "scale": (edited({"target": "neuron.0.1", "scale": {"factor": 2}}), AT + "scale"),
-    "set vector": (
-        edited({"target": "head.0.1", "set": {"vector": {"dataType": 1}}}),
-        AT + "set.vector",
-    ),
-    "embed": (edited({"target": "embed~1", **ZERO}), AT + "target"),
+    "mean": (edited({"target": "neuron.0.1", "mean": {}}), AT + "mean"),
+    "patch": (edited({"target": "neuron.0.1", "patch": {}}), AT + "patch"),
+    "project out": (edited({"target": "attn.1", "projectOut": {}}), AT + "project_out"),
+    "mask": (edited({"target": "head.0.1~2-1", "mask": {}}), AT + "mask"),
+    "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
     "generated positions": (
         edited({"target": "neuron.0.1", "positions": {"generated": {}}, **ZERO}),
         AT + "positions.generated",

@@ -23,7 +23,10 @@ NAMES = ("activation", "write_magnitude", "direct_effect", "total_effect")
 def pair() -> tuple[Explanation, ...]:
     engine = random_engine()
     ablated = resolve(
-        [Intervention(parse("head.1.2"), Zero())], engine.architecture.shape, len(IDS)
+        [Intervention(parse("head.1.2"), Zero())],
+        engine.architecture.shape,
+        engine.architecture.widths,
+        len(IDS),
     )
     return engine.explain(explained(IDS, *ablated), explained(IDS[:6]))
 

@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from services.common.addresses import Shape
 from services.common.errors import FailedPrecondition
+from services.inference.engine.interventions import Widths
 from services.inference.engine.norms import Norm, probe_norm
 
-FAMILIES = ("gpt2",)
+FAMILIES = ("gpt2", "llama")
 """Values of `config.model_type` whose numbers are tested."""
 
 
@@ -28,6 +29,7 @@ class Layer:
 
     block: nn.Module
     attention: nn.Module
+    mlp: nn.Module
     mlp_down: nn.Module
     norms: tuple[Norm, ...]
     w_o: Tensor
@@ -51,7 +53,8 @@ class Architecture:
     family: str
     layers: tuple[Layer, ...]
     final_norm: Norm
-    unembed: nn.Module
+    w_u: Tensor
+    """[V, d]: unembedding rows."""
     unembed_bias: Tensor | None
     """[V]"""
     n_heads: int
@@ -65,6 +68,10 @@ class Architecture:
     @property
     def shape(self) -> Shape:
         return Shape(layers=len(self.layers), heads=self.n_heads, neurons=self.neurons)
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(residual=self.width, head=self.head_width)
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -99,6 +106,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
                 block=arch.block(index),
                 attention=arch.attn_module(index),
                 attn_out=arch.attn_out_proj(index),
+                mlp=arch.mlp_module(index),
                 mlp_down=arch.mlp_projection(index, "down"),
                 pre_mlp_norm=arch.pre_mlp_norm(index),
                 heads=arch.n_heads,
@@ -110,7 +118,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
         family=str(config.model_type),
         layers=layers,
         final_norm=final_norm,
-        unembed=arch.lm_head,
+        w_u=_write_weight(arch.lm_head).T,
         unembed_bias=_bias(arch.lm_head),
         n_heads=arch.n_heads,
         n_key_value_heads=arch.n_kv_heads,
@@ -126,6 +134,7 @@ def _layer(
     block: nn.Module,
     attention: nn.Module,
     attn_out: nn.Module,
+    mlp: nn.Module,
     mlp_down: nn.Module,
     pre_mlp_norm: nn.Module | None,
     heads: int,
@@ -133,7 +142,7 @@ def _layer(
     w_o = _write_weight(attn_out)
     w_o = w_o.view(heads, w_o.shape[0] // heads, w_o.shape[1])
     w_out = _write_weight(mlp_down)
-    norms = [child for child in block.children() if isinstance(child, nn.LayerNorm)]
+    norms = [child for child in block.children() if type(child).__name__.endswith("Norm")]
     if len(norms) != 2 or pre_mlp_norm is not norms[1]:
         raise FailedPrecondition(
             f"expected a norm before attention and one before the MLP, found {len(norms)} norms",
@@ -143,6 +152,7 @@ def _layer(
     return Layer(
         block=block,
         attention=attention,
+        mlp=mlp,
         mlp_down=mlp_down,
         norms=tuple(probe_norm(norm, width) for norm in norms),
         w_o=w_o,

@@ -9,6 +9,8 @@ its sum is taken again with the edited probabilities.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -20,9 +22,13 @@ IMPLEMENTATION = "tdb_captured"
 
 
 class AttentionTap(Protocol):
-    """What a layer's attention reports to: returns the outputs [B, T, H, dh] to go on with."""
+    """What a layer's attention reports to. Shapes: q [B, H, T, dh], k and v [B, Hk, T, dh]."""
 
-    def attention(self, value: Tensor, output: Tensor, probabilities: Tensor) -> Tensor: ...
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v to go on with; k and v may come back per query head [B, H, T, dh]."""
+
+    def outputs(self, value: Tensor, output: Tensor, probabilities: Tensor) -> Tensor:
+        """Output [B, T, H, dh] to go on with, of probabilities [B, H, T, T]."""
 
 
 _taps: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
@@ -42,11 +48,28 @@ def _captured_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    output, probabilities = eager(module, query, key, value, attention_mask, **kwargs)
     listener = _taps.get(module)
-    if listener is not None:
-        output = listener.attention(value, output, probabilities)
-    return output, probabilities
+    if listener is None:
+        untouched: tuple[Tensor, Tensor] = eager(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return untouched
+    heads = key.shape[1]
+    query, key, value = listener.inputs(query, key, value)
+    with _one_head_per_group(module) if key.shape[1] != heads else nullcontext():
+        output, probabilities = eager(module, query, key, value, attention_mask, **kwargs)
+    return listener.outputs(value, output, probabilities), probabilities
+
+
+@contextmanager
+def _one_head_per_group(module: nn.Module) -> Iterator[None]:
+    """While keys and values are spread over the query heads, the model must not repeat them."""
+    groups = module.num_key_value_groups
+    setattr(module, "num_key_value_groups", 1)  # noqa: B010  # nn.Module types it as a tensor
+    try:
+        yield
+    finally:
+        module.num_key_value_groups = groups
 
 
 AttentionInterface.register(IMPLEMENTATION, _captured_attention)

@@ -17,8 +17,10 @@ from torch import Tensor
 from services.common.errors import FailedPrecondition
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.columns import EmbedNodes, HeadNodes, NeuronNodes, NodeGroup, Reader
-from services.inference.engine.forward import AttentionSite, Hooks, Pass, Row
+from services.inference.engine.captured import AttentionSite, Pass, Row
+from services.inference.engine.columns import EmbedNodes, HeadNodes, NeuronNodes, NodeGroup
+from services.inference.engine.direct_path import DirectPath, direct_path, head_path
+from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.objectives import Objective
 
@@ -144,23 +146,27 @@ def _explanation(
     logits: Tensor,
 ) -> Explanation:
     length = len(run.token_ids)
+    reads = (run.objective.position,)
     reference = current.final_input[row, :length].detach()
-    reader = Reader(gradients.final_input[row, :length], (run.objective.position,))
+    gradient = gradients.final_input[row, :length]
+    path = direct_path(gradient, run.edits, len(architecture.layers))
     groups: list[NodeGroup] = [
-        EmbedNodes(current.embed[row, :length].detach(), gradients.embed[row, :length], reader)
-    ]
-    per_value = architecture.n_heads // architecture.n_key_value_heads
-    for index, (layer, site) in enumerate(zip(architecture.layers, current.attention, strict=True)):
-        groups.append(
-            HeadNodes(
-                index,
-                layer,
-                site.used(row)[:, :length, :length].detach(),
-                gradients.of_used_probabilities(index, site, row)[:, :length, :length],
-                site.values[row, :, :length].detach().repeat_interleave(per_value, dim=0),
-                reader,
-            )
+        EmbedNodes(
+            current.embed[row, :length].detach(),
+            gradients.embed[row, :length],
+            written=current.embed_before[row, :length],
+            read=path.embed,
         )
+    ]
+    for index, (layer, site) in enumerate(zip(architecture.layers, current.attention, strict=True)):
+        probabilities = site.used(row)[:, :length, :length]
+        values = site.values_per_head(row)[:, :length].detach()
+        edits = [edit for edit in run.edits if edit.target.layer == index]
+        heads = head_path(
+            path.attention[index], reads, layer.w_o, values, probabilities, edits, path.edits
+        )
+        grads = gradients.of_used_probabilities(index, site, row)[:, :length, :length]
+        groups.append(HeadNodes(index, layer, probabilities, grads, values, heads, reads))
     for index, layer in enumerate(architecture.layers):
         groups.append(
             NeuronNodes(
@@ -168,28 +174,31 @@ def _explanation(
                 layer,
                 current.neurons[index][row, :length].detach(),
                 gradients.neurons[index][row, :length],
-                reader,
+                path.mlp[index],
+                reads,
             )
         )
     value = float(objective.detach())
     constants = _dot(architecture.final_norm.bias, gradients.final_output[row].sum(0))
     if architecture.unembed_bias is not None:
         constants += _dot(architecture.unembed_bias, gradients.logits[row].sum(0))
-    explained = _dot(reference, reader.gradient)
-    remainder = _bias_rows(architecture, reader.gradient.sum(0))
+    explained = _dot(reference, gradient)
+    remainder = _bias_rows(architecture, path)
+    remainder.update({f"edit.{node}": effect for node, effect in path.edits.items()})
     remainder["bias.read"] = constants
     remainder["rest"] = value - explained - constants
     _require_finite(value, remainder, gradients.embed[row, :length])
     return Explanation(value, tuple(groups), remainder, logits.detach(), current.receipts(row))
 
 
-def _bias_rows(architecture: Architecture, gradient: Tensor) -> dict[str, float]:
-    """Direct effect of the output biases over all tokens; gradient: sum of g* over tokens, [d]."""
+def _bias_rows(architecture: Architecture, path: DirectPath) -> dict[str, float]:
+    """Direct effect of the output biases, summed over tokens."""
     rows: dict[str, float] = {}
     for index, layer in enumerate(architecture.layers):
-        for sublayer, bias in (("attn", layer.b_o), ("mlp", layer.b_out)):
-            if bias is not None:
-                rows[f"bias.{sublayer}.{index}"] = _dot(bias, gradient)
+        if layer.b_o is not None:
+            rows[f"bias.attn.{index}"] = _dot(layer.b_o, path.attention[index].sum(0))
+        if layer.b_out is not None:
+            rows[f"bias.mlp.{index}"] = _dot(layer.b_out, path.mlp[index].sum(0))
     return rows
 
 

@@ -8,7 +8,6 @@ Formulas: SEMANTICS section 5. Notation: e, A, v, a, G, g* as in its section 1.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Layer
+from services.inference.engine.direct_path import HeadPath
 
 
 class Column(Enum):
@@ -27,15 +27,6 @@ class Column(Enum):
 
 COLUMNS = tuple(Column)
 """The order of the last axis of `NodeGroup.gather`."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """The reference residual's gradient, which is zero but at the tokens that J reads."""
-
-    gradient: Tensor
-    """[T, d]: g*."""
-    positions: tuple[int, ...]
 
 
 class NodeGroup(ABC):
@@ -76,11 +67,13 @@ class NodeGroup(ABC):
 class EmbedNodes(NodeGroup):
     """`embed~t`: one node per token."""
 
-    def __init__(self, embed: Tensor, gradient: Tensor, reader: Reader) -> None:
-        """embed, gradient: e and G(e), [T, d]."""
+    def __init__(self, embed: Tensor, gradient: Tensor, *, written: Tensor, read: Tensor) -> None:
+        """embed, gradient: e and G(e), [T, d]; written: e before edits; read: the gradient that
+        it meets on the direct path."""
         self._embed = embed
         self._gradient = gradient
-        self._reader = reader
+        self._written = written
+        self._read = read
         self.size = embed.shape[0]
         self.device = embed.device
 
@@ -91,7 +84,7 @@ class EmbedNodes(NodeGroup):
             case Column.WRITE_MAGNITUDE:
                 return self._embed.square().sum(1).sqrt()
             case Column.DIRECT_EFFECT:
-                return (self._embed * self._reader.gradient).sum(1)
+                return (self._written * self._read).sum(1)
             case Column.TOTAL_EFFECT:
                 return (self._embed * self._gradient).sum(1)
 
@@ -125,15 +118,18 @@ class HeadNodes(NodeGroup):
         probabilities: Tensor,
         gradient: Tensor,
         values: Tensor,
-        reader: Reader,
+        path: HeadPath,
+        reads: tuple[int, ...],
     ) -> None:
-        """probabilities, gradient: A and G(A), [H, T, T]; values: v per query head, [H, T, dh]."""
+        """probabilities, gradient: A and G(A), [H, T, T]; values: v per query head, [H, T, dh];
+        reads: the tokens that J reads, where alone the direct effect is not zero."""
         self._layer_index = layer_index
         self._layer = layer
         self._probabilities = probabilities
         self._gradient = gradient
         self._values = values
-        self._reader = reader
+        self._path = path
+        self._reads = list(reads)
         self._heads, self._tokens, _ = probabilities.shape
         self._pairs = self._tokens * (self._tokens + 1) // 2
         self.size = self._heads * self._pairs
@@ -148,13 +144,12 @@ class HeadNodes(NodeGroup):
 
     def _read_effects(self) -> Tensor:
         """[H, reads, T]: direct effect of the pairs whose query is a token that J reads."""
-        positions = list(self._reader.positions)
-        read = torch.einsum("hed,rd->hre", self._layer.w_o, self._reader.gradient[positions])
-        return self._probabilities[:, positions] * (read @ self._values.transpose(1, 2))
+        met = self._path.z.transpose(0, 1) @ self._path.values.transpose(1, 2)
+        return self._probabilities[:, self._reads] * met
 
     def _direct(self) -> Tensor:
         full = torch.zeros_like(self._probabilities)
-        full[:, list(self._reader.positions)] = self._read_effects()
+        full[:, self._reads] = self._read_effects()
         return full
 
     def _matrix(self, column: Column) -> Tensor:
@@ -220,28 +215,33 @@ class NeuronNodes(NodeGroup):
     """`neuron.L.n~t`: one node per neuron and token; flat index t, n."""
 
     def __init__(
-        self, layer_index: int, layer: Layer, activations: Tensor, gradient: Tensor, reader: Reader
+        self,
+        layer_index: int,
+        layer: Layer,
+        activations: Tensor,
+        gradient: Tensor,
+        read: Tensor,
+        reads: tuple[int, ...],
     ) -> None:
-        """activations, gradient: a and G(a), [T, F]."""
+        """activations, gradient: a and G(a), [T, F]; read: the gradient that writes meet on the
+        direct path, [T, d], zero but at the tokens `reads`."""
         self._layer_index = layer_index
         self._layer = layer
         self._activations = activations
         self._gradient = gradient
-        self._reader = reader
+        self._read = read
+        self._reads = list(reads)
         self._tokens, self._neurons = activations.shape
         self.size = activations.numel()
         self.device = activations.device
 
     def _read_effects(self) -> Tensor:
         """[reads, F]: direct effect of the neurons at the tokens that J reads."""
-        positions = list(self._reader.positions)
-        return self._activations[positions] * (
-            self._reader.gradient[positions] @ self._layer.w_out.T
-        )
+        return self._activations[self._reads] * (self._read[self._reads] @ self._layer.w_out.T)
 
     def _direct(self) -> Tensor:
         full = torch.zeros_like(self._activations)
-        full[list(self._reader.positions)] = self._read_effects()
+        full[self._reads] = self._read_effects()
         return full
 
     def _matrix(self, column: Column) -> Tensor:

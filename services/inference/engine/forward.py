@@ -8,7 +8,6 @@ require gradients. Right padding needs no mask: causality keeps pads out of ever
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,132 +19,7 @@ from services.common.errors import FailedPrecondition
 from services.inference.engine import attention, norms
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.interventions import Edit, Receipt
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt of a batch.
-
-    `final_norm_frozen` and `block_norms_frozen` say whose scale is constant in the backward pass.
-    """
-
-    token_ids: tuple[int, ...]
-    edits: tuple[Edit, ...] = ()
-    final_norm_frozen: bool = False
-    block_norms_frozen: bool = False
-
-
-@dataclass
-class AttentionSite:
-    """One layer's attention in one pass. Rows with edits have probabilities of their own."""
-
-    probabilities: Tensor
-    """[B, H, T, T] as query, key: post-softmax, before edits."""
-    values: Tensor
-    """[B, Hk, T, dh], bias included."""
-    edited_rows: tuple[int, ...] = ()
-    edited: Tensor | None = None
-    """[edited rows, H, T, T]: the probabilities that the values were summed with."""
-
-    def used(self, row: int) -> Tensor:
-        """[H, T, T]: the probabilities the row's values were summed with."""
-        if row in self.edited_rows:
-            assert self.edited is not None
-            return self.edited[self.edited_rows.index(row)]
-        return self.probabilities[row]
-
-
-@dataclass
-class Pass:
-    """One forward pass and what it captured."""
-
-    rows: Sequence[Row]
-    gradients: bool
-    cancel: CancelToken
-    embed: Tensor = field(init=False)
-    """[B, T, d]: input of the first block; the leaf of the graph."""
-    attention: list[AttentionSite] = field(default_factory=list)
-    neurons: list[Tensor] = field(default_factory=list)
-    """Per layer [B, T, F], after edits."""
-    final_input: Tensor = field(init=False)
-    """[B, T, d]: the residual stream after the last block."""
-    final_output: Tensor = field(init=False)
-    """[B, T, d]: output of the final norm."""
-    logits: Tensor = field(init=False)
-    """[B, P, V] at the positions asked for."""
-    forward_ms: float = 0.0
-    _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
-
-    def receipts(self, row: int) -> tuple[Receipt, ...]:
-        """What each of the row's edits did, in order. Raises KeyError if one was never applied."""
-        return tuple(self._receipts[row, number] for number in range(len(self.rows[row].edits)))
-
-    def edits_at(self, layer: int, kind: Kind) -> Iterator[tuple[int, int, Edit]]:
-        """(row, number within the row, edit) of every edit of this kind in the layer."""
-        for row, spec in enumerate(self.rows):
-            for number, edit in enumerate(spec.edits):
-                if edit.layer == layer and edit.target.kind is kind:
-                    yield row, number, edit
-
-    def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
-        """Applies the layer's neuron edits to [B, T, F] and captures the result."""
-        edits = list(self.edits_at(layer, Kind.NEURON))
-        if edits:
-            activations = activations.clone()
-        for row, number, edit in edits:
-            positions = list(edit.positions)
-            before = activations[row, positions, edit.index].detach().clone()
-            activations[row, positions, edit.index] = edit.value
-            after = activations[row, positions, edit.index].detach()
-            self._record(row, number, edit, before, after)
-        self.neurons.append(activations)
-        return activations
-
-    def edit_attention(
-        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
-    ) -> Tensor:
-        """Applies the layer's pair and row edits and captures the attention.
-
-        values [B, Hk, T, dh], output [B, T, H, dh], probabilities [B, H, T, T] -> output.
-        """
-        site = AttentionSite(probabilities, values)
-        self.attention.append(site)
-        edits = list(self.edits_at(layer, Kind.HEAD))
-        if not edits:
-            return output
-        site.edited_rows = tuple(sorted({row for row, _, _ in edits}))
-        rows = list(site.edited_rows)
-        edited = probabilities[rows]
-        for row, _, edit in edits:
-            keys = slice(None) if edit.key is None else edit.key
-            edited[rows.index(row), edit.index, list(edit.positions), keys] = edit.value
-        site.edited = edited
-        groups = probabilities.shape[1] // values.shape[1]
-        summed = edited @ values[rows].repeat_interleave(groups, dim=1)
-        summed = summed.transpose(1, 2).to(output.dtype)
-        for row, number, edit in edits:
-            positions = list(edit.positions)
-            if edit.key is None:
-                before = output[row, positions, edit.index].detach()
-                after = summed[rows.index(row), positions, edit.index].detach()
-            else:
-                before = probabilities[row, edit.index, positions, edit.key].detach()
-                after = edited[rows.index(row), edit.index, positions, edit.key].detach()
-            self._record(row, number, edit, before, after)
-        return output.index_copy(0, torch.tensor(rows, device=output.device), summed)
-
-    def _record(self, row: int, number: int, edit: Edit, before: Tensor, after: Tensor) -> None:
-        single = edit.is_scalar and len(edit.positions) == 1
-        self._receipts[row, number] = Receipt(
-            target=edit.target,
-            sites=len(edit.positions),
-            positions=edit.positions,
-            applied=len(edit.positions),
-            delta_norm=float(torch.linalg.vector_norm((after - before).double())),
-            before=float(before.item()) if single else None,
-            after=float(after.item()) if single else None,
-        )
+from services.inference.engine.captured import Pass, Row
 
 
 class _LayerTap:
@@ -155,11 +29,17 @@ class _LayerTap:
         self._hooks = hooks
         self._layer = layer
 
-    def attention(self, value: Tensor, output: Tensor, probabilities: Tensor) -> Tensor:
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        current = self._hooks.current
+        if current is None:
+            return query, key, value
+        return current.edit_attention_inputs(self._layer, query, key, value)
+
+    def outputs(self, value: Tensor, output: Tensor, probabilities: Tensor) -> Tensor:
         current = self._hooks.current
         if current is None:
             return output
-        return current.edit_attention(self._layer, value, output, probabilities)
+        return current.edit_attention_outputs(self._layer, value, output, probabilities)
 
 
 class Hooks:
@@ -173,9 +53,12 @@ class Hooks:
         for index, layer in enumerate(architecture.layers):
             attention.tap(layer.attention, self._taps[index])
             layer.block.register_forward_pre_hook(partial(self._enter_block, index))
+            layer.attention.register_forward_hook(partial(self._leave_attention, index))
+            layer.mlp.register_forward_hook(partial(self._leave_mlp, index))
             layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
             for norm in layer.norms:
                 norm.module.register_forward_hook(partial(self._leave_block_norm, norm))
+        architecture.final_norm.module.register_forward_pre_hook(self._enter_final_norm)
         architecture.final_norm.module.register_forward_hook(self._leave_final_norm)
 
     def run(
@@ -258,15 +141,38 @@ class Hooks:
         if current is None:
             return None
         current.cancel.check()
-        hidden = args[0]
-        if layer > 0:
-            if hidden.requires_grad:
-                hidden.register_hook(  # type: ignore[no-untyped-call]
+        if layer == 0:
+            current.embed_before = args[0].detach()
+            edited = current.edit_residual(Kind.EMBED, None, current.embed_before)
+            current.embed = edited.detach().requires_grad_(current.gradients)
+            current.block_input = current.embed
+        else:
+            current.block_input = current.edit_residual(Kind.RESID_POST, layer - 1, args[0])
+            if current.block_input.requires_grad:
+                current.block_input.register_hook(  # type: ignore[no-untyped-call]
                     partial(_check_cancel, current.cancel)
                 )
+        return (current.block_input, *args[1:])
+
+    def _leave_attention(
+        self, layer: int, module: torch.nn.Module, args: object, output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        current = self.current
+        if current is None:
             return None
-        current.embed = hidden.detach().requires_grad_(current.gradients)
-        return (current.embed, *args[1:])
+        write = current.edit_residual(Kind.ATTN, layer, output[0])
+        if next(current.edits_at(Kind.RESID_MID, layer), None):
+            # The block adds this to its input itself: hand it what makes the sum the edited one.
+            middle = current.edit_residual(Kind.RESID_MID, layer, current.block_input + write)
+            write = middle - current.block_input
+        return (write, *output[1:])
+
+    def _leave_mlp(
+        self, layer: int, module: torch.nn.Module, args: object, output: Tensor
+    ) -> Tensor | None:
+        if self.current is None:
+            return None
+        return self.current.edit_residual(Kind.MLP, layer, output)
 
     def _enter_mlp_down(
         self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]
@@ -284,13 +190,22 @@ class Hooks:
         frozen = tuple(row.block_norms_frozen for row in current.rows)
         return norms.hold_scale(norm, args[0], output, frozen)
 
+    def _enter_final_norm(
+        self, module: torch.nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        current = self.current
+        if current is None:
+            return None
+        last = len(self._architecture.layers) - 1
+        current.final_input = current.edit_residual(Kind.RESID_POST, last, args[0])
+        return (current.final_input, *args[1:])
+
     def _leave_final_norm(
         self, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
         current = self.current
         if current is None:
             return None
-        current.final_input = args[0]
         if current.gradients:
             frozen = tuple(row.final_norm_frozen for row in current.rows)
             output = norms.hold_scale(self._architecture.final_norm, args[0], output, frozen)

@@ -1,12 +1,16 @@
 """Interventions: what is edited, checked against the model and prompt before anything runs.
 
-`resolve` turns what a user asked for into `Edit`s on concrete sites, and refuses what matches
-nothing, what does not fit its target, and two value-setting operations that reach the same scalar.
-The forward pass then only writes numbers into places that are known to exist.
+Every operation built so far is affine: value -> factor * value + constant. `resolve` turns what a
+user asked for into `Edit`s on concrete sites, and refuses what matches nothing, what does not fit
+its target, and two value-setting operations that reach the same scalar. The forward pass then only
+writes numbers into places that are known to exist.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from services.common.addresses import Address, Kind, Shape
 from services.common.errors import InvalidArgument, Unimplemented, inside
@@ -18,13 +22,35 @@ class Zero:
 
 
 @dataclass(frozen=True)
-class SetValue:
-    """A scalar becomes `value`."""
+class SetTo:
+    """A scalar becomes a number, a vector becomes a vector [w]."""
 
-    value: float
+    value: float | Tensor
 
 
-Operation = Zero | SetValue
+@dataclass(frozen=True)
+class Scale:
+    """Value is multiplied."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Add:
+    """A number is added to a scalar, a vector [w] to a vector."""
+
+    value: float | Tensor
+
+
+Operation = Zero | SetTo | Scale | Add
+
+RESIDUAL_KINDS = (Kind.EMBED, Kind.ATTN, Kind.MLP, Kind.RESID_MID, Kind.RESID_POST)
+HEAD_KINDS = (Kind.HEAD, Kind.QUERY, Kind.KEY, Kind.VALUE)
+
+
+def is_scalar(target: Address) -> bool:
+    """Whether the target's value is one number rather than a vector."""
+    return target.kind is Kind.NEURON or target.key is not None
 
 
 @dataclass(frozen=True)
@@ -38,22 +64,34 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Edit:
-    """An intervention on concrete sites of one prompt: the value at `positions` becomes `value`.
+    """An intervention on concrete sites of one prompt: value -> factor * value + constant.
 
-    `target` is a neuron, a head's pair (`key` set) or a head's rows.
+    `constant` is a number for scalar targets and for 0, else a vector of the target's width.
     """
 
     target: Address
-    layer: int
-    index: int
     positions: tuple[int, ...]
-    key: int | None
-    value: float
+    factor: float
+    constant: float | Tensor
+    sets_value: bool
+    """Whether the value before does not matter (ZERO and SET; not SCALE by 0)."""
 
     @property
     def is_scalar(self) -> bool:
-        """Whether the target's value is one number rather than a vector."""
-        return self.target.kind is Kind.NEURON or self.key is not None
+        return is_scalar(self.target)
+
+    @property
+    def zeroes(self) -> bool:
+        return self.sets_value and isinstance(self.constant, float) and self.constant == 0.0
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Scalars [...] or vectors [..., w] -> the same, edited."""
+        constant = self.constant
+        if isinstance(constant, Tensor):
+            constant = constant.to(value)
+        if self.sets_value:
+            return torch.zeros_like(value) + constant
+        return self.factor * value + constant
 
 
 @dataclass(frozen=True)
@@ -69,33 +107,57 @@ class Receipt:
     after: float | None = None
 
 
-def resolve(interventions: Sequence[Intervention], shape: Shape, tokens: int) -> tuple[Edit, ...]:
+@dataclass(frozen=True)
+class Widths:
+    """Widths of vector targets: the residual stream and a head."""
+
+    residual: int
+    head: int
+
+    def of(self, target: Address) -> int:
+        return self.head if target.kind in HEAD_KINDS else self.residual
+
+
+def resolve(
+    interventions: Sequence[Intervention], shape: Shape, widths: Widths, tokens: int
+) -> tuple[Edit, ...]:
     """Checks and expands. Refusals carry fields such as `[i].target`."""
     edits: list[Edit] = []
     taken: dict[tuple[object, ...], int] = {}
     for number, intervention in enumerate(interventions):
         with inside(f"[{number}]"):
-            edit = _edit(intervention, shape, tokens)
-            _claim(edit, number, taken)
+            edit = _edit(intervention, shape, widths, tokens)
+            if edit.sets_value:
+                _claim(edit, number, taken)
             edits.append(edit)
     return tuple(edits)
 
 
+def check_target(target: Address, shape: Shape, tokens: int) -> None:
+    """Raises InvalidArgument or Unimplemented unless the address can be edited."""
+    shape.check(target, tokens)
+    if target.kind in (Kind.BIAS_ATTN, Kind.BIAS_MLP):
+        raise Unimplemented(f"{target}: biases cannot be edited in this version")
+    if target.kind not in (Kind.NEURON, *HEAD_KINDS, *RESIDUAL_KINDS):
+        raise InvalidArgument(f"{target} cannot be edited")
+
+
 def _claim(edit: Edit, number: int, taken: dict[tuple[object, ...], int]) -> None:
-    """Enters the edit's scalars into `taken`; raises if another edit sets one of them already.
+    """Enters the edit's sites into `taken`; raises if another edit sets one of them already.
 
     A head's row covers all its pairs, so a pair is entered under its row too.
     """
+    target = edit.target
     for position in edit.positions:
-        site = (edit.target.kind, edit.layer, edit.index, position)
+        site = (target.component, position)
         row_edited, pair_edited = (*site, "row"), (*site, "some pair")
-        edited = row_edited if edit.key is None else (*site, str(edit.key))
-        conflicts = [edited, pair_edited if edit.key is None else row_edited]
-        claims = [edited] if edit.key is None else [edited, pair_edited]
+        edited = row_edited if target.key is None else (*site, str(target.key))
+        conflicts = [edited, pair_edited if target.key is None else row_edited]
+        claims = [edited] if target.key is None else [edited, pair_edited]
         for conflict in conflicts:
             if conflict in taken:
                 raise InvalidArgument(
-                    f"{edit.target} at position {position} is already set by "
+                    f"{target} at position {position} is already set by "
                     f"interventions[{taken[conflict]}]; keep one of the two",
                     field="target",
                 )
@@ -103,32 +165,51 @@ def _claim(edit: Edit, number: int, taken: dict[tuple[object, ...], int]) -> Non
             taken.setdefault(claim, number)
 
 
-def _edit(intervention: Intervention, shape: Shape, tokens: int) -> Edit:
-    target, operation = intervention.target, intervention.operation
+def _edit(intervention: Intervention, shape: Shape, widths: Widths, tokens: int) -> Edit:
+    target = intervention.target
     with inside("target"):
-        shape.check(target, tokens)
-        if target.kind not in (Kind.NEURON, Kind.HEAD):
-            raise Unimplemented(
-                f"{target}: only neurons and attention heads can be edited in this version"
+        check_target(target, shape, tokens)
+    positions = _positions(intervention, tokens)
+    match intervention.operation:
+        case Zero():
+            return Edit(target, positions, 0.0, 0.0, True)
+        case SetTo(value):
+            _check_width("set", value, target, widths)
+            return Edit(target, positions, 0.0, value, True)
+        case Scale(factor):
+            return Edit(target, positions, factor, 0.0, False)
+        case Add(value):
+            _check_width("add", value, target, widths)
+            return Edit(target, positions, 1.0, value, False)
+
+
+def _check_width(name: str, value: float | Tensor, target: Address, widths: Widths) -> None:
+    """Raises InvalidArgument unless a number meets a scalar, a vector a target of its width."""
+    if isinstance(value, float):
+        if not is_scalar(target):
+            raise InvalidArgument(
+                f"{target}: its value is a vector of width {widths.of(target)}, so it takes no "
+                f"single number; zero or scale it, or give a vector{_pair_hint(target)}",
+                field=f"{name}.value",
             )
-    assert target.layer is not None
-    assert target.index is not None
-    vector = target.kind is Kind.HEAD and target.key is None
-    if vector and isinstance(operation, SetValue):
-        row = target.position if target.is_node else 0
+        return
+    field = "set.vector" if name == "set" else "add.direction"
+    if is_scalar(target):
         raise InvalidArgument(
-            f"{target}: a head's output is a vector, so it cannot be set to one number; zero it, "
-            f"or set one pair, for example {target.component}~{row}-0",
-            field="set.value",
+            f"{target}: its value is one number, so it takes no vector; give value", field=field
         )
-    return Edit(
-        target=target,
-        layer=target.layer,
-        index=target.index,
-        positions=_positions(intervention, tokens),
-        key=target.key,
-        value=operation.value if isinstance(operation, SetValue) else 0.0,
-    )
+    if value.shape != (widths.of(target),):
+        raise InvalidArgument(
+            f"{target}: its value has width {widths.of(target)}, the vector has shape "
+            f"{list(value.shape)}",
+            field=field,
+        )
+
+
+def _pair_hint(target: Address) -> str:
+    if target.kind is not Kind.HEAD:
+        return ""
+    return f", or name one pair, for example {target.component}~{target.position or 0}-0"
 
 
 def _positions(intervention: Intervention, tokens: int) -> tuple[int, ...]:
@@ -143,13 +224,4 @@ def _positions(intervention: Intervention, tokens: int) -> tuple[int, ...]:
         return (target.position,)
     if positions is None:
         return tuple(range(tokens))
-    if not positions:
-        raise InvalidArgument("at least one position is required", field="positions")
-    if len(set(positions)) != len(positions):
-        raise InvalidArgument("a position is listed twice", field="positions")
-    for position in positions:
-        if not 0 <= position < tokens:
-            raise InvalidArgument(
-                f"position {position} does not exist; valid is 0..{tokens - 1}", field="positions"
-            )
     return tuple(sorted(positions))

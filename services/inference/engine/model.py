@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from services.common.addresses import Address
 from services.common.errors import FailedPrecondition
 from services.inference.engine import attribution, loading, tables
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
 from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column
-from services.inference.engine.forward import Hooks, Row
+from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.objectives import LogitDiff
 from services.inference.engine.text import Vocabulary
@@ -128,6 +130,19 @@ class Model:
             tuple(self._top(explanation.logits, TOP_TOKENS) for explanation in explanations),
             times,
         )
+
+    def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
+        """[d]: mean unembedding column of the targets minus that of the distractors."""
+        columns = self.architecture.w_u
+        direction = columns[list(targets)].double().mean(0)
+        if distractors:
+            direction = direction - columns[list(distractors)].double().mean(0)
+        return direction
+
+    def neuron_write(self, neuron: Address) -> Tensor:
+        """[d]: what one unit of a neuron adds to the residual stream."""
+        assert neuron.layer is not None
+        return self.architecture.layers[neuron.layer].w_out[neuron.index].double()
 
     def _next_tokens(
         self, position: int, logits: Tensor, top_k: int, named: Sequence[int]

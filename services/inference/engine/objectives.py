@@ -21,4 +21,40 @@ class LogitDiff:
         return value
 
 
-Objective = LogitDiff
+@dataclass(frozen=True)
+class LogitMinusMean:
+    """Mean target logit minus the mean over the vocabulary, padded rows included, in logits."""
+
+    targets: tuple[int, ...]
+    position: int
+
+    def value(self, logits: Tensor) -> Tensor:
+        """[V] -> scalar."""
+        return logits[list(self.targets)].mean() - logits.mean()
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log of the summed probability of the targets, in nats."""
+
+    targets: tuple[int, ...]
+    position: int
+
+    def value(self, logits: Tensor) -> Tensor:
+        """[V] -> scalar."""
+        return logits.log_softmax(-1)[list(self.targets)].logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class Prob:
+    """Summed probability of the targets, in [0, 1]."""
+
+    targets: tuple[int, ...]
+    position: int
+
+    def value(self, logits: Tensor) -> Tensor:
+        """[V] -> scalar."""
+        return logits.softmax(-1)[list(self.targets)].sum()
+
+
+Objective = LogitDiff | LogitMinusMean | LogProb | Prob

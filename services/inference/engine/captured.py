@@ -1,0 +1,192 @@
+"""One forward pass: what was captured at every site, and the edits applied on the way."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from services.common.addresses import Kind
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.interventions import Edit, Receipt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a batch.
+
+    `final_norm_frozen` and `block_norms_frozen` say whose scale is constant in the backward pass.
+    """
+
+    token_ids: tuple[int, ...]
+    edits: tuple[Edit, ...] = ()
+    final_norm_frozen: bool = False
+    block_norms_frozen: bool = False
+
+
+@dataclass
+class AttentionSite:
+    """One layer's attention in one pass. Rows with edits have probabilities of their own."""
+
+    probabilities: Tensor
+    """[B, H, T, T] as query, key: post-softmax, before edits of pairs and rows."""
+    values: Tensor
+    """[B, Hk or H, T, dh], bias included, after edits of values."""
+    edited_rows: tuple[int, ...] = ()
+    edited: Tensor | None = None
+    """[edited rows, H, T, T]: the probabilities that the values were summed with."""
+    zeroed: list[tuple[int, int | None, tuple[int, ...]]] = field(default_factory=list)
+    """(row, head, positions) of zeroed rows: the same as if their probabilities were 0."""
+
+    def used(self, row: int) -> Tensor:
+        """[H, T, T], detached: the probabilities the row's values were summed with."""
+        if row not in self.edited_rows or self.edited is None:
+            return self.probabilities[row].detach()
+        used = self.edited[self.edited_rows.index(row)].detach().clone()
+        for zeroed_row, head, positions in self.zeroed:
+            if zeroed_row == row:
+                used[head, list(positions)] = 0
+        return used
+
+    def values_per_head(self, row: int) -> Tensor:
+        """[H, T, dh]: values as each query head reads them."""
+        values = self.values[row]
+        return values.repeat_interleave(self.probabilities.shape[1] // values.shape[0], dim=0)
+
+
+@dataclass
+class Pass:
+    """One forward pass and what it captured."""
+
+    rows: Sequence[Row]
+    gradients: bool
+    cancel: CancelToken
+    embed: Tensor = field(init=False)
+    """[B, T, d]: input of the first block, after edits; the leaf of the graph."""
+    embed_before: Tensor = field(init=False)
+    """[B, T, d]: the same before edits."""
+    block_input: Tensor = field(init=False)
+    """[B, T, d]: what the block that runs now has read."""
+    attention: list[AttentionSite] = field(default_factory=list)
+    neurons: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, F], after edits."""
+    final_input: Tensor = field(init=False)
+    """[B, T, d]: the residual stream after the last block, after edits."""
+    final_output: Tensor = field(init=False)
+    """[B, T, d]: output of the final norm."""
+    logits: Tensor = field(init=False)
+    """[B, P, V] at the positions asked for."""
+    forward_ms: float = 0.0
+    _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
+
+    def receipts(self, row: int) -> tuple[Receipt, ...]:
+        """What each of the row's edits did, in order. Raises KeyError if one was never applied."""
+        return tuple(self._receipts[row, number] for number in range(len(self.rows[row].edits)))
+
+    def edits_at(self, kind: Kind, layer: int | None) -> Iterator[tuple[int, int, Edit]]:
+        """(row, number within the row, edit) of every edit of this kind in the layer."""
+        for row, spec in enumerate(self.rows):
+            for number, edit in enumerate(spec.edits):
+                if edit.target.layer == layer and edit.target.kind is kind:
+                    yield row, number, edit
+
+    def edit_residual(self, kind: Kind, layer: int | None, values: Tensor) -> Tensor:
+        """Applies edits of a residual-width site to [B, T, d]."""
+        edits = list(self.edits_at(kind, layer))
+        if edits:
+            values = values.clone()
+        for row, number, edit in edits:
+            positions = list(edit.positions)
+            before = values[row, positions]
+            values[row, positions] = after = edit.apply(before)
+            self._record(row, number, edit, before, after)
+        return values
+
+    def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
+        """Applies the layer's neuron edits to [B, T, F] and captures the result."""
+        edits = list(self.edits_at(Kind.NEURON, layer))
+        if edits:
+            activations = activations.clone()
+        for row, number, edit in edits:
+            where = (row, list(edit.positions), edit.target.index)
+            before = activations[where]
+            activations[where] = after = edit.apply(before)
+            self._record(row, number, edit, before, after)
+        self.neurons.append(activations)
+        return activations
+
+    def edit_attention_inputs(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Applies edits of q, k and v [B, H or Hk, T, dh]; edited k and v become one per head."""
+        heads = query.shape[1]
+        shared = any(next(self.edits_at(kind, layer), None) for kind in (Kind.KEY, Kind.VALUE))
+        if shared and key.shape[1] != heads:
+            key = key.repeat_interleave(heads // key.shape[1], dim=1)
+            value = value.repeat_interleave(heads // value.shape[1], dim=1)
+        return (
+            self._edit_heads(Kind.QUERY, layer, query),
+            self._edit_heads(Kind.KEY, layer, key),
+            self._edit_heads(Kind.VALUE, layer, value),
+        )
+
+    def _edit_heads(self, kind: Kind, layer: int, vectors: Tensor) -> Tensor:
+        """Edits of one vector per head, [B, H, T, dh]."""
+        edits = list(self.edits_at(kind, layer))
+        if edits:
+            vectors = vectors.clone()
+        for row, number, edit in edits:
+            where = (row, edit.target.index, list(edit.positions))
+            before = vectors[where]
+            vectors[where] = after = edit.apply(before)
+            self._record(row, number, edit, before, after)
+        return vectors
+
+    def edit_attention_outputs(
+        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
+    ) -> Tensor:
+        """Applies the layer's edits of pairs, then of rows, and captures the attention.
+
+        values [B, Hk or H, T, dh], output [B, T, H, dh], probabilities [B, H, T, T] -> output.
+        """
+        site = AttentionSite(probabilities, values)
+        self.attention.append(site)
+        edits = list(self.edits_at(Kind.HEAD, layer))
+        if not edits:
+            return output
+        site.edited_rows = tuple(sorted({row for row, _, _ in edits}))
+        rows = list(site.edited_rows)
+        edited = probabilities[rows]
+        for row, number, edit in edits:
+            if edit.target.key is not None:
+                where = (rows.index(row), edit.target.index, list(edit.positions), edit.target.key)
+                before = edited[where]
+                edited[where] = after = edit.apply(before)
+                self._record(row, number, edit, before, after)
+        site.edited = edited
+        groups = probabilities.shape[1] // values.shape[1]
+        summed = edited @ values[rows].repeat_interleave(groups, dim=1)
+        summed = summed.transpose(1, 2).to(output.dtype)
+        for row, number, edit in edits:
+            if edit.target.key is None:
+                here = (rows.index(row), list(edit.positions), edit.target.index)
+                before = summed[here]
+                summed = summed.clone()
+                summed[here] = after = edit.apply(before)
+                self._record(row, number, edit, before, after)
+                if edit.zeroes:
+                    site.zeroed.append((row, edit.target.index, edit.positions))
+        return output.index_copy(0, torch.tensor(rows, device=output.device), summed)
+
+    def _record(self, row: int, number: int, edit: Edit, before: Tensor, after: Tensor) -> None:
+        single = edit.is_scalar and len(edit.positions) == 1
+        change = (after.detach() - before.detach()).double()
+        self._receipts[row, number] = Receipt(
+            target=edit.target,
+            sites=len(edit.positions),
+            positions=edit.positions,
+            applied=len(edit.positions),
+            delta_norm=float(torch.linalg.vector_norm(change)),
+            before=float(before.item()) if single else None,
+            after=float(after.item()) if single else None,
+        )

@@ -1,0 +1,138 @@
+"""The direct path: how g* reaches each write, through the edits that lie between (SEMANTICS 7).
+
+An edit of a vector site is x -> M x + c. On the way from a write to the reference residual every
+edit multiplies the write by M, which is the same as multiplying the gradient by M from the right:
+so each sublayer gets the gradient that its writes meet. The write of c is a row of its own,
+`edit.<target>~t`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.common.addresses import Address, Kind
+from services.inference.engine.interventions import Edit
+
+
+@dataclass(frozen=True)
+class DirectPath:
+    """Gradients that writes meet, [T, d] each, and what the constants of edits write."""
+
+    embed: Tensor
+    attention: tuple[Tensor, ...]
+    """Per layer, for heads and the output bias."""
+    mlp: tuple[Tensor, ...]
+    """Per layer, for neurons and the output bias."""
+    edits: dict[Address, float]
+    """Direct effect of each edit's constant, by the edited node."""
+
+
+def direct_path(reference: Tensor, edits: Sequence[Edit], layers: int) -> DirectPath:
+    """`reference` is g*, [T, d], at the residual stream after the last layer's edits."""
+    rows: dict[Address, float] = defaultdict(float)
+
+    def before(kind: Kind, layer: int | None, gradient: Tensor) -> Tensor:
+        """The gradient before the edits of one site; the last edit comes first."""
+        for edit in reversed(edits):
+            if edit.target.kind is kind and edit.target.layer == layer:
+                gradient = through(edit, edit.target, gradient, rows)
+        return gradient
+
+    attention: list[Tensor] = []
+    mlp: list[Tensor] = []
+    gradient = reference
+    for layer in reversed(range(layers)):
+        gradient = before(Kind.RESID_POST, layer, gradient)
+        mlp.append(before(Kind.MLP, layer, gradient))
+        gradient = before(Kind.RESID_MID, layer, gradient)
+        attention.append(before(Kind.ATTN, layer, gradient))
+    embed = before(Kind.EMBED, None, gradient)
+    return DirectPath(embed, tuple(reversed(attention)), tuple(reversed(mlp)), rows)
+
+
+def through(edit: Edit, target: Address, gradient: Tensor, rows: dict[Address, float]) -> Tensor:
+    """The gradient [T, w] before an edit of the vectors at its positions; enters c's rows."""
+    positions = list(edit.positions)
+    if isinstance(edit.constant, Tensor):
+        effects = gradient[positions].double() @ edit.constant.to(gradient).double()
+        for position, effect in zip(positions, effects.tolist(), strict=True):
+            if effect:
+                rows[target.component.at(position)] += effect
+    changed = gradient.clone()
+    changed[positions] *= edit.factor
+    return changed
+
+
+@dataclass(frozen=True)
+class HeadPath:
+    """One layer's heads: what the direct path makes of their outputs and values."""
+
+    z: Tensor
+    """[reads, H, dh]: gradient that each head's output z meets at the read tokens."""
+    values: Tensor
+    """[H, T, dh]: values without the constants of their edits."""
+
+
+def head_path(
+    gradient: Tensor,
+    reads: Sequence[int],
+    w_o: Tensor,
+    values: Tensor,
+    probabilities: Tensor,
+    edits: Sequence[Edit],
+    rows: dict[Address, float],
+) -> HeadPath:
+    """gradient [T, d] at the heads' writes, w_o [H, dh, d], values [H, T, dh], A [H, T, T].
+
+    Enters the rows of the constants that edits of head outputs and values add.
+    """
+    z = torch.einsum("hed,rd->rhe", w_o, gradient[list(reads)])
+    for edit in reversed(edits):
+        if edit.target.kind is not Kind.HEAD or edit.target.key is not None:
+            continue
+        head = edit.target.index
+        for number, position in enumerate(reads):
+            if position not in edit.positions:
+                continue
+            if isinstance(edit.constant, Tensor):
+                constant = edit.constant.to(z)
+                effect = float(z[number, head].double() @ constant.double())
+                if effect:
+                    rows[edit.target.component.at(position)] += effect
+            z = z.clone()
+            z[number, head] *= edit.factor
+    # What a value vector at token k meets: sum over the read tokens of A[q, k] times z's gradient.
+    moved = values
+    pending: dict[tuple[int, int], Tensor] = {}
+    for edit in reversed(edits):
+        if edit.target.kind is not Kind.VALUE:
+            continue
+        head = edit.target.index
+        assert head is not None
+        for position in edit.positions:
+            weights = probabilities[head, list(reads), position]
+            met = pending.get((head, position), weights @ z[:, head])
+            if isinstance(edit.constant, Tensor):
+                effect = float(met.double() @ edit.constant.to(met).double())
+                if effect:
+                    rows[edit.target.component.at(position)] += effect
+            pending[head, position] = met * edit.factor
+    if pending:
+        moved = _without_constants(values, edits)
+    return HeadPath(z, moved)
+
+
+def _without_constants(values: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """Values [H, T, dh] after edits, less what the edits' constants add to them."""
+    added = torch.zeros_like(values)
+    for edit in edits:
+        if edit.target.kind is Kind.VALUE:
+            where = (edit.target.index, list(edit.positions))
+            constant = edit.constant
+            if isinstance(constant, Tensor):
+                constant = constant.to(added)
+            added[where] = edit.factor * added[where] + constant
+    return values - added
