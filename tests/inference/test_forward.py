@@ -103,9 +103,13 @@ def operation_named(name: str, width: int | None) -> Operation:
     """An operation on a scalar (None) or on a vector."""
     vector = VECTOR if width == WIDTH else HEAD_VECTOR
     constant: float | Tensor = 0.75 if width is None else vector
-    return {"zero": Zero(), "set": SetTo(constant), "scale": Scale(-1.5), "add": Add(constant)}[
-        name
-    ]
+    operations: dict[str, Operation] = {
+        "zero": Zero(),
+        "set": SetTo(constant),
+        "scale": Scale(-1.5),
+        "add": Add(constant),
+    }
+    return operations[name]
 
 
 @pytest.mark.parametrize("operation", ["zero", "set", "scale", "add"])
