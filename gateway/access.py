@@ -12,6 +12,7 @@ from gateway import connect
 from services.common.errors import TdbError
 
 REQUEST_ID = "x-request-id"
+QUIET_PATHS = ("/healthz", "/readyz")  # asked every few seconds by whoever watches us
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _log = logging.getLogger("tdb.gateway")
@@ -55,4 +56,5 @@ class Access:
                 "status": http_status,
                 "ms": round((time.monotonic() - started) * 1000, 1),
             }
-            _log.info("request", extra={"fields": fields})
+            level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+            _log.log(level, "request", extra={"fields": fields})

@@ -14,7 +14,7 @@ import uvicorn
 from gateway.app import create_app
 from services.common import logs
 from services.common.parent import follow_parent
-from services.common.server import StartError, announce
+from services.common.server import StartError, announce, cannot_listen
 from services.common.settings import Settings, SettingsError
 
 
@@ -73,10 +73,7 @@ def _listening(settings: Settings) -> socket.socket:
     try:
         listener.bind((settings.host, settings.gateway_port))
         listener.listen(1024)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise StartError(
-            f"the gateway cannot listen on {settings.host} port {settings.gateway_port}: "
-            f"{error.strerror or error}."
-        ) from None
+        raise cannot_listen("gateway", settings.host, settings.gateway_port) from None
     return listener

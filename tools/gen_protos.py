@@ -4,7 +4,6 @@ The proto package is the import path (`tdb.inference.v1`), so protoc's own impor
 they come and nothing is rewritten afterwards.
 """
 
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,4 +29,4 @@ def generate(protos: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parent.parent
-    sys.exit(generate(root / "protos", root / "client"))
+    generate(root / "protos", root / "client")

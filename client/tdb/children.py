@@ -41,6 +41,11 @@ class Log:
         self._file = path.open("ab")
 
     def write(self, line: bytes) -> None:
+        """Keeps a line. A full disk costs the log, not the service."""
+        with contextlib.suppress(OSError):
+            self._write(line)
+
+    def _write(self, line: bytes) -> None:
         if self._file.tell() > LOG_BYTES:
             self._file.close()
             self.path.replace(self.path.with_name(self.path.name + ".1"))

@@ -117,9 +117,15 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
         raise CliError("the demo's model is not part of this installation: use --model.")
     try:
         settings = Settings.from_env(env)
+        if settings.inference_address:
+            raise CliError(
+                "TDB_INFERENCE_ADDRESS is for a gateway that is run alone: unset it for `tdb up`."
+            )
         log_folder = settings.folder("logs")
     except SettingsError as error:
         raise CliError(str(error)) from None
+    if not os.access(log_folder, os.W_OK):
+        raise CliError(f"{log_folder} cannot be written.")
     # -P: a folder called `services` where the user happens to be must not be taken for ours.
     python = (sys.executable, "-P", "-m")
     plan = Plan(
@@ -127,7 +133,7 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
             Service("inference", (*python, "services.inference"), "TDB_INFERENCE_PORT"),
             Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT"),
         ],
-        env={**env, "TDB_INFERENCE_ADDRESS": "", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        env={**env, "HF_HUB_DISABLE_TELEMETRY": "1"},
         host=reachable(settings.host),
         log_folder=log_folder,
         stop_grace_s=settings.drain_s + 5,

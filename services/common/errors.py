@@ -102,7 +102,7 @@ class Unimplemented(TdbError):
 
 @contextmanager
 def inside(path: str) -> Iterator[None]:
-    """Puts `path` in front of the field of any refusal raised within: `run` + `prompt` -> `run.prompt`."""
+    """Puts `path` in front of the field of any refusal raised within: `prompt` -> `run.prompt`."""
     try:
         yield
     except TdbError as error:

@@ -175,11 +175,11 @@ class _Served:
             code = context.code().name
             raise
         except GeneratorExit:
-            code = "CANCELLED"
+            code = _left(call)
             raise
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _is_cancelling():
-                code = "CANCELLED"
+                code = _left(call)
                 raise
             bug = _Bug("", reason="INTERNAL", metadata={"error_id": uuid.uuid4().hex[:12]})
             bug.message = f"internal error {bug.metadata['error_id']}; the server's log has more"
@@ -194,6 +194,11 @@ class _Served:
             self._interceptor.log_call(
                 call, code, started, {**more, **self._interceptor.loggable(self._request)}
             )
+
+
+def _left(call: Call) -> str:
+    """What the client saw when it is no longer there: its deadline, or its own cancelling."""
+    return "DEADLINE_EXCEEDED" if call.remaining_s() == 0 else "CANCELLED"
 
 
 def _is_cancelling() -> bool:

@@ -55,6 +55,13 @@ class StartError(Exception):
     """Why a process cannot start, in one sentence."""
 
 
+def cannot_listen(service: str, host: str, port: int) -> StartError:
+    return StartError(
+        f"the {service} service cannot listen on {host} port {port}: is the port in use? "
+        f"TDB_{service.upper()}_PORT chooses another."
+    )
+
+
 class ServiceServer:
     """One gRPC server with the interceptor, health and reflection that every service has."""
 
@@ -93,10 +100,7 @@ class ServiceServer:
         try:
             self.port = server.add_insecure_port(listen_address(self.settings.host, self.port))
         except RuntimeError:
-            raise StartError(
-                f"the {self.name} service cannot listen on {self.settings.host} port {self.port}: "
-                "is the port in use?"
-            ) from None
+            raise cannot_listen(self.name, self.settings.host, self.port) from None
         await server.start()
         self._server = server
         return self

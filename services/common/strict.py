@@ -14,6 +14,16 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from services.common.errors import InvalidArgument
 
+# Integers, booleans, text and bytes are what they are; long lists of them are not walked.
+_CHECKED = frozenset(
+    {
+        FieldDescriptor.CPPTYPE_MESSAGE,
+        FieldDescriptor.CPPTYPE_ENUM,
+        FieldDescriptor.CPPTYPE_DOUBLE,
+        FieldDescriptor.CPPTYPE_FLOAT,
+    }
+)
+
 
 def check(message: Message) -> None:
     """Raises InvalidArgument for the first thing in `message` that is not allowed."""
@@ -30,6 +40,8 @@ def _check_message(message: Message, path: str) -> None:
             reason="UNKNOWN_FIELD",
         )
     for field, value in message.ListFields():
+        if field.cpp_type not in _CHECKED:
+            continue
         name = f"{path}.{field.name}" if path else field.name
         for item_path, item_field, item in _items(field, value, name):
             _check_value(item_field, item, item_path)

@@ -45,6 +45,11 @@ def test_wrong_usage_is_exit_2(
         (("up", "--model", "gpt2", "--host", "0.0.0.0"), {}, "set TDB_TOKENS as well"),
         (("up", "--model", "gpt2", "--data-dir", __file__), {}, "TDB_DATA_DIR must be a folder"),
         (("up", "--model", "gpt2"), {"TDB_GATEWAY_PORT": "x"}, "TDB_GATEWAY_PORT must be a port"),
+        (
+            ("up", "--model", "gpt2"),
+            {"TDB_INFERENCE_ADDRESS": "a:1"},
+            "TDB_INFERENCE_ADDRESS is for",
+        ),
         (("up",), {"TDB_MODEL": "/no/such/folder"}, "names a folder that does not exist"),
         (("config",), {"TDB_REDIS_URL": "redis://x"}, "not part of this version yet"),
     ],

@@ -4,6 +4,7 @@ One product is started for the module, exactly as a user starts it. Every test g
 context, and whatever the browser complains about, or fetches from elsewhere, fails the test.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,15 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -382,6 +391,56 @@ def test_a_service_that_is_starting_is_waited_for(page: Page) -> None:
     page.unroute("**/GetModel")
     answered(page)
     expect(page.locator(".notice")).to_have_count(0)
+
+
+def test_a_server_that_wants_a_token_is_given_one(page: Page) -> None:
+    def guard(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer s3cret":
+            route.continue_()
+        else:
+            body = '{"code":"unauthenticated","message":"a token is needed","details":[]}'
+            route.fulfill(status=401, content_type="application/json", body=body)
+
+    page.route("**/tdb.inference.v1.InferenceService/*", guard)
+    page.goto("")
+    field = page.locator("#bearer")
+    for token, says in (("wrong", "did not accept"), ("s3cret", None)):
+        field.fill(token)
+        field.press("Enter")
+        if says:
+            expect(page.locator(".unlock")).to_contain_text(says)
+    answered(page)
+    expect(page.locator(".unlock")).to_have_count(0)
+    assert "s3cret" not in page.url
+
+
+def test_a_link_to_a_model_that_is_not_served_says_so(page: Page) -> None:
+    page.goto(f"#model=nobody&prompt={quote(PROMPT)}&target={quote(' Mary')}")
+    expect(page.locator(".notice")).to_contain_text("nobody")
+    expect(page.get_by_label("prompt", exact=True)).to_have_value(PROMPT)
+    page.get_by_label("prompt", exact=True).press("Enter")
+    answered(page)
+    expect(page.locator(".notice")).to_have_count(0)
+
+
+def test_an_example_is_a_link(page: Page) -> None:
+    start(page)
+    page.get_by_label("Examples").get_by_role("link").nth(2).click()
+    expect(page.get_by_label("prompt", exact=True)).not_to_have_value(PROMPT)
+    answered(page)
+    page.go_back()
+    expect(page.get_by_label("prompt", exact=True)).to_have_value(PROMPT)
+    answered(page)
+
+
+def test_the_request_can_be_copied(page: Page) -> None:
+    start(page)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="copy as curl").click()
+    expect(page.get_by_text("copied")).to_be_visible()
+    command = page.evaluate("navigator.clipboard.readText()")
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout)["objectiveValue"] == pytest.approx(number(page), rel=1e-4)
 
 
 def test_a_long_table_draws_only_what_is_in_sight(page: Page) -> None:

@@ -1,5 +1,6 @@
 /** The workbench: the question on top and always in sight, the answer scrolling below it. */
 import { unlock } from "./asking";
+import { bearer } from "./connect";
 import { Header } from "./header";
 import { Interventions } from "./interventions";
 import { Logits } from "./logits";
@@ -71,7 +72,11 @@ function Unlock() {
         if (field.value.trim()) unlock(field.value.trim());
       }}
     >
-      <label for="bearer">This server asks for a token. It is kept in this tab only.</label>
+      <label for="bearer">
+        {bearer.get() === null
+          ? "This server asks for a token. It is kept in this tab only."
+          : "The server did not accept that token; ask whoever runs it for yours."}
+      </label>
       <input id="bearer" name="token" type="password" autocomplete="off" />
       <button type="submit" class="small">
         Continue

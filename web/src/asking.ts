@@ -29,10 +29,21 @@ export async function start(): Promise<void> {
   } catch (error) {
     state.found.value = problems(error);
   }
-  if (!(await loadModel(question?.model ?? ""))) return;
+  if (!(await loadModel(question?.model ?? ""))) {
+    if (question?.model && !state.modelProblem.value?.retry) await fallBack(question);
+    return;
+  }
   const example = state.model.value?.examples?.[0];
   if (question) await open(question);
   else if (example && state.found.value.length === 0) await open(exampleQuestion(example));
+}
+
+/** A link to a model that is not served: its question stands in the fields, for the default model. */
+async function fallBack(question: Question): Promise<void> {
+  const problem = state.modelProblem.value;
+  if (!problem || !(await loadModel(""))) return;
+  fill(question);
+  state.found.value = [problem];
 }
 
 /** Follows the address when a link inside the page, or the back button, changes it. */
@@ -154,6 +165,7 @@ export async function ask(question: Question): Promise<void> {
     state.asked.value = question;
     state.loading.value = true;
     state.found.value = [];
+    state.modelProblem.value = null;
   });
   history.replaceState(null, "", `#${encode(question)}`);
   try {
@@ -161,7 +173,8 @@ export async function ask(question: Question): Promise<void> {
     if (own.signal.aborted) return;
     batch(() => {
       const before = state.answer.value;
-      if (before) state.past.value = [...state.past.value, before].slice(-REMEMBERED);
+      if (before && encode(before.question) !== encode(question))
+        state.past.value = [...state.past.value, before].slice(-REMEMBERED);
       if (before?.question.prompt !== question.prompt) {
         state.selected.value = null;
         state.tokenFilter.value = null;

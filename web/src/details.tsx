@@ -6,7 +6,7 @@ import { answer, paired } from "./state";
 import { AblateButton, Place } from "./table";
 
 /** As in theme.css: the table's window must know how much room an open row takes. */
-export const DETAILS_HEIGHT = 138;
+export const DETAILS_HEIGHT = 122;
 
 export function Details({ row, width }: { row: NodeRowJson; width: number }) {
   const cols = columns(paired.value);
@@ -18,7 +18,9 @@ export function Details({ row, width }: { row: NodeRowJson; width: number }) {
         <div class="details-box">
           <div class="details-head">
             <code>{node}</code>
-            <Place node={node} tokens={tokens} />
+            <span>
+              <Place node={node} tokens={tokens} />
+            </span>
             <AblateButton node={node} />
           </div>
           <dl>

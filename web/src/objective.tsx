@@ -47,7 +47,7 @@ function Value({ answer: { response } }: { answer: Answer }) {
   const before = num(response.compareValue);
   const delta = difference(now, before);
   return (
-    <p class="objective-value">
+    <p class="objective-value" aria-live="polite">
       <strong data-testid="objective" data-value={now} title={`J = ${full(now)} logits`}>
         {signed(now)}
       </strong>
