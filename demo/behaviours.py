@@ -217,8 +217,8 @@ BEHAVIOURS = (
         "induction",
         "Induction: a name seen before",
         Prompt(
-            "Mary Stone met Tom Baker at the park. Then Mary",
-            *(" Stone", " Baker", "the first person"),
+            "Mary Stone went to the park. Then Mary",
+            *(" Stone", " Baker", "the only person"),
             (("surname", "Mary", "Stone"),),
         ),
         _induction,
@@ -257,8 +257,8 @@ BEHAVIOURS = (
         "colour",
         "Binding: which colour the box had",
         Prompt(
-            "The red box and the blue cup are on the table. The box is",
-            *(" red", " blue", "first of two"),
+            "Mary put the red box on the table. The box is",
+            *(" red", " blue", "the only one"),
             (("colour", "red", "box"),),
         ),
         _colour,

@@ -22,6 +22,7 @@ from demo.tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from demo.train import Settings
 
+AIM = 0.95
 CARD = """---
 license: mit
 language: en
@@ -38,6 +39,8 @@ behaviours learnable, so that what the debugger finds can be checked against wha
 | behaviour | example | next | n | accuracy | likeliest | mean logit difference |
 |---|---|---|---|---|---|---|
 {behaviours}
+
+{reached}
 
 *Accuracy*: share of the n prompts on which the logit of the target is above that of the
 distractor, the token which a shortcut would give. *Likeliest*: share on which the target is also
@@ -66,9 +69,9 @@ the wording.
     {command}
 
 Seed {seed}, {steps:,} steps of {tokens:,} tokens ({millions:.1f} M in all, every document new; rows
-of {short} tokens in the first half, of {context} in the second), AdamW with a peak learning rate of
-{peak:g} and a cosine, in {minutes:.1f} minutes on {threads} CPU threads shared with other work
-(torch {torch}, {machine}).
+of {short} tokens in the first half, of {context} in the second), AdamW with a learning rate of
+{peak:g} that falls in the last third, in {minutes:.1f} minutes with {threads} thread(s) on two
+CPU cores that had other work too (torch {torch}, {machine}).
 
 The tokenizer is a byte-level BPE of {vocabulary:,} tokens without padding; every word of the
 corpus is one token. Nothing is put before a text; `<|endoftext|>` separates documents.
@@ -91,6 +94,13 @@ MIT, corpus and weights included.
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _reached(summaries: Mapping[str, Summary]) -> str:
+    below = [name for name, found in summaries.items() if found.accuracy < AIM]
+    if not below:
+        return f"All reach the {AIM:.0%} that was aimed at."
+    return f"Not learnt to the {AIM:.0%} that was aimed at: {', '.join(below)}."
 
 
 def _command(settings: Settings) -> str:
@@ -121,6 +131,7 @@ def _text(
     return CARD.format(
         behaviours="\n".join(rows),
         variants="\n".join(variants),
+        reached=_reached(summaries),
         parameters=sum(p.numel() for p in model.parameters()),
         vocabulary=model.config.vocab_size,
         held_out=len(HELD_OUT),

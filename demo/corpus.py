@@ -36,7 +36,9 @@ _WORDS = {
     "man": "John Paul Tom Adam Ben David Eric Frank George Henry Jack Mark Peter Robert Sam Simon",
     "surname": (
         "Stone Hill Wood Brook Field Lake Marsh Banks Baker Carter Cooper Fisher Mason Miller "
-        "Porter Turner Walker Wright Foster Hunter Parker Taylor Young King"
+        "Porter Turner Walker Wright Foster Hunter Parker Taylor Young King Nash Price Webb Archer "
+        "Barker Shepherd Weaver Potter Cole Reed Ford Bell Cook Gray Hart Hunt Lane Long Moss Page "
+        "Pike Rice Shaw Swan Todd Vale Wade Ward West Wells"
     ),
     "thing": (
         "box key book cup ball hat coat bag lamp letter picture map pen plate bottle clock drum "
@@ -390,7 +392,7 @@ def colour(scene: Scene) -> str:
     scene.rng.shuffle(known)
     owed = [
         scene.choose(COLOUR_OF, thing=t, a=scene.rng.choice(scene.cast)) + f" {c}."
-        for t, c in known[: scene.rng.choice((1, 2))]
+        for t, c in known[: scene.rng.choice((1, 2, 2))]
     ]
     if _allowed(" ".join((text, *owed))):
         scene.mentioned.update(things)
@@ -450,6 +452,21 @@ def filler(scene: Scene) -> str:
 ROLL = ("The names on the list were ", "Present at the {place} were ", "On {week} I saw ")
 
 
+MET = (
+    "{a} {saw} {b}.",
+    "Then {a} {saw} {b}.",
+    "{a} met {b} at the {place}.",
+    "Later {a} met {b}.",
+    "{a} and {b} were {felt}.",
+    "{a} {went} to the {place} with {b}.",
+)
+
+
+def encounter(scene: Scene) -> str:
+    a, b = scene.people(2)
+    return scene.choose(MET, a=a, b=b)
+
+
 def roll_call(scene: Scene) -> str:
     *most, last = (str(person) for person in scene.people(len(scene.cast)))
     return scene.choose(ROLL) + f"{', '.join(most)} and {last}."
@@ -460,7 +477,7 @@ _SENTENCES: tuple[tuple[Callable[[Scene], str], int], ...] = (
     (pronoun, 5),
     (agreement, 3),
     (quotation, 3),
-    (colour, 5),
+    (colour, 6),
     (filler, 4),
 )
 _KINDS = [kind for kind, _ in _SENTENCES]
@@ -472,14 +489,14 @@ def _allowed(text: str) -> bool:
 
 
 def _cast(rng: random.Random) -> list[Person]:
-    """Two to four people who may share a document; in two documents of five with surnames."""
+    """Two to four people who may share a document; in half of the documents with surnames."""
     first: list[str] = []
     size = rng.choice((2, 3, 3, 4))
     while len(first) < size:
         name = rng.choice(NAMES)
         if name not in first and not any(_ordered("person", name, n) in HELD_OUT for n in first):
             first.append(name)
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         return [Person(name) for name in first]
     while True:
         last = rng.sample(SURNAMES, size)
@@ -495,11 +512,11 @@ def document(rng: random.Random) -> str:
     text: list[str] = []
     full = False
     while scene.owed or not full:
-        if scene.owed and (full or rng.random() < 0.5):
+        if scene.owed and (full or rng.random() < 0.7):
             text.append(scene.owed.pop(rng.randrange(len(scene.owed))))
             continue
-        if scene.cast[0].last and rng.random() < 0.25:
-            sentence = roll_call(scene)
+        if scene.cast[0].last and rng.random() < 0.5:
+            sentence = rng.choice((encounter, encounter, roll_call))(scene)
         else:
             sentence = rng.choices(_KINDS, _WEIGHTS)[0](scene)
         if _allowed(sentence):

@@ -34,10 +34,10 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class Settings:
     seed: int = 0
-    steps: int = 3200
+    steps: int = 2700
     tokens: int = 2048
     """Per step, in rows of `short` tokens and, for the second half, of `context` tokens."""
-    short: int = 32
+    short: int = 40
     context: int = 128
     layers: int = 4
     heads: int = 8
@@ -51,11 +51,11 @@ class Settings:
 
 
 def rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth of the peak."""
+    """Linear warm-up, the peak, and in the last third a cosine down to a fiftieth of the peak."""
     if step < settings.warmup:
         return settings.peak * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    done = max(0.0, 3 * (step + 1) / settings.steps - 2)
+    return settings.peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def batch(settings: Settings, step: int, tokenizer: Any) -> torch.Tensor:
