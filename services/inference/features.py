@@ -19,6 +19,7 @@ BUILT = (
     "target.residual",
     "attribute.compare",
     "attribute.norm_modes",
+    "attribute.read_outs",
 )
 
 NOT_BUILT = {
@@ -30,7 +31,6 @@ NOT_BUILT = {
     "intervention.mask": "the operation mask",
     "positions.generated": "generation, and so its positions,",
     "attribute.dictionaries": "dictionaries",
-    "attribute.read_outs": "token read-outs of nodes",
     "attribute.verify": "the verified column",
     "attribute.integrated_steps": "the integrated-gradients column",
 }

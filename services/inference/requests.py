@@ -24,6 +24,8 @@ from services.inference.engine.model import Model
 
 MAX_ROWS = 100_000
 MAX_INTERVENTIONS = 1_000
+MAX_READ_OUT_TOKENS = 100
+MAX_READ_OUT_ROWS = 1_000
 DEFAULT_ROWS = 50
 DEFAULT_TOP_TOKENS = 10
 
@@ -66,6 +68,8 @@ class Attribution:
     runs: tuple[ExplainedRun, ...]
     norm_mode: NormMode
     ranking: tables.Ranking
+    read_out_tokens: int
+    """Tokens read out of each listed node; 0: none."""
 
 
 def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
@@ -118,14 +122,28 @@ def read_attribution(request: attribute_pb2.AttributeRequest, model: Model) -> A
     request.rank_by = request.rank_by or attribute_pb2.COLUMN_TOTAL_EFFECT
     request.top_k = _count(request, DEFAULT_ROWS)
     ranking = tables.Ranking(_COLUMNS[request.rank_by], request.top_k, request.per_kind)
-    return Attribution(tuple(runs), _NORM_MODES[request.norm_mode], ranking)
+    tokens = _read_out_tokens(request) if request.HasField("read_outs") else 0
+    return Attribution(tuple(runs), _NORM_MODES[request.norm_mode], ranking, tokens)
+
+
+def _read_out_tokens(request: attribute_pb2.AttributeRequest) -> int:
+    tokens = request.read_outs.tokens
+    if not 1 <= tokens <= MAX_READ_OUT_TOKENS:
+        raise InvalidArgument(
+            f"{tokens} tokens are asked for; valid is 1..{MAX_READ_OUT_TOKENS}",
+            field="read_outs.tokens",
+        )
+    if request.top_k > MAX_READ_OUT_ROWS:
+        raise InvalidArgument(
+            f"read-outs are made for at most {MAX_READ_OUT_ROWS} rows; top_k is {request.top_k}",
+            field="read_outs",
+        )
+    return tokens
 
 
 def _refuse_unbuilt(request: attribute_pb2.AttributeRequest) -> None:
     if request.dictionaries:
         raise features.not_built("attribute.dictionaries", "dictionaries")
-    if request.HasField("read_outs"):
-        raise features.not_built("attribute.read_outs", "read_outs")
     if request.verify:
         raise features.not_built("attribute.verify", "verify")
     if request.HasField("integrated_steps"):

@@ -94,7 +94,13 @@ def fill_attribution(
     table, explanations = result.table, result.explanations
     first = explanations[0]
     response.objective_value = first.value
-    response.rows.extend(_row(each) for each in table.rows)
+    for row in table.rows:
+        message = _row(row)
+        if (read := result.read_outs.get(row.node)) is not None:
+            message.output_tokens.extend(_scores(read.output, vocabulary))
+            message.input_tokens.extend(_scores(read.input, vocabulary))
+            message.key_input_tokens.extend(_scores(read.key_input, vocabulary))
+        response.rows.append(message)
     response.totals.CopyFrom(_totals(table.totals[0]))
     response.tokens.extend(tokens(ids[0], vocabulary))
     response.top_tokens.extend(_scores(result.top_tokens[0], vocabulary))
@@ -111,8 +117,8 @@ def fill_attribution(
     response.compare_top_tokens.extend(_scores(result.top_tokens[1], vocabulary))
     response.compare_receipts.extend(_receipt(each) for each in second.receipts)
     response.token_effects.extend(_effects(each, True) for each in table.token_effects[1])
-    for row in response.remainder:
-        row.compare_direct_effect = second.remainder.get(row.node, 0.0)
+    for left in response.remainder:
+        left.compare_direct_effect = second.remainder.get(left.node, 0.0)
     for name, value in second.remainder.items():
         if name not in first.remainder:
             response.remainder.add(node=name, compare_direct_effect=value)

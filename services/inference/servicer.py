@@ -95,7 +95,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         wanted = await asyncio.to_thread(requests.read_attribution, canonical, model)
         finished = await self._on_device(
             lambda cancel: _timed(
-                lambda: model.attribute(wanted.runs, wanted.norm_mode, wanted.ranking, cancel)
+                lambda: model.attribute(
+                    wanted.runs,
+                    wanted.norm_mode,
+                    wanted.ranking,
+                    cancel,
+                    wanted.read_out_tokens,
+                )
             )
         )
         result, device_ms = finished.result

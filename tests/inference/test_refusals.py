@@ -121,6 +121,12 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
     "negative position": (objective(position=-1), "objective.position", "valid is 0.."),
     "top_k 0": ({"topK": 0}, "top_k", "top_k is 0; valid is 1..100000"),
     "top_k too large": ({"topK": 100_001}, "top_k", "valid is 1..100000"),
+    "read-outs of no tokens": ({"readOuts": {}}, "read_outs.tokens", "valid is 1..100"),
+    "read-outs of too many rows": (
+        {"readOuts": {"tokens": 3}, "topK": 1001},
+        "read_outs",
+        "at most 1000 rows",
+    ),
     "unknown norm mode": ({"normMode": 9}, "norm_mode", "NormMode does not define"),
     "unknown column": ({"rankBy": 77}, "rank_by", "Column does not define"),
     "compare objective alone": ({"compareObjective": OBJECTIVE}, "compare_objective", "not set"),
@@ -304,7 +310,6 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
-    "read-outs": ({"readOuts": {"tokens": 3}}, "read_outs"),
     "verify": ({"verify": True}, "verify"),
     "integrated steps": ({"integratedSteps": 4}, "integrated_steps"),
     "along": ({"objective": {"along": {"point": "embed"}}}, "objective.along"),

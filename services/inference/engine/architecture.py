@@ -32,6 +32,14 @@ class Layer:
     mlp: nn.Module
     mlp_down: nn.Module
     norms: tuple[Norm, ...]
+    scaling: float
+    """What scores are multiplied by."""
+    w_q: Tensor
+    """[H, dh, d]: query projection per head, before any rotation."""
+    w_k: Tensor
+    """[Hk, dh, d]: key projection per key/value head, before any rotation."""
+    w_in: Tensor
+    """[F, d]: what a neuron's pre-activation reads (the gate's where it is gated)."""
     w_o: Tensor
     """[H, dh, d]: output projection per head."""
     b_o: Tensor | None
@@ -53,6 +61,8 @@ class Architecture:
     family: str
     layers: tuple[Layer, ...]
     final_norm: Norm
+    w_e: Tensor
+    """[V, d]: embedding rows."""
     w_u: Tensor
     """[V, d]: unembedding rows."""
     unembed_bias: Tensor | None
@@ -107,6 +117,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
                 attention=arch.attn_module(index),
                 attn_out=arch.attn_out_proj(index),
                 mlp=arch.mlp_module(index),
+                mlp_in=arch.mlp_projection(index, "pre_act"),
                 mlp_down=arch.mlp_projection(index, "down"),
                 pre_mlp_norm=arch.pre_mlp_norm(index),
                 heads=arch.n_heads,
@@ -118,6 +129,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
         family=str(config.model_type),
         layers=layers,
         final_norm=final_norm,
+        w_e=_weight(arch.embed),
         w_u=_write_weight(arch.lm_head).T,
         unembed_bias=_bias(arch.lm_head),
         n_heads=arch.n_heads,
@@ -135,6 +147,7 @@ def _layer(
     attention: nn.Module,
     attn_out: nn.Module,
     mlp: nn.Module,
+    mlp_in: nn.Module,
     mlp_down: nn.Module,
     pre_mlp_norm: nn.Module | None,
     heads: int,
@@ -149,12 +162,17 @@ def _layer(
             reason="UNSUPPORTED_ARCHITECTURE",
         )
     width = w_out.shape[1]
+    w_q, w_k = _query_key(attention, width)
     return Layer(
         block=block,
         attention=attention,
         mlp=mlp,
         mlp_down=mlp_down,
         norms=tuple(probe_norm(norm, width) for norm in norms),
+        scaling=_scaling(attention),
+        w_q=w_q.view(heads, -1, width),
+        w_k=w_k.view(-1, w_q.shape[0] // heads, width),
+        w_in=_write_weight(mlp_in).T,
         w_o=w_o,
         b_o=_bias(attn_out),
         w_out=w_out,
@@ -164,11 +182,32 @@ def _layer(
     )
 
 
+def _query_key(attention: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+    """Rows of the query and of the key projection, [out, d], of a fused or a separate layout."""
+    fused = getattr(attention, "c_attn", None)
+    if isinstance(fused, nn.Module):
+        query, key, _ = torch.split(_write_weight(fused).T, width)
+        return query.contiguous(), key.contiguous()
+    query, key = (getattr(attention, name) for name in ("q_proj", "k_proj"))
+    return _weight(query), _weight(key)
+
+
+def _scaling(attention: nn.Module) -> float:
+    scaling = attention.scaling
+    assert isinstance(scaling, float)
+    return scaling
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def _write_weight(projection: nn.Module) -> Tensor:
     """[in, out] whichever way the module stores it; a view, never a copy."""
-    weight = projection.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach() if isinstance(projection, Conv1D) else weight.detach().T
+    weight = _weight(projection)
+    return weight if isinstance(projection, Conv1D) else weight.T
 
 
 def _bias(projection: nn.Module) -> Tensor | None:

@@ -52,7 +52,13 @@ class Explanation:
     """Direct effect of each bias, of the objective's constants and of the rest."""
     logits: Tensor
     """[V] at the objective's position."""
-    receipts: tuple[Receipt, ...]
+    captured: Pass
+    row: int
+    """Which row of the captured batch this run is."""
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        return self.captured.receipts(self.row)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def _explanation(
     ]
     for index, (layer, site) in enumerate(zip(architecture.layers, current.attention, strict=True)):
         probabilities = site.used(row)[:, :length, :length]
-        values = site.values_per_head(row)[:, :length].detach()
+        values = site.values_per_head(row)[:, :length]
         edits = [edit for edit in run.edits if edit.target.layer == index]
         heads = head_path(
             path.attention[index], reads, layer.w_o, values, probabilities, edits, path.edits
@@ -188,7 +194,7 @@ def _explanation(
     remainder["bias.read"] = constants
     remainder["rest"] = value - explained - constants
     _require_finite(value, remainder, gradients.embed[row, :length])
-    return Explanation(value, tuple(groups), remainder, logits.detach(), current.receipts(row))
+    return Explanation(value, tuple(groups), remainder, logits.detach(), current, row)
 
 
 def _bias_rows(architecture: Architecture, path: DirectPath) -> dict[str, float]:

@@ -28,6 +28,10 @@ class Row:
 class AttentionSite:
     """One layer's attention in one pass. Rows with edits have probabilities of their own."""
 
+    query: Tensor
+    """[B, H, T, dh], after rotation and edits."""
+    key: Tensor
+    """[B, Hk or H, T, dh], after rotation and edits."""
     probabilities: Tensor
     """[B, H, T, T] as query, key: post-softmax, before edits of pairs and rows."""
     values: Tensor
@@ -48,9 +52,14 @@ class AttentionSite:
                 used[head, list(positions)] = 0
         return used
 
+    def keys_per_head(self, row: int) -> Tensor:
+        """[H, T, dh], detached: keys as each query head reads them."""
+        keys = self.key[row].detach()
+        return keys.repeat_interleave(self.query.shape[1] // keys.shape[0], dim=0)
+
     def values_per_head(self, row: int) -> Tensor:
-        """[H, T, dh]: values as each query head reads them."""
-        values = self.values[row]
+        """[H, T, dh], detached: values as each query head reads them."""
+        values = self.values[row].detach()
         return values.repeat_interleave(self.probabilities.shape[1] // values.shape[0], dim=0)
 
 
@@ -65,8 +74,14 @@ class Pass:
     """[B, T, d]: input of the first block, after edits; the leaf of the graph."""
     embed_before: Tensor = field(init=False)
     """[B, T, d]: the same before edits."""
-    block_input: Tensor = field(init=False)
-    """[B, T, d]: what the block that runs now has read."""
+    block_inputs: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, d]: the residual stream that the block reads."""
+    middles: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, d]: the residual stream that the norm before the MLP reads."""
+    rotations: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    """Per layer cosine and sine [1, T, dh] of the rotary embedding, if there is one."""
+    _inputs: tuple[Tensor, Tensor] = field(init=False)
+    """q and k of the attention that runs now."""
     attention: list[AttentionSite] = field(default_factory=list)
     neurons: list[Tensor] = field(default_factory=list)
     """Per layer [B, T, F], after edits."""
@@ -124,11 +139,10 @@ class Pass:
         if shared and key.shape[1] != heads:
             key = key.repeat_interleave(heads // key.shape[1], dim=1)
             value = value.repeat_interleave(heads // value.shape[1], dim=1)
-        return (
-            self._edit_heads(Kind.QUERY, layer, query),
-            self._edit_heads(Kind.KEY, layer, key),
-            self._edit_heads(Kind.VALUE, layer, value),
-        )
+        query = self._edit_heads(Kind.QUERY, layer, query)
+        key = self._edit_heads(Kind.KEY, layer, key)
+        self._inputs = query, key
+        return query, key, self._edit_heads(Kind.VALUE, layer, value)
 
     def _edit_heads(self, kind: Kind, layer: int, vectors: Tensor) -> Tensor:
         """Edits of one vector per head, [B, H, T, dh]."""
@@ -149,7 +163,7 @@ class Pass:
 
         values [B, Hk or H, T, dh], output [B, T, H, dh], probabilities [B, H, T, T] -> output.
         """
-        site = AttentionSite(probabilities, values)
+        site = AttentionSite(*self._inputs, probabilities, values)
         self.attention.append(site)
         edits = list(self.edits_at(Kind.HEAD, layer))
         if not edits:

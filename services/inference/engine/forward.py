@@ -53,9 +53,11 @@ class Hooks:
         for index, layer in enumerate(architecture.layers):
             attention.tap(layer.attention, self._taps[index])
             layer.block.register_forward_pre_hook(partial(self._enter_block, index))
+            layer.attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
             layer.attention.register_forward_hook(partial(self._leave_attention, index))
             layer.mlp.register_forward_hook(partial(self._leave_mlp, index))
             layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
+            layer.norms[1].module.register_forward_pre_hook(self._enter_mlp_norm)
             for norm in layer.norms:
                 norm.module.register_forward_hook(partial(self._leave_block_norm, norm))
         architecture.final_norm.module.register_forward_pre_hook(self._enter_final_norm)
@@ -102,11 +104,10 @@ class Hooks:
 
     def _check_captured(self, current: Pass) -> None:
         layers = len(self._architecture.layers)
-        if (len(current.attention), len(current.neurons)) != (layers, layers):
-            raise RuntimeError(
-                f"captured attention in {len(current.attention)} and neurons in "
-                f"{len(current.neurons)} of {layers} layers: a hook was bypassed"
-            )
+        captured = (current.attention, current.neurons, current.middles, current.rotations)
+        counts = [len(each) for each in captured]
+        if any(count != layers for count in counts):
+            raise RuntimeError(f"captured {counts} sites of {layers} layers: a hook was bypassed")
         for index, row in enumerate(current.rows):
             current.receipts(index)
             length = len(row.token_ids)
@@ -145,14 +146,26 @@ class Hooks:
             current.embed_before = args[0].detach()
             edited = current.edit_residual(Kind.EMBED, None, current.embed_before)
             current.embed = edited.detach().requires_grad_(current.gradients)
-            current.block_input = current.embed
+            read = current.embed
         else:
-            current.block_input = current.edit_residual(Kind.RESID_POST, layer - 1, args[0])
-            if current.block_input.requires_grad:
-                current.block_input.register_hook(  # type: ignore[no-untyped-call]
+            read = current.edit_residual(Kind.RESID_POST, layer - 1, args[0])
+            if read.requires_grad:
+                read.register_hook(  # type: ignore[no-untyped-call]
                     partial(_check_cancel, current.cancel)
                 )
-        return (current.block_input, *args[1:])
+        current.block_inputs.append(read)
+        return (read, *args[1:])
+
+    def _enter_attention(
+        self, module: torch.nn.Module, args: object, kwargs: dict[str, object]
+    ) -> None:
+        if self.current is not None:
+            rotation = kwargs.get("position_embeddings")
+            self.current.rotations.append(rotation if isinstance(rotation, tuple) else None)
+
+    def _enter_mlp_norm(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.current is not None:
+            self.current.middles.append(args[0])
 
     def _leave_attention(
         self, layer: int, module: torch.nn.Module, args: object, output: tuple[Tensor, ...]
@@ -163,8 +176,10 @@ class Hooks:
         write = current.edit_residual(Kind.ATTN, layer, output[0])
         if next(current.edits_at(Kind.RESID_MID, layer), None):
             # The block adds this to its input itself: hand it what makes the sum the edited one.
-            middle = current.edit_residual(Kind.RESID_MID, layer, current.block_input + write)
-            write = middle - current.block_input
+            middle = current.edit_residual(
+                Kind.RESID_MID, layer, current.block_inputs[layer] + write
+            )
+            write = middle - current.block_inputs[layer]
         return (write, *output[1:])
 
     def _leave_mlp(

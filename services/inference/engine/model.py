@@ -23,6 +23,7 @@ from services.inference.engine.columns import Column
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.text import Vocabulary
 
 
@@ -58,6 +59,8 @@ class AttributeResult:
     explanations: tuple[Explanation, ...]
     table: tables.Table
     top_tokens: tuple[tuple[tuple[int, float], ...], ...]
+    read_outs: dict[Address, ReadOut]
+    """Of the listed nodes in the first run (in the other one where a node is only there)."""
     times: StageTimes
 
 
@@ -118,18 +121,49 @@ class Model:
         norm_mode: NormMode,
         ranking: tables.Ranking,
         cancel: CancelToken,
+        read_out_tokens: int = 0,
     ) -> AttributeResult:
-        """The node table of one run, or of a run and the one it is compared with."""
+        """The node table of one run, or of a run and the one it is compared with.
+
+        `read_out_tokens` tokens are read out of every listed node; 0: none.
+        """
         explanations, times = attribution.explain(
             self.hooks, self.architecture, runs, norm_mode, cancel
         )
         cancel.check()
+        table = tables.build(explanations, ranking)
+        cancel.check()
         return AttributeResult(
             explanations,
-            tables.build(explanations, ranking),
+            table,
             tuple(self._top(explanation.logits, TOP_TOKENS) for explanation in explanations),
+            self._read_outs(explanations, table, read_out_tokens),
             times,
         )
+
+    def _read_outs(
+        self, explanations: Sequence[Explanation], table: tables.Table, tokens: int
+    ) -> dict[Address, ReadOut]:
+        found: dict[Address, ReadOut] = {}
+        if not tokens:
+            return found
+        for number, explanation in enumerate(explanations):
+            nodes = [
+                row.node
+                for row in table.rows
+                if row.node not in found and (row.values if number == 0 else row.compare)
+            ]
+            if nodes:
+                found |= read_out(
+                    self.architecture, explanation, nodes, tokens, self._listed_tokens
+                )
+        return found
+
+    @property
+    def _listed_tokens(self) -> int:
+        """How many ids the tokenizer can decode; only those are ever listed."""
+        facts = self.vocabulary.facts
+        return self.vocabulary.size if facts is None else facts.vocabulary
 
     def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
         """[d]: mean unembedding column of the targets minus that of the distractors."""
@@ -160,8 +194,7 @@ class Model:
 
     def _top(self, logits: Tensor, k: int) -> tuple[tuple[int, float], ...]:
         """(id, logit) of the k largest; ids the tokenizer cannot decode are never listed."""
-        facts = self.vocabulary.facts
-        listed = logits if facts is None else logits[: facts.vocabulary]
+        listed = logits[: self._listed_tokens]
         top = torch.topk(listed, min(k, listed.numel()))
         return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 

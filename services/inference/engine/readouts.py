@@ -1,0 +1,171 @@
+"""Token read-outs: what a node's write promotes, and what moves the node (SEMANTICS section 8).
+
+All listed nodes of a run are read out in a few matrix products with the unembedding and the
+embedding; only the tokens of largest absolute score leave the device.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.common.addresses import Address, Kind
+from services.inference.engine.architecture import Architecture
+from services.inference.engine.attribution import Explanation
+
+Scores = tuple[tuple[int, float], ...]
+"""(token id, score), largest absolute score first."""
+
+_CHUNK = 128
+"""Nodes per matrix product: [128, V] of scores at a time."""
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """Tokens of one node. `key_input` is of head pairs only, and embeddings have no inputs."""
+
+    output: Scores
+    input: Scores
+    key_input: Scores
+
+
+def read_out(
+    architecture: Architecture,
+    explanation: Explanation,
+    nodes: Sequence[Address],
+    tokens: int,
+    vocabulary: int,
+) -> dict[Address, ReadOut]:
+    """Reads out nodes of a run; ids from `vocabulary` on are never listed."""
+    reader = _Reader(architecture, explanation)
+    outputs = _scored(
+        reader.output_directions(nodes), architecture.w_u, tokens, vocabulary, centred=True
+    )
+    with_inputs = [node for node in nodes if node.kind is not Kind.EMBED]
+    inputs = _scored(
+        reader.directions(with_inputs, through_key=False), architecture.w_e, tokens, vocabulary
+    )
+    heads = [node for node in nodes if node.kind is Kind.HEAD]
+    keys = _scored(reader.directions(heads, through_key=True), architecture.w_e, tokens, vocabulary)
+    of_input = dict(zip(with_inputs, inputs, strict=True))
+    of_key = dict(zip(heads, keys, strict=True))
+    return {
+        node: ReadOut(output, of_input.get(node, ()), of_key.get(node, ()))
+        for node, output in zip(nodes, outputs, strict=True)
+    }
+
+
+def _scored(
+    directions: Tensor, weights: Tensor, tokens: int, vocabulary: int, *, centred: bool = False
+) -> list[Scores]:
+    """directions [n, d] against weights [V, d]: the top tokens of each, less the mean if asked."""
+    found: list[Scores] = []
+    mean = weights.mean(0) if centred else None
+    k = min(tokens, vocabulary)
+    for chunk in torch.split(directions, _CHUNK):
+        scores = chunk @ weights[:vocabulary].T
+        if mean is not None:
+            scores -= (chunk @ mean)[:, None]
+        most, least = torch.topk(scores, k), torch.topk(scores, k, largest=False)
+        both = torch.cat([most.values, least.values], 1)
+        ids = torch.cat([most.indices, least.indices], 1)
+        best = both.abs().sort(dim=1, descending=True, stable=True).indices
+        for row_ids, row_scores, order in zip(
+            ids.tolist(), both.tolist(), best.tolist(), strict=True
+        ):
+            listed = dict.fromkeys(row_ids[place] for place in order)
+            score_of = dict(zip(row_ids, row_scores, strict=True))
+            found.append(tuple((each, score_of[each]) for each in list(listed)[:k]))
+    return found
+
+
+class _Reader:
+    """Directions of nodes in the residual stream, for one run."""
+
+    def __init__(self, architecture: Architecture, explanation: Explanation) -> None:
+        self._architecture = architecture
+        self._captured = explanation.captured
+        self._row = explanation.row
+
+    def output_directions(self, nodes: Sequence[Address]) -> Tensor:
+        """[n, d]: writes through the final norm, with its scale at the token written to."""
+        writes = torch.stack([self._write(node) for node in nodes])
+        norm = self._architecture.final_norm
+        positions = [node.position for node in nodes]
+        scale = norm.scale(self._captured.final_input[self._row, positions].detach())
+        if norm.centres:
+            writes = writes - writes.mean(-1, keepdim=True)
+        return writes * norm.gain / scale
+
+    def _write(self, node: Address) -> Tensor:
+        """[d]: what the node adds to the residual stream."""
+        position = node.position
+        if node.layer is None:
+            return self._captured.embed[self._row, position].detach()
+        layer = self._architecture.layers[node.layer]
+        if node.kind is Kind.NEURON:
+            activations = self._captured.neurons[node.layer].detach()
+            return activations[self._row, position, node.index] * layer.w_out[node.index]
+        site = self._captured.attention[node.layer]
+        probability = site.used(self._row)[node.index, position, node.key]
+        value = site.values_per_head(self._row)[node.index, node.key]
+        return probability * (value @ layer.w_o[node.index])
+
+    def directions(self, nodes: Sequence[Address], *, through_key: bool) -> Tensor:
+        """[n, d]: gradient of each node's value before its non-linearity, at the residual stream
+        that it reads, with the norm's scale constant."""
+        found = torch.empty(len(nodes), self._architecture.width).to(self._architecture.w_e)
+        by_site: dict[tuple[Kind, int], list[int]] = {}
+        for place, node in enumerate(nodes):
+            assert node.layer is not None
+            by_site.setdefault((node.kind, node.layer), []).append(place)
+        for (kind, layer), places in by_site.items():
+            here = [nodes[place] for place in places]
+            if kind is Kind.NEURON:
+                found[places] = self._of_neurons(layer, here)
+            else:
+                found[places] = self._of_pairs(layer, here, through_key=through_key)
+        return found
+
+    def _of_neurons(self, index: int, nodes: Sequence[Address]) -> Tensor:
+        layer = self._architecture.layers[index]
+        norm = layer.norms[1]
+        positions = [node.position for node in nodes]
+        scale = norm.scale(self._captured.middles[index][self._row, positions].detach())
+        return norm.frozen_gradient(layer.w_in[[node.index for node in nodes]], scale)
+
+    def _of_pairs(self, index: int, nodes: Sequence[Address], *, through_key: bool) -> Tensor:
+        layer = self._architecture.layers[index]
+        norm = layer.norms[0]
+        site = self._captured.attention[index]
+        heads, queries, keys = (
+            [getattr(node, part) for node in nodes] for part in ("index", "position", "key")
+        )
+        if through_key:
+            other = site.query[self._row].detach()[heads, queries]
+            groups = len(layer.w_q) // len(layer.w_k)
+            weights, positions = layer.w_k[[head // groups for head in heads]], keys
+        else:
+            other = site.keys_per_head(self._row)[heads, keys]
+            weights, positions = layer.w_q[heads], queries
+        unrotated = self._unrotated(index, other, positions) * layer.scaling
+        gradient = torch.einsum("ne,ned->nd", unrotated, weights)
+        scale = norm.scale(self._captured.block_inputs[index][self._row, positions].detach())
+        return norm.frozen_gradient(gradient, scale)
+
+    def _unrotated(self, index: int, vectors: Tensor, positions: Sequence[int]) -> Tensor:
+        """[n, dh] -> [n, dh]: the transpose of the model's own rotation at each position."""
+        rotation = self._captured.rotations[index]
+        if rotation is None:
+            return vectors
+        cosine, sine = (part[0, list(positions), None].detach() for part in rotation)
+        attention = self._architecture.layers[index].attention
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        with torch.enable_grad():
+            start = torch.zeros_like(vectors)[:, None, None].requires_grad_()
+            rotated, _ = rotate(start, start.detach(), cosine, sine)
+            (found,) = torch.autograd.grad(rotated, start, vectors[:, None, None])
+        unrotated: Tensor = found[:, 0, 0]
+        return unrotated
