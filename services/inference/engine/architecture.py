@@ -65,6 +65,8 @@ class Architecture:
     """[V, d]: embedding rows."""
     w_u: Tensor
     """[V, d]: unembedding rows."""
+    w_u_mean: Tensor
+    """[d]: their mean."""
     unembed_bias: Tensor | None
     """[V]"""
     n_heads: int
@@ -125,19 +127,21 @@ def resolve(model: PreTrainedModel) -> Architecture:
             for index in range(arch.n_layers)
         )
         final_norm = probe_norm(arch.final_norm, arch.d_model)
+        w_u = _write_weight(arch.lm_head).T
     return Architecture(
         family=str(config.model_type),
         layers=layers,
         final_norm=final_norm,
         w_e=_weight(arch.embed),
-        w_u=_write_weight(arch.lm_head).T,
+        w_u=w_u,
+        w_u_mean=w_u.mean(0),
         unembed_bias=_bias(arch.lm_head),
         n_heads=arch.n_heads,
         n_key_value_heads=arch.n_kv_heads,
         head_width=arch.head_dim,
         width=arch.d_model,
         neurons=layers[0].w_out.shape[0],
-        vocabulary=_write_weight(arch.lm_head).shape[1],
+        vocabulary=w_u.shape[0],
         context=int(config.max_position_embeddings),
     )
 

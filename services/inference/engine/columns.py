@@ -9,6 +9,7 @@ Formulas: SEMANTICS section 5. Notation: e, A, v, a, G, g* as in its section 1.
 
 from abc import ABC, abstractmethod
 from enum import Enum, auto
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -142,6 +143,7 @@ class HeadNodes(NodeGroup):
         squares = ((self._values @ self._layer.w_o_gram) * self._values).sum(-1)
         return squares.clamp_min(0).sqrt()
 
+    @cached_property
     def _read_effects(self) -> Tensor:
         """[H, reads, T]: direct effect of the pairs whose query is a token that J reads."""
         met = self._path.z.transpose(0, 1) @ self._path.values.transpose(1, 2)
@@ -149,7 +151,7 @@ class HeadNodes(NodeGroup):
 
     def _direct(self) -> Tensor:
         full = torch.zeros_like(self._probabilities)
-        full[:, self._reads] = self._read_effects()
+        full[:, self._reads] = self._read_effects
         return full
 
     def _matrix(self, column: Column) -> Tensor:
@@ -200,7 +202,7 @@ class HeadNodes(NodeGroup):
         return head * self._pairs + query * (query + 1) // 2 + key
 
     def direct_total(self) -> float:
-        return float(self._read_effects().double().sum())
+        return float(self._read_effects.double().sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         direct = self._direct().sum(0)
@@ -235,13 +237,14 @@ class NeuronNodes(NodeGroup):
         self.size = activations.numel()
         self.device = activations.device
 
+    @cached_property
     def _read_effects(self) -> Tensor:
         """[reads, F]: direct effect of the neurons at the tokens that J reads."""
         return self._activations[self._reads] * (self._read[self._reads] @ self._layer.w_out.T)
 
     def _direct(self) -> Tensor:
         full = torch.zeros_like(self._activations)
-        full[self._reads] = self._read_effects()
+        full[self._reads] = self._read_effects
         return full
 
     def _matrix(self, column: Column) -> Tensor:
@@ -285,7 +288,7 @@ class NeuronNodes(NodeGroup):
         return address.position * self._neurons + address.index
 
     def direct_total(self) -> float:
-        return float(self._read_effects().double().sum())
+        return float(self._read_effects.double().sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {"mlp": (self._direct().sum(1), self._matrix(Column.TOTAL_EFFECT).sum(1))}

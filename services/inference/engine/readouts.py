@@ -40,17 +40,17 @@ def read_out(
 ) -> dict[Address, ReadOut]:
     """Reads out nodes of a run; ids from `vocabulary` on are never listed."""
     reader = _Reader(architecture, explanation)
-    outputs = _scored(
-        reader.output_directions(nodes), architecture.w_u, tokens, vocabulary, centred=True
-    )
+    w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
+    outputs = _scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
     with_inputs = [node for node in nodes if node.kind is not Kind.EMBED]
-    inputs = _scored(
-        reader.directions(with_inputs, through_key=False), architecture.w_e, tokens, vocabulary
-    )
     heads = [node for node in nodes if node.kind is Kind.HEAD]
-    keys = _scored(reader.directions(heads, through_key=True), architecture.w_e, tokens, vocabulary)
-    of_input = dict(zip(with_inputs, inputs, strict=True))
-    of_key = dict(zip(heads, keys, strict=True))
+    directions = [
+        reader.directions(with_inputs, through_key=False),
+        reader.directions(heads, through_key=True),
+    ]
+    inputs = _scored(torch.cat(directions), w_e, tokens)
+    of_input = dict(zip(with_inputs, inputs[: len(with_inputs)], strict=True))
+    of_key = dict(zip(heads, inputs[len(with_inputs) :], strict=True))
     return {
         node: ReadOut(output, of_input.get(node, ()), of_key.get(node, ()))
         for node, output in zip(nodes, outputs, strict=True)
@@ -58,26 +58,19 @@ def read_out(
 
 
 def _scored(
-    directions: Tensor, weights: Tensor, tokens: int, vocabulary: int, *, centred: bool = False
+    directions: Tensor, weights: Tensor, tokens: int, mean: Tensor | None = None
 ) -> list[Scores]:
-    """directions [n, d] against weights [V, d]: the top tokens of each, less the mean if asked."""
+    """directions [n, d] against weights [V, d], less the score of `mean` [d]: top of each."""
     found: list[Scores] = []
-    mean = weights.mean(0) if centred else None
-    k = min(tokens, vocabulary)
     for chunk in torch.split(directions, _CHUNK):
-        scores = chunk @ weights[:vocabulary].T
+        # In this order the product is a quarter faster on a CPU than its transpose.
+        scores = (weights @ chunk.T).T.contiguous()
         if mean is not None:
             scores -= (chunk @ mean)[:, None]
-        most, least = torch.topk(scores, k), torch.topk(scores, k, largest=False)
-        both = torch.cat([most.values, least.values], 1)
-        ids = torch.cat([most.indices, least.indices], 1)
-        best = both.abs().sort(dim=1, descending=True, stable=True).indices
-        for row_ids, row_scores, order in zip(
-            ids.tolist(), both.tolist(), best.tolist(), strict=True
-        ):
-            listed = dict.fromkeys(row_ids[place] for place in order)
-            score_of = dict(zip(row_ids, row_scores, strict=True))
-            found.append(tuple((each, score_of[each]) for each in list(listed)[:k]))
+        ids = torch.topk(scores.abs(), min(tokens, len(weights))).indices
+        best = scores.gather(1, ids)
+        for row_ids, row_scores in zip(ids.tolist(), best.tolist(), strict=True):
+            found.append(tuple(zip(row_ids, row_scores, strict=True)))
     return found
 
 
