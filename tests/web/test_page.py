@@ -1,207 +1,28 @@
-"""The page in a real browser, on the real product: a first visitor, and what may go wrong.
-
-One product is started for the module, exactly as a user starts it. Every test gets a fresh browser
-context, and whatever the browser complains about, or fetches from elsewhere, fails the test.
-"""
+"""The page in a real browser, on the real product: a first visitor, and what may go wrong."""
 
 import json
-import os
 import re
-import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import pytest
-from playwright.sync_api import (
-    Browser,
-    ConsoleMessage,
-    Locator,
-    Page,
-    Route,
-    expect,
-    sync_playwright,
+from playwright.sync_api import Browser, Page, Route, expect
+
+from tests.web.driving import (
+    ATTRIBUTE,
+    PROMPT,
+    Complaints,
+    ablate,
+    answered,
+    calls,
+    head,
+    number,
+    rows,
+    shoot,
+    start,
 )
 
 pytestmark = pytest.mark.browser
-
-ROOT = Path(__file__).resolve().parents[2]
-SCREENSHOTS = ROOT / "test-results"
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-START_S = 180
-PROMPT = "When Mary and John went to the store, John gave a drink to"
-ATTRIBUTE = "**/tdb.inference.v1.InferenceService/Attribute"
-# What Chromium itself says about a refused call; the page says it in a sentence as well.
-REFUSED = re.compile(
-    r"Failed to load resource: (the server responded with a status of 4\d\d|net::ERR_FAILED)"
-)
-
-
-def _absent(what: str) -> None:
-    """Without it there is nothing to test here; in CI that is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-@pytest.fixture(scope="module")
-def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of the product, started as a user starts it."""
-    if not (ROOT / "gateway" / "static" / "index.html").is_file():
-        _absent("the page is not built: run `npm run build` in web/")
-    folder = tmp_path_factory.mktemp("product")
-    env = {key: value for key, value in os.environ.items() if not key.startswith("TDB_")}
-    env |= {
-        "TDB_GATEWAY_PORT": "0",
-        "TDB_INFERENCE_PORT": "0",
-        "TDB_DATA_DIR": str(folder / "data"),
-    }
-    said = folder / "said.txt"
-    with (
-        said.open("w") as output,
-        subprocess.Popen(
-            [sys.executable, "-m", "tdb.cli", "up", "--demo"],
-            cwd=folder,
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        try:
-            yield _url(process, said)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-
-
-def _url(process: subprocess.Popen[bytes], said: Path) -> str:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        printed = re.search(r"^https?://\S+$", said.read_text(), re.MULTILINE)
-        if printed:
-            return printed[0].rstrip("/") + "/"
-        if process.poll() is not None:
-            break
-        time.sleep(0.2)
-    pytest.fail(f"`tdb up --demo` printed no URL. It said:\n{said.read_text()}")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    if executable is None:
-        _absent("Chromium is not installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
-
-
-class Complaints(list[str]):
-    """What the browser complained about on a page, and what the page fetched from elsewhere."""
-
-    def __init__(self, page: Page, origin: str) -> None:
-        super().__init__()
-
-        def fetched(url: str) -> None:
-            if urlsplit(url).netloc != urlsplit(origin).netloc and not url.startswith("data:"):
-                self.append(f"fetched {url}")
-
-        def console(message: ConsoleMessage) -> None:
-            if message.type in ("error", "warning"):
-                self.append(message.text)
-
-        page.on("console", console)
-        page.on("pageerror", lambda error: self.append(str(error)))
-        page.on("request", lambda request: fetched(request.url))
-
-
-@pytest.fixture
-def complaints(page: Page, product: str) -> Complaints:
-    return Complaints(page, product)
-
-
-@pytest.fixture
-def page(browser: Browser, product: str) -> Iterator[Page]:
-    context = browser.new_context(
-        base_url=product, viewport={"width": 1280, "height": 860}, reduced_motion="reduce"
-    )
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    own = Complaints(page, product)
-    yield page
-    context.close()
-    assert [text for text in own if not REFUSED.match(text)] == []
-
-
-def rows(page: Page) -> Locator:
-    return page.locator("tr.row")
-
-
-def head(page: Page) -> str:
-    """The first head of the table that is not ablated already."""
-    row = page.locator("tr.row[data-node^='head.']:not(:has([data-ablated]))").first
-    node = row.get_attribute("data-node")
-    assert node is not None
-    return node
-
-
-def number(page: Page, name: str = "objective") -> float:
-    text = page.get_by_test_id(name).get_attribute("data-value")
-    assert text is not None
-    return float(text)
-
-
-def start(page: Page) -> float:
-    """Opens the start page and returns the example's logit difference."""
-    page.goto("")
-    answered(page)
-    return number(page)
-
-
-def answered(page: Page) -> None:
-    """Waits until nothing is on its way and the answer is that of the question."""
-    expect(page.locator("main[aria-busy=false]:not([data-stale]) tr.row").first).to_be_visible()
-    expect(page.locator("[data-waiting]")).to_have_count(0)
-
-
-def calls(page: Page) -> list[str]:
-    """Names of the calls made from now on, as they are made."""
-    names: list[str] = []
-
-    def note(url: str) -> None:
-        if "/tdb.inference.v1.InferenceService/" in url:
-            names.append(url.rsplit("/", 1)[1])
-
-    page.on("request", lambda request: note(request.url))
-    return names
-
-
-def shoot(page: Page, name: str) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
-
-
-def ablate(page: Page, node: str) -> None:
-    page.get_by_role("button", name=f"Ablate {node}", exact=True).first.click()
-    expect(page.get_by_role("button", name=f"Remove: ablate {node}")).to_be_visible()
-    answered(page)
 
 
 def test_the_first_visitor_s_journey(page: Page, complaints: Complaints) -> None:
@@ -353,16 +174,6 @@ def test_an_edit_that_names_nothing_is_a_sentence_at_its_chip(page: Page) -> Non
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_an_embedding_says_why_it_cannot_be_ablated(page: Page) -> None:
-    start(page)
-    page.get_by_role("combobox", name="rows").select_option("1000")
-    answered(page)
-    page.get_by_role("button", name="act", exact=False).first.click()
-    embedding = page.get_by_role("button", name="Ablate embed~").first
-    expect(embedding).to_be_disabled()
-    expect(embedding).to_have_attribute("title", re.compile("cannot be ablated yet"))
-
-
 def test_a_service_that_fails_leaves_the_answer_and_a_way_to_try_again(page: Page) -> None:
     start(page)
     page.route(
@@ -441,25 +252,6 @@ def test_the_request_can_be_copied(page: Page) -> None:
     command = page.evaluate("navigator.clipboard.readText()")
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["objectiveValue"] == pytest.approx(number(page), rel=1e-4)
-
-
-def test_a_long_table_draws_only_what_is_in_sight(page: Page) -> None:
-    start(page)
-    page.get_by_role("combobox", name="rows").select_option("1000")
-    answered(page)
-    expect(page.locator(".table-bar")).to_contain_text("1000 nodes")
-    assert rows(page).count() < 120
-    first = rows(page).first.get_attribute("data-node")
-    page.locator("main").evaluate("main => main.scrollTo(0, 15000)")
-    expect(rows(page).first).not_to_have_attribute("data-node", first or "")
-
-
-def test_a_token_filters_the_table(page: Page) -> None:
-    start(page)
-    page.get_by_label("Tokens of the prompt").get_by_role("button").nth(1).click()
-    nodes = [row.get_attribute("data-node") or "" for row in rows(page).all()]
-    assert nodes
-    assert all(re.search(r"[~-]1$|~1-", node) for node in nodes)
 
 
 @pytest.mark.parametrize("look", ["light", "dark"])

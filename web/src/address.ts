@@ -1,6 +1,6 @@
 /**
  * What the page reads off an address (SEMANTICS section 2). The service parses addresses; the page only
- * needs to know at which tokens a node sits and whether it can be ablated.
+ * needs to know what kind of node it is and at which tokens it sits.
  */
 
 export interface Site {
@@ -25,17 +25,4 @@ export function site(node: string): Site {
     ...(position === undefined ? {} : { position }),
     ...(key === undefined ? {} : { key }),
   };
-}
-
-/** Whether the node reads or writes at the token. */
-export function touches(node: string, token: number): boolean {
-  const { position, key } = site(node);
-  return position === token || key === token;
-}
-
-/** Why the node cannot be ablated, or nothing if it can. */
-export function notAblatable(node: string): string | undefined {
-  return site(node).kind === "embed"
-    ? "Embeddings cannot be ablated yet: this version edits heads, neurons and sublayers."
-    : undefined;
 }

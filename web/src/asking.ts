@@ -7,15 +7,17 @@
  */
 import { batch } from "@preact/signals";
 import { bearer, ConnectError } from "./connect";
-import type { InterventionJson } from "./gen/tdb/inference/v1/intervention_pb";
 import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
+import { supports } from "./features";
+import { decodeFilters } from "./filters";
 import { attribute, getModel, listModels, run } from "./inference";
 import { problems } from "./problems";
 import { attributeRequest, likelyIds, predictionRequest } from "./requests";
 import * as state from "./state";
 import { tokens } from "./tokenise";
-import { ablation, decode, DEFAULT_ROWS, encode, isAblation, type Question } from "./url";
+import { decode, DEFAULT_ROWS, encode, type Question } from "./url";
+import { leavePlaces, writeAddress } from "./view";
 
 const REMEMBERED = 50;
 const RESTART_MS = 3_000;
@@ -26,6 +28,7 @@ export async function start(): Promise<void> {
   let question: Question | null = null;
   try {
     question = decode(location.hash);
+    state.filters.value = decodeFilters(location.hash);
   } catch (error) {
     state.found.value = problems(error);
   }
@@ -50,6 +53,7 @@ async function fallBack(question: Question): Promise<void> {
 export async function follow(): Promise<void> {
   try {
     const question = decode(location.hash);
+    if (question) state.filters.value = decodeFilters(location.hash);
     if (!question || (state.asked.value && encode(state.asked.value) === encode(question))) return;
     if (question.model !== currentModel() && !(await loadModel(question.model))) return;
     await open(question);
@@ -132,6 +136,7 @@ export async function askDraft(): Promise<void> {
     state.found.value = missing.map((problem) => ({ ...problem, retry: false }));
     return;
   }
+  if (prompt !== state.asked.value?.prompt) leavePlaces();
   await ask({ model: currentModel(), prompt, targets, distractors, interventions, rankBy, rows });
 }
 
@@ -167,18 +172,17 @@ export async function ask(question: Question): Promise<void> {
     state.found.value = [];
     state.modelProblem.value = null;
   });
-  history.replaceState(null, "", `#${encode(question)}`);
+  writeAddress();
   try {
-    const response = await attribute(attributeRequest(question), { signal: own.signal });
+    const response = await attribute(attributeRequest(question, supports("attribute.read_outs")), {
+      signal: own.signal,
+    });
     if (own.signal.aborted) return;
     batch(() => {
       const before = state.answer.value;
       if (before && encode(before.question) !== encode(question))
         state.past.value = [...state.past.value, before].slice(-REMEMBERED);
-      if (before?.question.prompt !== question.prompt) {
-        state.selected.value = null;
-        state.tokenFilter.value = null;
-      }
+      if (before?.question.prompt !== question.prompt) state.selected.value = null;
       if (!before || before.question.interventions.length > 0 !== question.interventions.length > 0)
         state.sort.value = null;
       state.answer.value = { question, response, outlooks: null };
@@ -229,42 +233,12 @@ async function look(question: Question, signal: AbortSignal): Promise<void> {
   }
 }
 
-/** The question that an action on a shown row changes: the latest, if it is about the same prompt. */
-function base(): Question | null {
-  const [now, shown] = [state.asked.value, state.answer.value?.question];
-  return now && shown && now.prompt === shown.prompt && now.model === shown.model
-    ? now
-    : (shown ?? now);
-}
-
-export function isAblated(node: string): boolean {
-  return !!state.asked.value?.interventions.some((e) => e.target === node && isAblation(e));
-}
-
-export function toggleAblation(node: string): void {
-  const question = base();
-  if (!question) return;
-  const kept = question.interventions.filter((e) => !(e.target === node && isAblation(e)));
-  const interventions: InterventionJson[] =
-    kept.length < question.interventions.length ? kept : [...kept, ablation(node)];
-  void ask({ ...question, interventions });
-}
-
-export function removeIntervention(index: number): void {
-  change((question) => ({ interventions: question.interventions.filter((_, i) => i !== index) }));
-}
-
-/** Asks the latest question again with something changed. */
-export function change(how: (question: Question) => Partial<Question>): void {
-  const question = state.asked.value;
-  if (question) void ask({ ...question, ...how(question) });
-}
-
 /** Back to the previous answer, from memory. */
 export function undo(): void {
   const before = state.past.value.at(-1);
   if (!before) return;
   flight.abort();
+  if (before.question.prompt !== state.answer.value?.question.prompt) leavePlaces();
   batch(() => {
     state.past.value = state.past.value.slice(0, -1);
     state.answer.value = before;
@@ -273,13 +247,14 @@ export function undo(): void {
     state.found.value = [];
     fill(before.question);
   });
-  history.replaceState(null, "", `#${encode(before.question)}`);
+  writeAddress();
   if (!before.outlooks) void look(before.question, (flight = new AbortController()).signal);
 }
 
 export async function switchModel(id: string): Promise<void> {
   if (!(await loadModel(id))) return;
   const question = state.asked.value;
+  leavePlaces();
   if (question) await ask({ ...question, model: id, interventions: [] });
 }
 

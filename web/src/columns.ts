@@ -5,6 +5,7 @@
  * difference. A node that one run lacks has no value there, so it has no difference either.
  */
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
+import { site } from "./address";
 import { num } from "./numbers";
 
 export type Quantity = "activation" | "writeMagnitude" | "directEffect" | "totalEffect";
@@ -114,9 +115,18 @@ export interface Sort {
   by: "size" | "down" | "up";
 }
 
+/** The two columns of words: which node, and at which tokens. */
+export interface Words {
+  id: "node" | "at";
+}
+
 /** What a click on a column's heading does: largest first, then upside down, then the service's order. */
-export function nextSort(now: Sort | null, col: Column): Sort | null {
-  const ways: Sort["by"][] = col.signed ? ["size", "down", "up"] : ["down", "up"];
+export function nextSort(now: Sort | null, col: Column | Words): Sort | null {
+  const ways: Sort["by"][] = !("signed" in col)
+    ? ["up", "down"]
+    : col.signed
+      ? ["size", "down", "up"]
+      : ["down", "up"];
   const step = now?.column === col.id ? ways.indexOf(now.by) + 1 : 0;
   const by = ways[step];
   return by ? { column: col.id, by } : null;
@@ -128,6 +138,11 @@ export function sorted(
   sort: Sort | null,
   shown: readonly Column[],
 ): NodeRowJson[] {
+  if (sort?.column === "node" || sort?.column === "at") {
+    const way = sort.by === "down" ? -1 : 1;
+    const compare = sort.column === "node" ? byAddress : byPlace;
+    return [...rows].sort((a, b) => way * compare(a.node ?? "", b.node ?? ""));
+  }
   const col = shown.find(({ id }) => id === sort?.column);
   if (!sort || !col) return [...rows];
   const key = (row: NodeRowJson): number => {
@@ -139,4 +154,12 @@ export function sorted(
     .map((row) => ({ row, key: key(row) }))
     .sort((a, b) => (a.key === b.key ? 0 : a.key < b.key ? -1 : 1))
     .map(({ row }) => row);
+}
+
+const { compare: byAddress } = new Intl.Collator("en", { numeric: true });
+
+/** By the token written at, then by the token read from. */
+function byPlace(a: string, b: string): number {
+  const [one, other] = [site(a), site(b)];
+  return (one.position ?? -1) - (other.position ?? -1) || (one.key ?? -1) - (other.key ?? -1);
 }

@@ -1,6 +1,7 @@
 /** The exact request behind an answer, for a terminal or a program. A bearer token is never copied. */
 import { useState } from "preact/hooks";
 import { address, bearer } from "./connect";
+import { supports } from "./features";
 import { SERVICE } from "./inference";
 import { attributeRequest } from "./requests";
 import type { Question } from "./url";
@@ -16,7 +17,7 @@ export function curl(url: string, request: unknown, authorised: boolean): string
 }
 
 export function CopyButtons({ question }: { question: Question }) {
-  const request = attributeRequest(question);
+  const request = attributeRequest(question, supports("attribute.read_outs"));
   const url = address(`${SERVICE}/Attribute`);
   return (
     <span class="copy">

@@ -1,49 +1,63 @@
-/** What unfolds below a chosen row: its numbers in full, in both runs where there are two. */
-import { columns, QUANTITIES, value, type Quantity } from "./columns";
+/** What unfolds below a chosen row: its numbers in full, and the tokens it writes and reads. */
+import { Actions } from "./actions";
+import { QUANTITIES, value, type Quantity } from "./columns";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { full } from "./numbers";
-import { answer, paired } from "./state";
-import { AblateButton, Place } from "./table";
+import { hasReadOuts, ReadOuts } from "./readouts";
+import { answer } from "./state";
+import { Place } from "./tokens";
+import { cols } from "./view";
 
-/** As in theme.css: the table's window must know how much room an open row takes. */
-export const DETAILS_HEIGHT = 122;
+/** Room that an open row takes, the line below included: fixed, so that the table's window can count. */
+export function detailsHeight(row: NodeRowJson | undefined): number {
+  return row && hasReadOuts(row) ? 222 : 144;
+}
 
 export function Details({ row, width }: { row: NodeRowJson; width: number }) {
-  const cols = columns(paired.value);
   const node = row.node ?? "";
   const tokens = answer.value?.response.tokens ?? [];
   return (
     <tr class="details">
       <td colSpan={width}>
-        <div class="details-box">
+        <div class="details-box" style={{ height: `${detailsHeight(row) - 1}px` }}>
           <div class="details-head">
             <code>{node}</code>
             <span>
               <Place node={node} tokens={tokens} />
             </span>
-            <AblateButton node={node} />
+            <Actions key={node} node={node} />
           </div>
-          <dl>
+          <dl class="numbers">
             {(Object.keys(QUANTITIES) as Quantity[]).map((quantity) => (
-              <div key={quantity}>
-                <dt title={QUANTITIES[quantity].definition}>{LONG[quantity]}</dt>
-                {cols
-                  .filter((col) => col.quantity === quantity)
-                  .map((col) => {
-                    const x = value(row, col);
-                    return (
-                      <dd key={col.id}>
-                        {col.label && <span class="quiet-text">{col.label} </span>}
-                        {x === undefined ? "–" : full(x)}
-                      </dd>
-                    );
-                  })}
-              </div>
+              <Numbers key={quantity} row={row} quantity={quantity} />
             ))}
           </dl>
+          <ReadOuts row={row} />
         </div>
       </td>
     </tr>
+  );
+}
+
+/** One quantity in all its columns; nothing where the node has none of them. */
+function Numbers({ row, quantity }: { row: NodeRowJson; quantity: Quantity }) {
+  const values = cols.value
+    .filter((col) => col.quantity === quantity)
+    .flatMap((col) => {
+      const x = value(row, col);
+      return x === undefined ? [] : [{ ...col, x }];
+    });
+  if (values.length === 0) return null;
+  return (
+    <div>
+      <dt title={QUANTITIES[quantity].definition}>{LONG[quantity]}</dt>
+      {values.map(({ id, label, x }) => (
+        <dd key={id}>
+          {label && <span class="quiet-text">{label} </span>}
+          {full(x)}
+        </dd>
+      ))}
+    </div>
   );
 }
 

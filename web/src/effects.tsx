@@ -6,8 +6,9 @@ import { difference } from "./columns";
 import type { TokenEffectsJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
 import { brief, full, num, signed } from "./numbers";
-import { answer, tokenFilter } from "./state";
+import { answer } from "./state";
 import { TokenText } from "./tokens";
+import { choosePlace, isPlace } from "./view";
 
 const KINDS: Record<string, { name: string; meaning: string }> = {
   embed: { name: "embed", meaning: "The token's embedding" },
@@ -54,14 +55,14 @@ export function EffectsByToken() {
 }
 
 function TokenButton({ token, position }: { token: TokenJson; position: number }) {
-  const on = tokenFilter.value === position;
+  const on = isPlace(position);
   return (
     <button
       type="button"
       class="link"
       aria-pressed={on}
-      title={`token ${position}; click to list only nodes that read or write here`}
-      onClick={() => (tokenFilter.value = on ? null : position)}
+      title={`token ${position}; click to list only nodes that read or write here, Shift-click to add it`}
+      onClick={(event) => choosePlace(position, event.shiftKey)}
     >
       <TokenText token={token} />
     </button>

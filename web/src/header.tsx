@@ -1,5 +1,6 @@
 /** The top line: which model, on what; what went wrong, if it concerns no field; the look. */
-import { change, start, switchModel } from "./asking";
+import { start, switchModel } from "./asking";
+import { change } from "./editing";
 import { plain } from "./numbers";
 import { loading, model, modelProblem, models, problemsAt } from "./state";
 import { nextTheme, theme, THEMES } from "./theme";

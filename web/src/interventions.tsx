@@ -1,15 +1,16 @@
 /** What is done to the run, always in sight: each edit with what it really did, removable on its own. */
-import { change, removeIntervention, undo } from "./asking";
+import { undo } from "./asking";
+import { change, removeIntervention } from "./editing";
 import type { InterventionJson, ReceiptJson } from "./gen/tdb/inference/v1/intervention_pb";
-import { count, num, plain } from "./numbers";
+import { count, num, plain, withMinus } from "./numbers";
 import { answer, asked, loading, past, problemsAt, stale } from "./state";
 import { isAblation } from "./url";
 
 /** The edit in words: `ablate head.2.3~13-1`. */
 export function words(edit: InterventionJson): string {
   if (isAblation(edit)) return `ablate ${edit.target}`;
-  if (edit.scale) return `scale ${edit.target} × ${edit.scale.factor ?? 0}`;
-  if (edit.set) return `set ${edit.target} = ${edit.set.value ?? "vector"}`;
+  if (edit.scale) return `scale ${edit.target} × ${withMinus(String(edit.scale.factor ?? 0))}`;
+  if (edit.set) return `set ${edit.target} = ${withMinus(String(edit.set.value ?? "vector"))}`;
   const rest: Partial<InterventionJson> = { ...edit };
   delete rest.target;
   delete rest.positions;

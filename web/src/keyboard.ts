@@ -1,8 +1,8 @@
-/** Keys that work anywhere but in a field: j k move, a ablates, u undoes, / goes to the prompt. */
-import { notAblatable } from "./address";
-import { toggleAblation, undo } from "./asking";
+/** Keys that work anywhere but in a field: j k move, a ablates, u undoes, f filters, / goes to the prompt. */
+import { undo } from "./asking";
+import { toggleAblation } from "./editing";
 import { selected } from "./state";
-import { shownRows } from "./table";
+import { shownRows } from "./view";
 
 export function onKey(event: KeyboardEvent): void {
   const { target } = event;
@@ -19,15 +19,16 @@ const ACTIONS: Record<string, () => void> = {
   k: () => move(-1),
   a: () => {
     const node = selected.value;
-    if (node !== null && notAblatable(node) === undefined) toggleAblation(node);
+    if (node !== null) toggleAblation(node);
   },
   u: undo,
+  f: () => document.getElementById("filter-node")?.focus(),
   "/": () => document.getElementById("prompt")?.focus(),
   Escape: () => (selected.value = null),
 };
 
 function move(step: number): void {
-  const rows = shownRows();
+  const rows = shownRows.value;
   if (rows.length === 0) return;
   const now = rows.findIndex(({ node }) => node === selected.value);
   const next = now < 0 ? 0 : Math.max(0, Math.min(rows.length - 1, now + step));

@@ -51,7 +51,8 @@ function digits(x: number): string {
   return x.toPrecision(3);
 }
 
-function withMinus(text: string): string {
+/** The text with true minus signs. */
+export function withMinus(text: string): string {
   return text.replaceAll("-", MINUS);
 }
 

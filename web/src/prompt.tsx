@@ -4,10 +4,11 @@ import { askDraft, currentModel, exampleQuestion } from "./asking";
 import { Choices } from "./choices";
 import { count } from "./numbers";
 import { problems, sentence } from "./problems";
-import { answer, draft, edited, editDraft, loading, model, problemsAt, tokenFilter } from "./state";
+import { answer, draft, edited, editDraft, loading, model, problemsAt } from "./state";
 import { useTokens } from "./tokenise";
 import { TokenStrip, visible } from "./tokens";
 import { encode } from "./url";
+import { choosePlace, isPlace } from "./view";
 
 export function PromptBar() {
   const { prompt, targets, distractors, pending } = draft.value;
@@ -100,8 +101,8 @@ function PromptTokens() {
     <>
       <TokenStrip
         tokens={same ? (shown.response.tokens ?? []) : prompt === "" ? [] : tokens}
-        chosen={same ? tokenFilter.value : null}
-        onChoose={same ? (position) => (tokenFilter.value = position) : undefined}
+        chosen={same ? isPlace : () => false}
+        onChoose={same ? choosePlace : undefined}
       />
       <div class="below">
         <p id="prompt-says" class={says ? "says error" : "says"} role={says ? "alert" : undefined}>

@@ -1,8 +1,9 @@
 /** The foot of the table: what no row shows, so that the direct-effect column adds up in sight. */
 import { signal } from "@preact/signals";
-import { difference, type Column } from "./columns";
-import { full, num, signed } from "./numbers";
+import { columns, difference, value, type Column } from "./columns";
+import { count, full, num, signed } from "./numbers";
 import { answer } from "./state";
+import { allRows, shownRows } from "./view";
 
 const open = signal(false);
 
@@ -23,6 +24,7 @@ export function Remainder({ cols }: { cols: Column[] }) {
     after: num(row.directEffect),
     before: num(row.compareDirectEffect),
   }));
+  const hidden = allRows.value.length - shownRows.value.length;
   const unlisted: Part = {
     node: "unlisted nodes",
     title: "Direct effects of all nodes that are not in this table",
@@ -37,6 +39,7 @@ export function Remainder({ cols }: { cols: Column[] }) {
   };
   return (
     <tfoot>
+      {hidden > 0 && <Row part={hiddenPart()} cols={cols} />}
       <Row part={unlisted} cols={cols} />
       <Row part={remainder} cols={cols}>
         {parts.length > 0 && (
@@ -53,6 +56,22 @@ export function Remainder({ cols }: { cols: Column[] }) {
       {open.value && parts.map((part) => <Row key={part.node} part={part} cols={cols} inner />)}
     </tfoot>
   );
+}
+
+/** The listed rows that the filters hide: with them, and with the rest of the foot, the column adds up. */
+function hiddenPart(): Part {
+  const shown = new Set(shownRows.value);
+  const hidden = allRows.value.filter((row) => !shown.has(row));
+  const sum = (side: Column["side"]) => {
+    const col = columns(true).find((c) => c.quantity === "directEffect" && c.side === side)!;
+    return hidden.reduce((total, row) => total + (value(row, col) ?? 0), 0);
+  };
+  return {
+    node: "hidden by filters",
+    title: `Direct effects of ${count(hidden.length, "listed node")} that the filters hide`,
+    after: sum("after"),
+    before: sum("before"),
+  };
 }
 
 interface RowProps {

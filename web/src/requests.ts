@@ -7,11 +7,15 @@ import type { RunRequestJson } from "./gen/tdb/inference/v1/run_pb";
 import type { TokenRefJson } from "./gen/tdb/type/v1/token_pb";
 import { column, type Question } from "./url";
 
+/** Tokens asked for per read-out. */
+const READ_OUT_TOKENS = 6;
+
 /**
  * The node table. With interventions the un-intervened run is compared, so that every number has a
- * before and an after; without, there is one run and nothing to compare.
+ * before and an after; without, there is one run and nothing to compare. Read-outs are asked for where
+ * the service can make them.
  */
-export function attributeRequest(question: Question): AttributeRequestJson {
+export function attributeRequest(question: Question, readOuts: boolean): AttributeRequestJson {
   const { model, prompt, targets, distractors, interventions, rankBy, rows } = question;
   const untouched = { prompt: { text: prompt } };
   const refs = (texts: string[]): TokenRefJson[] => texts.map((text) => ({ text }));
@@ -22,6 +26,7 @@ export function attributeRequest(question: Question): AttributeRequestJson {
     objective: { logitDiff: { targets: refs(targets), distractors: refs(distractors) } },
     topK: rows,
     rankBy: column(rankBy),
+    ...(readOuts ? { readOuts: { tokens: READ_OUT_TOKENS } } : {}),
   };
 }
 

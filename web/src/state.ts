@@ -8,6 +8,7 @@
  */
 import { computed, signal } from "@preact/signals";
 import type { Sort } from "./columns";
+import type { Filters } from "./filters";
 import type { AttributeResponseJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { GetModelResponseJson } from "./gen/tdb/inference/v1/model_pb";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
@@ -60,7 +61,7 @@ export const locked = signal(false);
 
 export const selected = signal<string | null>(null);
 export const sort = signal<Sort | null>(null);
-export const tokenFilter = signal<number | null>(null);
+export const filters = signal<Filters>({});
 
 /** Whether what is shown answers an earlier question. */
 export const stale = computed(() => !!answer.value && answer.value.question !== asked.value);

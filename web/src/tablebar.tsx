@@ -1,9 +1,10 @@
-/** The line above the table: how many rows, ranked by what, filtered to which token. */
-import { change } from "./asking";
+/** The line above the table: how many rows, ranked by what, and the filters. */
+import { change } from "./editing";
 import { count } from "./numbers";
-import { answer, asked, tokenFilter } from "./state";
-import { TokenAt } from "./tokens";
+import { answer, asked } from "./state";
+import { TokenText } from "./tokens";
 import { DEFAULT_ROWS, RANK_NAMES, type Rank } from "./url";
+import { activeFilters, allRows, clearFilters, setFilter, shownRows } from "./view";
 
 const RANK_WORDS: Record<Rank, string> = {
   total: "total effect",
@@ -13,14 +14,15 @@ const RANK_WORDS: Record<Rank, string> = {
   each: "each column",
 };
 
-export function TableBar({ rows }: { rows: number }) {
+export function TableBar() {
   const { rankBy = "total", rows: wanted = DEFAULT_ROWS } = asked.value ?? {};
-  const most = answer.value?.response.rows?.length ?? 0;
-  const token = tokenFilter.value;
+  const [rows, most] = [shownRows.value.length, allRows.value.length];
   const sizes = [...new Set([20, 50, 200, 1000, wanted])].sort((a, b) => a - b);
   return (
     <div class="table-bar">
-      <span>{rows === most ? count(most, "node") : `${rows} of ${count(most, "node")}`}</span>
+      <span class="count" aria-live="polite">
+        {rows === most ? count(most, "row") : `${rows} of ${count(most, "row")}`}
+      </span>
       <label>
         ranked by{" "}
         <select
@@ -55,23 +57,56 @@ export function TableBar({ rows }: { rows: number }) {
           ))}
         </select>
       </label>
-      {token !== null && (
-        <span class="chip">
-          at <TokenAt tokens={answer.value?.response.tokens ?? []} position={token} />
+      <FilterChips />
+      <span class="keys" title="Keyboard">
+        <kbd>j</kbd> <kbd>k</kbd> move · <kbd>a</kbd> ablate · <kbd>u</kbd> undo · <kbd>f</kbd>{" "}
+        filter · <kbd>/</kbd> prompt
+      </span>
+    </div>
+  );
+}
+
+/** The filters that are set, each removable on its own; one that cannot be read says so. */
+function FilterChips() {
+  const active = activeFilters.value;
+  const problem = active.find((filter) => filter.problem)?.problem;
+  if (active.length === 0) return null;
+  return (
+    <span class="filters">
+      {active.map(({ id, words, problem }) => (
+        <span key={id} class="chip" data-wrong={problem ? "" : undefined}>
+          {words}
+          {id === "at" && !problem && <OneToken text={words} />}
           <button
             type="button"
             class="remove"
-            aria-label="List the nodes of all tokens"
-            onClick={() => (tokenFilter.value = null)}
+            aria-label={`Remove filter: ${words}`}
+            onClick={() => setFilter(id, "")}
           >
             ×
           </button>
         </span>
+      ))}
+      <button type="button" class="link" onClick={clearFilters}>
+        clear filters
+      </button>
+      {problem && (
+        <span class="error" role="alert">
+          {problem}
+        </span>
       )}
-      <span class="keys" title="Keyboard">
-        <kbd>j</kbd> <kbd>k</kbd> move · <kbd>a</kbd> ablate · <kbd>u</kbd> undo · <kbd>/</kbd>{" "}
-        prompt
-      </span>
-    </div>
+    </span>
   );
+}
+
+/** The token of a filter to one position. */
+function OneToken({ text }: { text: string }) {
+  const [, position] = /^at (\d+)$/.exec(text) ?? [];
+  const token = answer.value?.response.tokens?.[Number(position)];
+  return token ? (
+    <>
+      {" "}
+      <TokenText token={token} />
+    </>
+  ) : null;
 }

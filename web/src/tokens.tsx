@@ -1,4 +1,5 @@
 /** Tokens as a reader sees them: monospaced, white space visible, the position one hover away. */
+import { site } from "./address";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
 
 const VISIBLE: Record<string, string> = { " ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥" };
@@ -28,12 +29,29 @@ export function TokenAt({ tokens, position }: { tokens: TokenJson[]; position: n
   );
 }
 
+/** Where a node sits: `to ← Mary` for a pair, the token for the rest. */
+export function Place({ node, tokens }: { node: string; tokens: TokenJson[] }) {
+  const { position, key } = site(node);
+  if (position === undefined) return null;
+  return (
+    <>
+      <TokenAt tokens={tokens} position={position} />
+      {key !== undefined && (
+        <>
+          <span class="arrow">←</span>
+          <TokenAt tokens={tokens} position={key} />
+        </>
+      )}
+    </>
+  );
+}
+
 interface StripProps {
   tokens: TokenJson[];
-  /** Token that the table is filtered to. */
-  chosen: number | null;
+  /** Whether the table is filtered to a token. */
+  chosen: (position: number) => boolean;
   /** Absent while the tokens are not those of the answer. */
-  onChoose?: ((position: number | null) => void) | undefined;
+  onChoose?: ((position: number, more: boolean) => void) | undefined;
 }
 
 /** The prompt's tokens in a row; choosing one filters the table to it. */
@@ -42,7 +60,7 @@ export function TokenStrip({ tokens, chosen, onChoose }: StripProps) {
     <ol class="strip" aria-label="Tokens of the prompt">
       {tokens.map((token, position) => {
         const title = `token ${position}, id ${token.id ?? 0}`;
-        const on = chosen === position;
+        const on = chosen(position);
         return (
           <li key={position}>
             {onChoose ? (
@@ -50,8 +68,8 @@ export function TokenStrip({ tokens, chosen, onChoose }: StripProps) {
                 type="button"
                 class="chip token"
                 aria-pressed={on}
-                title={`${title}; click to list only nodes that read or write here`}
-                onClick={() => onChoose(on ? null : position)}
+                title={`${title}; click to list only nodes that read or write here, Shift-click to add it`}
+                onClick={(event) => onChoose(position, event.shiftKey)}
               >
                 <TokenText token={token} />
                 <span class="number">{position}</span>

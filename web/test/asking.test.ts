@@ -13,8 +13,10 @@ vi.mock("../src/inference", () => rpc);
 vi.stubGlobal("location", { hash: "" });
 vi.stubGlobal("history", { replaceState: vi.fn() });
 
-const { ask, askDraft, isAblated, removeIntervention, start, toggleAblation, undo } =
-  await import("../src/asking");
+const { ask, askDraft, start, undo } = await import("../src/asking");
+const { isAblated, removeIntervention, scaleBy, setValue, toggleAblation } =
+  await import("../src/editing");
+const { setFilter } = await import("../src/view");
 const state = await import("../src/state");
 
 const question = {
@@ -25,6 +27,13 @@ const question = {
   interventions: [],
   rankBy: "total" as const,
   rows: 50,
+};
+
+const support = (...features: string[]) =>
+  features.map((feature) => ({ feature, supported: true }));
+const facts = {
+  model: { id: "m" },
+  supports: support("intervention.zero", "intervention.set", "intervention.scale"),
 };
 
 interface Call {
@@ -55,7 +64,9 @@ beforeEach(() => {
     }),
   );
   rpc.listModels.mockResolvedValue({ models: ["m"] });
-  rpc.getModel.mockResolvedValue({ model: { id: "m" } });
+  rpc.getModel.mockResolvedValue(facts);
+  state.model.value = facts;
+  state.filters.value = {};
   state.asked.value = state.answer.value = state.modelProblem.value = null;
   state.past.value = state.found.value = [];
   state.editDraft({ prompt: "", targets: [], pending: { targets: "", distractors: "" } });
@@ -155,4 +166,53 @@ test("a service that wants a token locks the page instead of showing an error", 
   await start();
   expect(state.locked.value).toBe(true);
   expect(state.modelProblem.value).toBeNull();
+});
+
+test("a row has one edit: a new one takes the old one's place, other edits stay", async () => {
+  const steered = { target: "neuron.0.1~2", add: { value: 1 } };
+  void ask({ ...question, interventions: [steered] });
+  const edits = () => calls.at(-1)!.request.run.interventions;
+  setValue("neuron.0.1~2", 0);
+  scaleBy("head.0.1~2-1", -2);
+  toggleAblation("neuron.0.1~2");
+  expect(edits()).toEqual([
+    steered,
+    { target: "neuron.0.1~2", zero: {} },
+    { target: "head.0.1~2-1", scale: { factor: -2 } },
+  ]);
+  setValue("neuron.0.1~2", 0.5);
+  expect(edits()?.[1]).toEqual({ target: "neuron.0.1~2", set: { value: 0.5 } });
+});
+
+test("what the service cannot ablate is not asked for by a key either", async () => {
+  void ask(question);
+  toggleAblation("embed~1");
+  expect(calls).toHaveLength(1);
+  state.model.value = { ...facts, supports: [...facts.supports, ...support("target.residual")] };
+  toggleAblation("embed~1");
+  expect(calls[1]!.request.run.interventions).toEqual([{ target: "embed~1", zero: {} }]);
+});
+
+test("read-outs are asked for only where the service makes them", async () => {
+  void ask(question);
+  expect(calls[0]!.request).not.toHaveProperty("readOuts");
+  state.model.value = { ...facts, supports: support("attribute.read_outs") };
+  void ask(question);
+  expect(calls[1]!.request).toHaveProperty("readOuts", { tokens: 6 });
+});
+
+test("filters stand in the address; another prompt keeps those that are not about its tokens", async () => {
+  vi.mocked(history.replaceState).mockClear();
+  location.hash = "#prompt=When&target=+Mary&filter=node:head&filter=at:3";
+  void start();
+  await vi.waitFor(() => expect(calls).toHaveLength(1));
+  expect(state.filters.value).toEqual({ node: "head", at: "3" });
+  setFilter("totalEffect.after", "0.5");
+  const written = () =>
+    decodeURIComponent(String(vi.mocked(history.replaceState).mock.lastCall?.[2]));
+  await vi.waitFor(() => expect(written()).toMatch(/filter=totalEffect.after:0.5$/));
+  state.editDraft({ prompt: "Then", targets: [" Mary"] });
+  void askDraft();
+  await vi.waitFor(() => expect(calls).toHaveLength(2));
+  expect(state.filters.value).toEqual({ node: "head", "totalEffect.after": "0.5" });
 });

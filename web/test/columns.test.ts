@@ -52,6 +52,39 @@ test("sorting puts rows without a value last and keeps the service's order among
   expect(sorted(rows, null, paired)).toEqual(rows);
 });
 
+test("nodes sort by number, not by letter, and places by the token written at, then read from", () => {
+  const nodes = [
+    "neuron.0.10~2",
+    "head.0.2~13-1",
+    "head.0.10~2-1",
+    "neuron.0.9~13",
+    "head.0.2~13-0",
+  ];
+  const order = (column: string, by: "up" | "down") =>
+    sorted(
+      nodes.map((node) => ({ node })),
+      { column, by },
+      paired,
+    ).map(({ node }) => node);
+  expect(order("node", "up")).toEqual([
+    "head.0.2~13-0",
+    "head.0.2~13-1",
+    "head.0.10~2-1",
+    "neuron.0.9~13",
+    "neuron.0.10~2",
+  ]);
+  expect(order("at", "up")).toEqual([
+    "neuron.0.10~2",
+    "head.0.10~2-1",
+    "neuron.0.9~13",
+    "head.0.2~13-0",
+    "head.0.2~13-1",
+  ]);
+  expect(order("at", "down")[0]).toBe("head.0.2~13-1");
+  expect(nextSort(null, { id: "node" })).toEqual({ column: "node", by: "up" });
+  expect(nextSort({ column: "node", by: "down" }, { id: "node" })).toBeNull();
+});
+
 test("a column that is gone sorts nothing", () => {
   expect(sorted(rows, { column: "totalEffect.before", by: "up" }, columns(false))).toEqual(rows);
 });

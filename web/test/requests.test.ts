@@ -1,6 +1,7 @@
 // The requests the page sends are those a reader of the API would write.
 import { expect, test } from "vitest";
-import { notAblatable, site, touches } from "../src/address";
+import { readNumber } from "../src/actions";
+import { site } from "../src/address";
 import { curl } from "../src/copy";
 import { receiptWords, words } from "../src/interventions";
 import { attributeRequest, likelyIds, predictionRequest } from "../src/requests";
@@ -19,7 +20,7 @@ const question: Question = {
 const edited = { ...question, interventions: [ablation("head.2.3~1-0")] };
 
 test("without interventions there is one run and nothing to compare", () => {
-  expect(attributeRequest(question)).toEqual({
+  expect(attributeRequest(question, false)).toEqual({
     run: { prompt: { text: "When Mary" } },
     objective: { logitDiff: { targets: [{ text: " Mary" }], distractors: [{ text: " John" }] } },
     topK: 50,
@@ -28,7 +29,7 @@ test("without interventions there is one run and nothing to compare", () => {
 });
 
 test("with interventions the untouched run is compared", () => {
-  const request = attributeRequest(edited);
+  const request = attributeRequest(edited, false);
   expect(request.run?.interventions).toEqual([{ target: "head.2.3~1-0", zero: {} }]);
   expect(request.compare).toEqual({ prompt: { text: "When Mary" } });
 });
@@ -61,14 +62,13 @@ test("addresses say where a node sits", () => {
   });
   expect(site("neuron.3.17~5")).toEqual({ component: "neuron.3.17", kind: "neuron", position: 5 });
   expect(site("bias.read")).toEqual({ component: "bias.read", kind: "bias" });
-  expect([0, 1, 13].map((token) => touches("head.2.3~13-1", token))).toEqual([false, true, true]);
-  expect(notAblatable("embed~3")).toMatch(/Embeddings/);
-  expect(notAblatable("head.2.3~13-1")).toBeUndefined();
 });
 
 test("an edit and what it did are words", () => {
   expect(words(ablation("head.2.3~13-1"))).toBe("ablate head.2.3~13-1");
   expect(words({ target: "neuron.1.2", scale: { factor: 2 } })).toBe("scale neuron.1.2 × 2");
+  expect(words({ target: "neuron.1.3~2", set: { value: -0.5 } })).toBe("set neuron.1.3~2 = −0.5");
+  expect(words({ target: "neuron.1.3~2", set: { value: 0 } })).toBe("set neuron.1.3~2 = 0");
   expect(words({ target: "resid_post.2", projectOut: {} })).toBe("project out resid_post.2");
   expect(receiptWords({ sites: 1, deltaNorm: 4.1, before: 0.83, after: 0 })).toBe(
     "1 site · Δ norm 4.10 · 0.830 → 0",
@@ -79,3 +79,17 @@ test("white space is visible and can be typed as it is seen", () => {
   expect(visible(" a\n\tb")).toBe("␣a⏎⇥b");
   expect(typed("␣Mary")).toBe(" Mary");
 });
+
+test.each([
+  ["0.5", 0.5],
+  [" −2 ", -2],
+  ["+1e-3", 0.001],
+  [".5", 0.5],
+  ["0", 0],
+  ["", null],
+  ["one", null],
+  ["0x10", null],
+  ["1e999", null],
+  ["Infinity", null],
+  ["1,5", null],
+])("a typed %j is the number %j", (text, x) => expect(readNumber(text)).toBe(x));

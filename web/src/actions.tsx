@@ -1,0 +1,132 @@
+/** What can be done to a node: ablate it, set its value, scale it. */
+import { useState } from "preact/hooks";
+import { editOf, isAblated, scaleBy, setValue, toggleAblation } from "./editing";
+import { cannot, type Op } from "./features";
+
+export function AblateButton({ node }: { node: string }) {
+  const ablated = isAblated(node);
+  const why = ablated ? undefined : cannot("ablate", node);
+  return (
+    <button
+      type="button"
+      class="small"
+      disabled={why !== undefined}
+      title={
+        why ?? (ablated ? `Give ${node} its value back (a)` : `Set ${node} to 0 and ask again (a)`)
+      }
+      aria-label={`${ablated ? "Restore" : "Ablate"} ${node}`}
+      onClick={(event) => {
+        event.stopPropagation();
+        toggleAblation(node);
+      }}
+    >
+      {ablated ? "restore" : "ablate"}
+    </button>
+  );
+}
+
+/** The number that was typed, in the spelling of any keyboard; null where it is none. */
+export function readNumber(text: string): number | null {
+  const plain = text.trim().replaceAll("−", "-");
+  if (!/^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(plain)) return null;
+  const x = Number(plain);
+  return Number.isFinite(x) ? x : null;
+}
+
+type Valued = Exclude<Op, "ablate">;
+
+const VALUED = {
+  set: { button: "set…", sign: "=", example: "0.5", apply: setValue },
+  scale: { button: "scale…", sign: "×", example: "2", apply: scaleBy },
+} as const;
+
+/** All actions of an open row; set and scale unfold a field in the same line. */
+export function Actions({ node }: { node: string }) {
+  const [open, setOpen] = useState<Valued | null>(null);
+  if (open) return <ValueForm key={open} op={open} node={node} done={() => setOpen(null)} />;
+  return (
+    <>
+      <AblateButton node={node} />
+      {(Object.keys(VALUED) as Valued[]).map((op) => {
+        const why = cannot(op, node);
+        return (
+          <button
+            key={op}
+            type="button"
+            class="small"
+            disabled={why !== undefined}
+            title={
+              why ??
+              (op === "set"
+                ? "Give the node another value"
+                : "Multiply the node's value by a factor")
+            }
+            aria-label={`${op === "set" ? "Set" : "Scale"} ${node}`}
+            onClick={() => setOpen(op)}
+          >
+            {VALUED[op].button}
+          </button>
+        );
+      })}
+    </>
+  );
+}
+
+function ValueForm({ op, node, done }: { op: Valued; node: string; done: () => void }) {
+  const { sign, example, apply } = VALUED[op];
+  const now = op === "set" ? editOf(node)?.set?.value : editOf(node)?.scale?.factor;
+  const [text, setText] = useState(now === undefined ? "" : String(now));
+  const [refused, setRefused] = useState(false);
+  const bad =
+    refused || (text.trim() !== "" && !/^[-+−.]$/.test(text) && readNumber(text) === null);
+  return (
+    <form
+      class="value-form"
+      onSubmit={(event) => {
+        event.preventDefault();
+        const x = readNumber(text);
+        setRefused(x === null);
+        if (x === null) return;
+        apply(node, x);
+        done();
+      }}
+      onKeyDown={(event) => {
+        if (event.key === "Escape") done();
+      }}
+    >
+      <label>
+        {op} {sign}{" "}
+        <input
+          ref={(field) => {
+            if (field && !field.dataset["focused"]) {
+              field.dataset["focused"] = "";
+              field.focus();
+            }
+          }}
+          type="text"
+          inputMode="decimal"
+          autocomplete="off"
+          placeholder={example}
+          value={text}
+          aria-label={op === "set" ? `New value of ${node}` : `Factor for ${node}`}
+          aria-invalid={bad}
+          onInput={(event) => {
+            setText(event.currentTarget.value);
+            setRefused(false);
+          }}
+        />
+      </label>
+      <button type="submit" class="small">
+        apply
+      </button>
+      <button type="button" class="small quiet" onClick={done}>
+        cancel
+      </button>
+      {bad && (
+        <span class="error" role="alert">
+          Type a number, such as {example}.
+        </span>
+      )}
+    </form>
+  );
+}

@@ -1,0 +1,60 @@
+/** The table as it is looked at: which rows of the answer are shown, in which order. */
+import { batch, computed } from "@preact/signals";
+import { columns, extent, sorted } from "./columns";
+import { encodeFilters, filtered, readFilters, spans, within, withFilter } from "./filters";
+import * as state from "./state";
+import { encode } from "./url";
+
+export const cols = computed(() => columns(state.paired.value));
+export const allRows = computed(() => state.answer.value?.response.rows ?? []);
+export const ends = computed(() => extent(allRows.value, cols.value));
+export const activeFilters = computed(() => readFilters(state.filters.value, cols.value));
+const kept = computed(() => filtered(allRows.value, activeFilters.value));
+export const shownRows = computed(() => sorted(kept.value, state.sort.value, cols.value));
+
+const places = computed(() => spans(state.filters.value["at"] ?? "") ?? []);
+
+/** Whether the table is filtered to the token, alone or among others. */
+export function isPlace(position: number): boolean {
+  return within(places.value, position);
+}
+
+/** Filters to the token, or no longer; with `more` beside those already chosen. */
+export function choosePlace(position: number, more: boolean): void {
+  const listed = (state.filters.value["at"] ?? "").split(/[\s,]+/).filter((part) => part !== "");
+  const others = listed.filter((part) => part !== String(position));
+  const on = others.length < listed.length;
+  if (more) setFilter("at", [...others, ...(on ? [] : [position])].join(", "));
+  else setFilter("at", on && others.length === 0 ? "" : String(position));
+}
+
+const WRITE_MS = 200;
+let writing: ReturnType<typeof setTimeout> | undefined;
+
+/** Takes a filter's text; the address follows when typing pauses, for browsers count its changes. */
+export function setFilter(id: string, text: string): void {
+  state.filters.value = withFilter(state.filters.value, id, text);
+  clearTimeout(writing);
+  writing = setTimeout(writeAddress, WRITE_MS);
+}
+
+export function clearFilters(): void {
+  state.filters.value = {};
+  writeAddress();
+}
+
+/** Another prompt has other tokens: what was about a place of the old one goes. */
+export function leavePlaces(): void {
+  batch(() => {
+    state.selected.value = null;
+    state.filters.value = withFilter(state.filters.value, "at", "");
+  });
+}
+
+/** The question and the filters as the address: all that a colleague needs to see the same. */
+export function writeAddress(): void {
+  clearTimeout(writing);
+  const question = state.asked.value;
+  if (!question) return;
+  history.replaceState(null, "", `#${encode(question)}${encodeFilters(state.filters.value)}`);
+}
