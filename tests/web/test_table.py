@@ -113,13 +113,16 @@ def test_every_column_filters_and_the_link_keeps_it(page: Page, browser: Browser
     for column in page.locator(".node-table thead input").all():
         name = (column.get_attribute("aria-label") or "").removeprefix("Filter by ")
         column.fill({"node": "neuron", "at": "13"}.get(name, "0.2"))
+        expect(page.locator(".filters .chip")).to_have_count(1)
         few = nodes(page)
         assert len(few) < len(every), name
         column.fill("")
+        expect(page.locator(".filters .chip")).to_have_count(0)
         assert nodes(page) == every
     filter_field(page, "total diff.").fill("> 0.01")
     filter_field(page, "at").fill("13")
-    values = page.locator("td.totalEffect.difference").all()
+    expect(page.locator(".filters .chip")).to_have_count(2)
+    values = page.locator("tr.row td.totalEffect.difference").all()
     assert values
     assert all(float(cell.get_attribute("data-value") or "nan") > 0.01 for cell in values)
     expect(page).to_have_url(re.compile("filter=at.*filter=totalEffect.difference"))
@@ -209,24 +212,31 @@ def test_a_thousand_rows_stay_quick(page: Page) -> None:
 
 
 def test_read_outs_stand_in_the_row_and_below_it(page: Page) -> None:
-    start(page)
+    with page.expect_response("**/Attribute") as answer:
+        start(page)
     said = page.locator("tr.does")
     expect(said).to_have_count(50)
-    expect(said.filter(has_text="promotes")).not_to_have_count(0)
-    expect(said.filter(has_text="demotes")).not_to_have_count(0)
-    heights = {round(row.bounding_box()["height"], 1) for row in said.all()}  # type: ignore[index]
+    heights = {e.evaluate("e => e.getBoundingClientRect().height") for e in said.all()}
     assert len(heights) == 1
-    rows(page).first.click()
+    told = next(
+        row
+        for row in answer.value.json()["rows"]
+        if row["node"].startswith("head.")
+        and {score["score"] > 0 for score in row["outputTokens"]} == {True, False}
+    )
+    row = page.locator(f"tr.row[data-node='{told['node']}']")
+    expect(row.locator("+ tr.does")).to_contain_text(re.compile("promotes .* ?demotes "))
+    row.click()
     details = page.locator(".read-outs")
-    expect(details.get_by_text("promotes")).to_be_visible()
-    expect(details.get_by_text("reads by query")).to_be_visible()
-    scores = [
-        float(re.findall(r": (\S+) logits", chip.get_attribute("title") or "")[0])
-        for chip in details.locator("dt:text-is('promotes') + dd .chip").all()
-    ]
-    assert 0 < len(scores) <= 6
-    assert scores == sorted(scores, reverse=True)
-    assert min(scores) > 0
+    for name, sign in (("promotes", 1), ("demotes", -1)):
+        chips = details.locator(f"dt:text-is('{name}') + dd .chip").all()
+        titles = [chip.get_attribute("title") or "" for chip in chips]
+        shown = [float(re.findall(r": (\S+) logits", t)[0].replace("−", "-")) for t in titles]
+        scores = [score["score"] for score in told["outputTokens"] if sign * score["score"] > 0]
+        assert shown == pytest.approx(sorted(scores, key=abs, reverse=True))
+    expect(details.locator("dt")).to_have_text(
+        ["promotes", "demotes", "reads by query", "reads by key"]
+    )
     spare = page.locator(".details-box").evaluate("e => e.scrollHeight - e.clientHeight")
     assert spare <= 0
     shoot(page, "read-outs")

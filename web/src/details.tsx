@@ -4,13 +4,14 @@ import { QUANTITIES, value, type Quantity } from "./columns";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { full } from "./numbers";
 import { hasReadOuts, ReadOuts } from "./readouts";
-import { answer } from "./state";
+import { answer, paired } from "./state";
 import { Place } from "./tokens";
 import { cols } from "./view";
 
 /** Room that an open row takes, the line below included: fixed, so that the table's window can count. */
 export function detailsHeight(row: NodeRowJson | undefined): number {
-  return row && hasReadOuts(row) ? 222 : 144;
+  const numbers = paired.value ? 118 : 82;
+  return numbers + (row && hasReadOuts(row) ? 98 : 26);
 }
 
 export function Details({ row, width }: { row: NodeRowJson; width: number }) {

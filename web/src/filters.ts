@@ -95,8 +95,8 @@ function nodeTest(text: string): Keeps {
 }
 
 /** What the column's filter is called. */
-export function columnName(id: string): string {
-  const col = BOTH.find((each) => each.id === id);
+export function columnName(id: string, shown: readonly Column[]): string {
+  const col = shown.find((each) => each.id === id);
   return col ? nameOf(col) : id;
 }
 

@@ -87,7 +87,7 @@ function FilterField({ id }: { id: string }) {
       spellcheck={false}
       size={1}
       placeholder={words?.hint ?? "|x| ≥"}
-      aria-label={`Filter by ${columnName(id)}`}
+      aria-label={`Filter by ${columnName(id, cols.value)}`}
       aria-invalid={problem !== undefined}
       title={problem ?? words?.help ?? "0.5 for |x| ≥ 0.5; + or - for a sign; > 0.5, <= -1"}
       value={text}

@@ -61,7 +61,7 @@ export function Row({ row, cols, ends, tokens, told }: RowProps) {
         </td>
       </tr>
       {told && (
-        <tr class="does" data-chosen={chosen} onClick={choose}>
+        <tr class="does" data-below={chosen} onClick={choose}>
           <td colSpan={2}>
             <InLine row={row} />
           </td>
