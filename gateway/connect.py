@@ -3,12 +3,16 @@
     {"code": "invalid_argument", "message": "...", "details": [{"type", "value", "debug"}]}
 
 `value` is the detail in base64 for generated clients, `debug` the same as JSON for those who read
-it by eye or from a plain page. RetryInfo also becomes the header `Retry-After`.
+it by eye or from a plain page. RetryInfo also becomes `Retry-After`: a header of a plain answer, an
+entry of the metadata that end a stream.
 """
 
 import base64
+import logging
 import math
-from collections.abc import Iterable
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -41,18 +45,76 @@ HTTP_STATUS = {
 }
 
 
+_log = logging.getLogger("tdb.gateway")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a call ended when it did not end well."""
+
+    code: str
+    message: str
+    details: Sequence[Message] = ()
+
+    def response(self, http_status: int | None = None) -> JSONResponse:
+        """The whole answer of a call that does not stream."""
+        headers = {"cache-control": "no-store"}
+        if self._retry_after:
+            headers["retry-after"] = self._retry_after
+        if self.code == "unauthenticated":
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self._tree(), http_status or HTTP_STATUS[self.code], headers)
+
+    def end_of_stream(self) -> dict[str, object]:
+        """The last frame of a stream, which has no status line of its own."""
+        tree: dict[str, object] = {"error": self._tree()}
+        if self._retry_after:
+            tree["metadata"] = {"retry-after": [self._retry_after]}
+        return tree
+
+    def _tree(self) -> dict[str, object]:
+        details = [_detail(detail) for detail in self.details]
+        return {"code": self.code, "message": self.message, "details": details}
+
+    @property
+    def _retry_after(self) -> str:
+        for detail in self.details:
+            if isinstance(detail, error_details_pb2.RetryInfo):
+                return str(math.ceil(detail.retry_delay.ToTimedelta().total_seconds()))
+        return ""
+
+
 def of_tdb_error(error: TdbError, http_status: int | None = None) -> JSONResponse:
     """The answer for a refusal of the gateway's own."""
-    return _response(_name(error.code), error.message, status.details(error), http_status)
+    return _of_tdb_error(error).response(http_status)
 
 
-def of_rpc_error(error: grpc.aio.AioRpcError, backend: str, timeout_s: float) -> JSONResponse:
-    """The answer for a service's error. Only a status that the service itself wrote is passed on
-    as it is: gRPC's own texts name addresses and library internals."""
+def failure(error: Exception, backend: str, timeout_s: float) -> Failure:
+    """What ended a call to `backend`. What is neither a refusal nor the service's is a bug: it is
+    logged, and the client gets the id of its log line."""
+    if isinstance(error, TdbError):
+        return _of_tdb_error(error)
+    if isinstance(error, grpc.aio.AioRpcError):
+        return _of_rpc_error(error, backend, timeout_s)
+    error_id = uuid.uuid4().hex[:12]
+    _log.error("unexpected error", exc_info=error, extra={"fields": {"error_id": error_id}})
+    bug = TdbError(
+        f"internal error {error_id}; the gateway's log has more", metadata={"error_id": error_id}
+    )
+    return _of_tdb_error(bug)
+
+
+def _of_tdb_error(error: TdbError) -> Failure:
+    return Failure(_name(error.code), error.message, status.details(error))
+
+
+def _of_rpc_error(error: grpc.aio.AioRpcError, backend: str, timeout_s: float) -> Failure:
+    """Only a status that the service itself wrote is passed on as it is: gRPC's own texts name
+    addresses and library internals."""
     code = _name(error.code().name)
     written = _written_status(error)
     if written is not None:
-        return _response(code, written.message, [_unpacked(detail) for detail in written.details])
+        return Failure(code, written.message, [_unpacked(detail) for detail in written.details])
     sentences = {
         "unavailable": f"the {backend} service cannot be reached; it may be starting",
         "deadline_exceeded": f"no answer within the deadline of {timeout_s:g} s",
@@ -60,24 +122,7 @@ def of_rpc_error(error: grpc.aio.AioRpcError, backend: str, timeout_s: float) ->
         "unimplemented": f"the {backend} service does not have this method",
         "resource_exhausted": f"a message to or from the {backend} service is over its size limit",
     }
-    return _response(code, sentences.get(code, f"the {backend} service failed"), [])
-
-
-def _response(
-    code: str, message: str, details: Iterable[Message], http_status: int | None = None
-) -> JSONResponse:
-    headers = {"cache-control": "no-store"}
-    written = []
-    for detail in details:
-        if isinstance(detail, error_details_pb2.RetryInfo):
-            headers["retry-after"] = str(
-                math.ceil(detail.retry_delay.ToTimedelta().total_seconds())
-            )
-        written.append(_detail(detail))
-    if code == "unauthenticated":
-        headers["www-authenticate"] = "Bearer"
-    body = {"code": code, "message": message, "details": written}
-    return JSONResponse(body, http_status or HTTP_STATUS[code], headers)
+    return Failure(code, sentences.get(code, f"the {backend} service failed"))
 
 
 def _detail(detail: Message) -> dict[str, object]:

@@ -4,7 +4,9 @@ The rules are proto3 JSON's: names in lowerCamelCase or as in the proto, enums b
 integers as strings, bytes in base64. What proto3 JSON or a JSON parser would let pass silently is
 refused: unknown fields, a key twice, a field under both its names, two branches of a oneof, NaN and
 infinity in any spelling. Every refusal names the field in proto names, which protobuf's own parser
-does not do; so the tree is checked by descriptor first and converted afterwards.
+does not do; so the tree is checked by descriptor first and converted afterwards. What a message can
+hold all the same (NaN, an enum number without a name) the services refuse as well: `strict` says it
+here too, so that a refusal reads the same over HTTP as over gRPC.
 """
 
 import base64
@@ -17,6 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from services.common import strict
 from services.common.errors import InvalidArgument
 
 _INTEGERS = {
@@ -26,6 +29,7 @@ _INTEGERS = {
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
 }
 _FLOATS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT)
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")  # proto3 JSON has them: `strict` refuses them
 
 
 class _Object(dict[str, Any]):
@@ -46,10 +50,12 @@ def parse(body: bytes, kind: type[Message]) -> Message:
         raise InvalidArgument(f"the body is not JSON: {error}") from None
     _check_message(_descriptor(kind), tree, "")
     try:
-        return json_format.ParseDict(tree, kind(), max_recursion_depth=100)
+        message = json_format.ParseDict(tree, kind(), max_recursion_depth=100)
     except (json_format.ParseError, RecursionError):
         name = kind.DESCRIPTOR.full_name
         raise InvalidArgument(f"the body is not a {name} in proto3 JSON") from None
+    strict.check(message)
+    return message
 
 
 def write(message: Message) -> bytes:
@@ -130,10 +136,9 @@ def _check_value(field: FieldDescriptor, value: Any, path: str) -> None:
     if field.message_type is not None:
         _check_message(field.message_type, value, path)
     elif field.enum_type is not None:
-        known = (
-            field.enum_type.values_by_number if _is_int(value) else field.enum_type.values_by_name
-        )
-        if not isinstance(value, int | str) or value not in known:
+        if _is_int(value):
+            _check_integer(value, path, *_INTEGERS[FieldDescriptor.CPPTYPE_INT32])
+        elif not isinstance(value, str) or value not in field.enum_type.values_by_name:
             names = ", ".join(field.enum_type.values_by_name)
             raise _wrong(path, f"must be one of {names}", value)
     elif kind == FieldDescriptor.CPPTYPE_BOOL:
@@ -169,6 +174,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_float(value: Any, path: str) -> None:
+    if value in _NON_FINITE:
+        return
     number = value
     if isinstance(value, str):
         try:

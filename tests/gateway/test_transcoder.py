@@ -8,16 +8,10 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from starlette.routing import Route
 from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2
 
-from gateway.transcoder import (
-    DEFAULT_TIMEOUT_S,
-    MAX_BODY_BYTES,
-    MAX_TIMEOUT_S,
-    OFF_LOOP_BYTES,
-    Transcoder,
-)
+from gateway.requests import MAX_BODY_BYTES
+from gateway.transcoder import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, OFF_LOOP_BYTES
 from services.common import calls, errors
 from tests.common.backend import SERVICE, Backend
 from tests.gateway.helpers import Gateway, gateway_to, running, violations
@@ -308,26 +302,6 @@ async def test_the_service_learns_who_asks() -> None:
     assert second is not None
     assert (first.user, first.request_id) == ("ann", "click-2")
     assert second.request_id == response.headers["x-request-id"] != "two words"
-
-
-async def test_an_rpc_that_streams_is_unimplemented_for_now(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    backend = Backend()
-    async with gateway_to(backend) as gateway:
-        (transcoder,) = (
-            route.endpoint
-            for route in gateway.app.routes
-            if isinstance(route, Route) and isinstance(route.endpoint, Transcoder)
-        )
-        path = f"/{SERVICE}/Run"
-        method = transcoder._methods[path]
-        streaming = type(method)(method.backend, method.request, True, method.call)
-        monkeypatch.setitem(transcoder._methods, path, streaming)
-        response = await gateway.call("Run")
-    assert response.status_code == 501
-    assert response.json()["code"] == "unimplemented"
-    assert backend.requests == []
 
 
 async def test_grpc_s_own_statuses_have_sentences_of_ours() -> None:
