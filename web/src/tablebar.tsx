@@ -103,10 +103,5 @@ function FilterChips() {
 function OneToken({ text }: { text: string }) {
   const [, position] = /^at (\d+)$/.exec(text) ?? [];
   const token = answer.value?.response.tokens?.[Number(position)];
-  return token ? (
-    <>
-      {" "}
-      <TokenText token={token} />
-    </>
-  ) : null;
+  return token ? <TokenText token={token} /> : null;
 }
