@@ -9,11 +9,8 @@ import { TokenText } from "./tokens";
 const PROMOTED_IN_LINE = 3;
 const DEMOTED_IN_LINE = 2;
 
-/** A head reads through its query and through its key. */
-type Reads = NodeRowJson & { keyInputTokens?: TokenScoreJson[] };
-
 export function hasReadOuts(row: NodeRowJson): boolean {
-  const { outputTokens, inputTokens, keyInputTokens } = row as Reads;
+  const { outputTokens, inputTokens, keyInputTokens } = row;
   return [outputTokens, inputTokens, keyInputTokens].some((scores) => (scores ?? []).length > 0);
 }
 
@@ -54,7 +51,7 @@ function told({ token, score }: TokenScoreJson): string {
 export function ReadOuts({ row }: { row: NodeRowJson }) {
   const reason = whyNot("attribute.read_outs");
   if (reason) return <p class="quiet-text">No token read-outs: {reason}</p>;
-  const { outputTokens, inputTokens, keyInputTokens } = row as Reads;
+  const { outputTokens, inputTokens, keyInputTokens } = row;
   const pair = site(row.node ?? "").kind === "head";
   const reads = pair
     ? "The score's gradient, by token embedding"
