@@ -14,6 +14,7 @@ VENV := .venv/bin
 # For protoc's plug-ins; and for Node, which is there only when the machine's own does not do.
 WITH_VENV := PATH="$(CURDIR)/$(VENV):$$PATH"
 NPM := $(WITH_VENV) npm --prefix web
+CONNECT_CLIENT := tests/gateway/connect_client
 PROTOS := $(shell find protos -name '*.proto')
 PAGE_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/src/gen -prune -o -type f -print)
 
@@ -24,7 +25,7 @@ setup: .make/stubs .make/page
 demo: setup
 	@exec $(VENV)/tdb up --demo
 
-test: setup
+test: setup .make/connect-client
 	$(VENV)/pytest -m "not long"
 	$(NPM) test
 
@@ -48,6 +49,7 @@ protos:
 
 clean:
 	rm -rf .venv .make gateway/static web/node_modules web/dist web/src/gen test-results
+	rm -rf $(CONNECT_CLIENT)/node_modules $(CONNECT_CLIENT)/gen
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find client/tdb -name '*_pb2*.py*' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -97,4 +99,14 @@ NODE_IS_NEW := const [a, b] = process.versions.node.split(".").map(Number); \
 
 .make/page: .make/npm buf.gen.yaml $(PROTOS) $(PAGE_SOURCES)
 	$(NPM) run build
+	@touch $@
+
+# The official Connect client, which the gateway is tested with, and its code for our protos.
+.make/connect-npm: .make/node $(CONNECT_CLIENT)/package.json $(CONNECT_CLIENT)/package-lock.json
+	$(WITH_VENV) npm --prefix $(CONNECT_CLIENT) ci --no-audit --no-fund
+	@touch $@
+
+.make/connect-client: .make/connect-npm .make/stubs tools/gen_connect_client.py \
+    $(CONNECT_CLIENT)/echo.proto
+	$(WITH_VENV) $(VENV)/python -m tools.gen_connect_client
 	@touch $@

@@ -17,10 +17,11 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from grpc_tools import protoc
+from tdb.inference.v1 import service_pb2_grpc
 
 from gateway import backends
 from services.common.server import ServiceServer
-from tests.common.backend import settings
+from tests.common.backend import Backend, settings
 
 CLIENT = Path(__file__).parent / "connect_client"
 SERVICE = "tdb.test.v1.EchoService"
@@ -69,8 +70,11 @@ async def echo(request: Any, context: Context) -> Any:
 
 
 @asynccontextmanager
-async def echo_server(items: Items = count, unary: Echo = echo) -> AsyncIterator[ServiceServer]:
-    """The service on a free port, with the interceptor that every service of ours has."""
+async def echo_server(
+    items: Items = count, unary: Echo = echo, inference: Backend | None = None
+) -> AsyncIterator[ServiceServer]:
+    """The service on a free port, with the interceptor that every service of ours has; beside it
+    the inference service where one is given."""
     handlers = {
         "Items": grpc.unary_stream_rpc_method_handler(
             items,
@@ -86,6 +90,8 @@ async def echo_server(items: Items = count, unary: Echo = echo) -> AsyncIterator
 
     def add(server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+        if inference is not None:
+            service_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
 
     server = ServiceServer(
         "inference", settings(), port=0, add_servicers=add, service_names=[SERVICE]
