@@ -1,7 +1,7 @@
 # make setup    everything into .venv and gateway/static; safe to repeat, does only what is due
 # make demo     starts the demo and prints its URL
 # make test     all tests but the long ones       make test-long   those
-# make check    style, types, protos, generated files
+# make check    style, types, protos (against the newest tag too), generated files
 #
 # TORCH_INDEX=URL   take torch from PyTorch's own wheel index (its CPU or a CUDA build) instead of
 #                   the default one. PYTHON=python3.12 chooses the interpreter for .venv.
@@ -40,6 +40,7 @@ check: setup
 	$(VENV)/mypy
 	$(VENV)/buf lint
 	$(VENV)/buf format -d --exit-code
+	$(VENV)/python -m tools.breaking
 	$(VENV)/python -m services.common.settings_text --check
 	$(NPM) run check
 
