@@ -1,11 +1,15 @@
 """The gateway in this process over a real gRPC service."""
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 from starlette.applications import Starlette
 
 from gateway.app import create_app
@@ -26,6 +30,30 @@ async def running(
         httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client,
     ):
         yield app, client
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves the test's signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def listening(app: Any) -> AsyncIterator[str]:
+    """`app` on a free port; its address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
 
 
 class Gateway:

@@ -4,18 +4,14 @@
 """
 
 import asyncio
-import contextlib
 import json
 import os
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-import uvicorn
 from tdb.inference.v1 import model_pb2
 
 from gateway.app import create_app
@@ -23,6 +19,7 @@ from services.common import errors
 from tests.common.backend import Backend, settings
 from tests.gateway import echo
 from tests.gateway.echo import CLIENT, EchoResponse, ItemsResponse
+from tests.gateway.helpers import listening
 
 SCENARIO_TIMEOUT_S = 60
 VENV = str(Path(__file__).resolve().parents[2] / ".venv" / "bin")
@@ -54,29 +51,6 @@ class Service:
             except asyncio.CancelledError:
                 self.cancelled.set()
                 raise
-
-
-class _Server(uvicorn.Server):
-    """uvicorn that leaves the test's signals alone."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[str]:
-    """`app` on a free port; its address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
-        server = _Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await serving
 
 
 async def node(address: str, scenario: str) -> Any:

@@ -4,13 +4,17 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 
+from gateway.app import create_app
 from services.common import errors
+from tests.common.backend import settings
 from tests.gateway import echo
 from tests.gateway.echo import ITEMS, ItemsResponse
 from tests.gateway.framings import FRAMINGS, body, gateway, read
+from tests.gateway.helpers import listening
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +108,34 @@ async def test_a_client_that_reads_slowly_holds_the_service_back(headers: dict[s
     found, end = read(headers, b"".join(content))
     assert [each["index"] for each in found] == list(range(total))
     assert end["error"]["code"] == "resource_exhausted"
+
+
+@FRAMINGS
+async def test_over_a_real_connection_messages_come_at_once_and_closing_it_cancels(
+    headers: dict[str, str],
+) -> None:
+    entered, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def items(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            yield ItemsResponse(text="first")
+            entered.set()
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with echo.echo_server(items) as server:
+        app = create_app(settings(), {"inference": f"127.0.0.1:{server.port}"})
+        async with (
+            listening(app) as address,
+            httpx.AsyncClient(base_url=address, timeout=10) as client,
+        ):
+            content = body(headers, {})
+            async with client.stream("POST", ITEMS, content=content, headers=headers) as response:
+                pieces = response.aiter_raw()  # dropping it would close the connection
+                assert b'"text":"first"' in await anext(pieces)
+                await asyncio.wait_for(entered.wait(), 5)
+                await asyncio.sleep(0.2)
+                assert not cancelled.is_set()  # the control
+            await asyncio.wait_for(cancelled.wait(), 5)
