@@ -64,11 +64,11 @@ const scenarios = {
   },
   refused: () => refusal(() => echo.echo({ text: "refused" })),
   busy: () => refusal(() => echo.echo({ text: "busy" })),
-  timeout: () => refusal(() => echo.echo({ text: "slow" }, { timeoutMs: 300 })),
+  timeout: () => refusal(() => echo.echo({ text: "slow" }, { timeoutMs: 1500 })),
   stream: () => reading({ text: "x", count: 5 }),
   streamError: () => reading({ text: "busy", count: 2 }),
   streamRefused: () => reading({ text: "refused", count: 0 }),
-  streamTimeout: () => reading({ text: "slow", count: 1 }, { timeoutMs: 500 }),
+  streamTimeout: () => reading({ text: "slow", count: 1 }, { timeoutMs: 1500 }),
   async cancel() {
     const leaving = new AbortController();
     return reading({ text: "slow", count: 1 }, { signal: leaving.signal }, () => leaving.abort());
