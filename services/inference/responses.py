@@ -54,6 +54,7 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
                 prompt=each.prompt,
                 target=each.target,
                 distractor=each.distractor,
+                accuracy=each.accuracy,
             )
             for each in model.examples
         ],

@@ -135,7 +135,7 @@ def test_examples_come_from_behaviours_json(copy: Path) -> None:
     entry = {"title": "T", "prompt": "a", "target": " b", "distractor": " c", "accuracy": 1.0}
     (copy / "behaviours.json").write_text(json.dumps([entry]))
     (example,) = Model(load(copy)).examples
-    assert (example.title, example.target) == ("T", " b")
+    assert (example.title, example.target, example.accuracy) == ("T", " b", 1.0)
     (copy / "behaviours.json").write_text('[{"title": 1}]')
     with pytest.raises(FailedPrecondition, match="not a list of examples"):
         Model(load(copy))

@@ -2,6 +2,7 @@
 import { useLayoutEffect, useRef } from "preact/hooks";
 import { askDraft, currentModel, exampleQuestion } from "./asking";
 import { Choices } from "./choices";
+import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
 import { count } from "./numbers";
 import { problems, sentence } from "./problems";
 import { answer, draft, edited, editDraft, loading, model, problemsAt } from "./state";
@@ -114,6 +115,10 @@ function PromptTokens() {
   );
 }
 
+/** Whether the model has the behaviour, or at least nobody measured that it has not. */
+const learnt = ({ accuracy = 1 }: ExampleJson): boolean => Number(accuracy) >= 0.95;
+const percent = ({ accuracy }: ExampleJson): string => `${Math.round(Number(accuracy) * 100)} %`;
+
 /** One link per behaviour the model is known to have: a real link, to copy or to open beside this one. */
 function Examples() {
   const examples = model.value?.examples ?? [];
@@ -125,9 +130,10 @@ function Examples() {
         <a
           key={example.title}
           href={`#${encode(exampleQuestion(example))}`}
-          title={`${example.title}\n${example.prompt} → ${visible(example.target ?? "")}, not ${visible(example.distractor ?? "")}`}
+          title={`${example.title}\n${example.prompt} → ${visible(example.target ?? "")}, not ${visible(example.distractor ?? "")}${example.accuracy === undefined ? "" : `\nright on ${percent(example)} of held-out prompts`}`}
         >
           {example.title?.split(":")[0]}
+          {learnt(example) ? "" : ` (right on ${percent(example)})`}
         </a>
       ))}
     </nav>

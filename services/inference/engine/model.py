@@ -66,12 +66,13 @@ class AttributeResult:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt the model is known to answer."""
+    """A prompt that shows a behaviour, and how often the model is right on others of its kind."""
 
     title: str
     prompt: str
     target: str
     distractor: str
+    accuracy: float | None
 
 
 TOP_TOKENS = 10
@@ -207,7 +208,13 @@ def _examples(folder: Path) -> tuple[Example, ...]:
     try:
         entries = json.loads(path.read_text())
         return tuple(
-            Example(entry["title"], entry["prompt"], entry["target"], entry["distractor"])
+            Example(
+                entry["title"],
+                entry["prompt"],
+                entry["target"],
+                entry["distractor"],
+                entry.get("accuracy"),
+            )
             for entry in entries
         )
     except (ValueError, KeyError, TypeError) as error:
