@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from services.inference.engine.interventions import Add, Operation, Scale, SetTo, Zero
+
 Site = Callable[[str, int | None, Tensor], Tensor]
 Scales = dict[str, Tensor]
 
@@ -32,6 +34,19 @@ def edited(*changes: tuple[str, int | None, Any, Callable[[Tensor], Tensor]]) ->
         return values
 
     return site
+
+
+def apply(operation: Operation, x: Tensor) -> Tensor:
+    """What an operation makes of the value of a site."""
+    match operation:
+        case Zero():
+            return torch.zeros_like(x)
+        case SetTo(value):
+            return torch.zeros_like(x) + torch.as_tensor(value).to(x)
+        case Scale(factor):
+            return factor * x
+        case Add(value):
+            return x + torch.as_tensor(value).to(x)
 
 
 def forward(

@@ -123,24 +123,12 @@ def test_every_operation_on_every_target_is_what_it_is_by_hand(
     target = parse(address)
     width = None if name in SCALARS else engine.architecture.widths.of(target)
     wanted = operation_named(operation, width)
-    change = partial(by_hand, wanted)
+    change = partial(plain.apply, wanted)
     row = Row(IDS, engine.edits(Intervention(target, wanted, positions), tokens=len(IDS)))
     ours = engine.hooks.run([row], ALL, gradients=False).logits[0]
     theirs = plain.forward(model, IDS, plain.edited((kind, layer, index, change)))
     assert close(ours, theirs)
     assert not close(ours, plain.forward(model, IDS))  # the edit did something
-
-
-def by_hand(operation: Operation, x: Tensor) -> Tensor:
-    match operation:
-        case Zero():
-            return torch.zeros_like(x)
-        case SetTo(value):
-            return torch.zeros_like(x) + torch.as_tensor(value).to(x)
-        case Scale(factor):
-            return factor * x
-        case Add(value):
-            return x + torch.as_tensor(value).to(x)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:2])
@@ -157,7 +145,7 @@ def test_edits_of_one_pass_compose_in_request_order(family: str) -> None:
         (Intervention(parse("neuron.2.9"), Scale(-2.0)), "neurons", 2, (slice(None), 9)),
     ]
     changes = [
-        (kind, layer, index, partial(by_hand, intervention.operation))
+        (kind, layer, index, partial(plain.apply, intervention.operation))
         for intervention, kind, layer, index in wanted
     ]
     row = Row(IDS, engine.edits(*(each[0] for each in wanted), tokens=len(IDS)))

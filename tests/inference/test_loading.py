@@ -9,11 +9,16 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from services.common.errors import FailedPrecondition
 from services.inference.engine import loading
+from services.inference.engine.attribution import ExplainedRun, NormMode
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.columns import Column
 from services.inference.engine.model import Model
+from services.inference.engine.objectives import LogitMinusMean
+from services.inference.engine.tables import Ranking
 
 CPU = torch.device("cpu")
 
@@ -139,3 +144,17 @@ def test_examples_come_from_behaviours_json(copy: Path) -> None:
     (copy / "behaviours.json").write_text('[{"title": 1}]')
     with pytest.raises(FailedPrecondition, match="not a list of examples"):
         Model(load(copy))
+
+
+def test_tiny_vocabularies_and_contexts_are_served(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=3, n_positions=2, n_embd=4, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "tiny")
+    model = Model(load(tmp_path / "tiny"))
+    model.warm_up()
+    run = model.run((0, 2), (), (0, 1), 10, (1,), CancelToken())
+    assert [len(each.top) for each in run.next_tokens] == [3, 3]
+    explained = ExplainedRun((2, 1), (), LogitMinusMean((0,), 1))
+    ranking = Ranking(Column.TOTAL_EFFECT, 100)
+    result = model.attribute([explained], NormMode.LIVE, ranking, CancelToken(), 10)
+    assert len(result.table.rows) == 2 + 3 + 2 * 16
+    assert all(len(read.output) == 3 for read in result.read_outs.values())

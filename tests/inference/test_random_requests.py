@@ -74,18 +74,6 @@ def interventions(draw: st.DrawFn, tokens: int) -> Intervention:
     return Intervention(target, operation)
 
 
-def by_hand(operation: Operation, x: Tensor) -> Tensor:
-    match operation:
-        case Zero():
-            return torch.zeros_like(x)
-        case SetTo(value):
-            return torch.zeros_like(x) + torch.as_tensor(value).to(x)
-        case Scale(factor):
-            return factor * x
-        case Add(value):
-            return x + torch.as_tensor(value).to(x)
-
-
 def place(target: Address) -> tuple[str, int | None, Any]:
     if target.key is not None:
         return "probabilities", target.layer, (target.index, target.position, target.key)
@@ -120,7 +108,7 @@ def check(family: str, data: st.DataObject) -> None:
         return
     edits = engine.edits(*wanted, tokens=len(ids))
     site = plain.edited(
-        *((*place(each.target), partial(by_hand, each.operation)) for each in wanted)
+        *((*place(each.target), partial(plain.apply, each.operation)) for each in wanted)
     )
     theirs = plain.forward(model, ids, site)
     ours = engine.hooks.run([Row(ids, edits)], range(len(ids)), gradients=False).logits[0]
