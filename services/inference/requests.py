@@ -74,8 +74,7 @@ class Attribution:
 
 def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
     """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
-    with inside("run"):
-        run = _run(request, "run", request.run, model)
+    run = _required_run(request, model)
     tokens = len(run.token_ids)
     with inside("positions"):
         positions = (
@@ -100,8 +99,7 @@ def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
 def read_attribution(request: attribute_pb2.AttributeRequest, model: Model) -> Attribution:
     """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
     _refuse_unbuilt(request)
-    with inside("run"):
-        run = _run(request, "run", request.run, model)
+    run = _required_run(request, model)
     if not request.HasField("objective"):
         raise InvalidArgument(
             "an objective is required, for example logit_diff with one target", field="objective"
@@ -155,7 +153,7 @@ def _compared(
 ) -> ExplainedRun:
     """The compared run. `given` is the first run's objective as it came."""
     with inside("compare"):
-        run = _run(request, "compare", request.compare, model)
+        run = _run(request.compare, model)
     name = "compare_objective"
     if not request.HasField("compare_objective"):
         name = "objective"
@@ -167,17 +165,18 @@ def _compared(
     return ExplainedRun(run.token_ids, run.edits, objective)
 
 
-def _run(
-    request: run_pb2.RunRequest | attribute_pb2.AttributeRequest,
-    name: str,
-    run: intervention_pb2.Run,
-    model: Model,
+def _required_run(
+    request: run_pb2.RunRequest | attribute_pb2.AttributeRequest, model: Model
 ) -> ReadRun:
-    present = request.HasField("run") if name == "run" else True
-    if not present or not run.HasField("prompt"):
-        raise InvalidArgument(
-            "a prompt is required", field="prompt" if present else "", reason="REQUIRED"
-        )
+    with inside("run"):
+        if not request.HasField("run"):
+            raise InvalidArgument("a prompt is required", reason="REQUIRED")
+        return _run(request.run, model)
+
+
+def _run(run: intervention_pb2.Run, model: Model) -> ReadRun:
+    if not run.HasField("prompt"):
+        raise InvalidArgument("a prompt is required", field="prompt", reason="REQUIRED")
     with inside("prompt"):
         ids = request_tokens.prompt_ids(run.prompt, model)
     run.prompt.Clear()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tdb.inference.v1 import attribute_pb2, intervention_pb2, manifest_pb2, model_pb2, run_pb2
+from tdb.inference.v1 import attribute_pb2, intervention_pb2, model_pb2, run_pb2
 from tdb.type.v1 import token_pb2
 
 from services.inference import features, manifest, request_tokens, requests
@@ -123,17 +123,6 @@ def fill_attribution(
     for name, value in second.remainder.items():
         if name not in first.remainder:
             response.remainder.add(node=name, compare_direct_effect=value)
-
-
-def timings(
-    queue_ms: float, forward_ms: float, backward_ms: float, read_out_ms: float
-) -> manifest_pb2.Timings:
-    return manifest_pb2.Timings(
-        queue_ms=queue_ms,
-        forward_ms=forward_ms,
-        backward_ms=backward_ms,
-        read_out_ms=read_out_ms,
-    )
 
 
 def _token(token_id: int, vocabulary: Vocabulary) -> token_pb2.Token:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import grpc.aio
-from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc
+from tdb.inference.v1 import attribute_pb2, manifest_pb2, model_pb2, run_pb2, service_pb2_grpc
 
 from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
@@ -80,7 +80,9 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         )
         response = run_pb2.RunResponse()
         responses.fill_run(response, finished.result, wanted.run.token_ids, model.vocabulary)
-        timings = responses.timings(finished.queue_ms, finished.result.forward_ms, 0.0, 0.0)
+        timings = manifest_pb2.Timings(
+            queue_ms=finished.queue_ms, forward_ms=finished.result.forward_ms
+        )
         ids = [wanted.run.token_ids]
         response.manifest.CopyFrom(manifest.build("Run", model, canonical, ids, timings))
         return response
@@ -111,8 +113,12 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
             response = attribute_pb2.AttributeResponse()
             responses.fill_attribution(response, result, ids, model.vocabulary)
             times = result.times
-            read_out = device_ms - times.forward - times.backward
-            timings = responses.timings(finished.queue_ms, times.forward, times.backward, read_out)
+            timings = manifest_pb2.Timings(
+                queue_ms=finished.queue_ms,
+                forward_ms=times.forward,
+                backward_ms=times.backward,
+                read_out_ms=device_ms - times.forward - times.backward,
+            )
             warnings = [LIVE_WARNING] if wanted.norm_mode is NormMode.LIVE else []
             response.manifest.CopyFrom(
                 manifest.build("Attribute", model, canonical, ids, timings, warnings)

@@ -94,7 +94,7 @@ def test_an_unreachable_hub_is_one_sentence_within_five_seconds(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
     started = time.monotonic()
-    with pytest.raises(FailedPrecondition, match="neither a folder nor in the local"):
+    with pytest.raises(FailedPrecondition, match="neither a folder nor whole in the local"):
         load("nobody/no-such-model")
     assert time.monotonic() - started < 5
 
@@ -158,3 +158,24 @@ def test_tiny_vocabularies_and_contexts_are_served(tmp_path: Path) -> None:
     result = model.attribute([explained], NormMode.LIVE, ranking, CancelToken(), 10)
     assert len(result.table.rows) == 2 + 3 + 2 * 16
     assert all(len(read.output) == 3 for read in result.read_outs.values())
+
+
+def test_half_a_cached_snapshot_is_completed_from_the_hub(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    shutil.copy(copy / "tokenizer.json", cached)
+    asked: list[bool] = []
+
+    def snapshot(source: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        asked.append(local_files_only)
+        return str(cached if local_files_only else copy)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    monkeypatch.setattr(loading, "_require_hub", lambda source: None)
+    assert load("somebody/model").folder == copy
+    assert asked == [True, False]
+    shutil.copytree(copy, cached, dirs_exist_ok=True)
+    assert load("somebody/model").folder == cached
+    assert asked == [True, False, True]

@@ -9,6 +9,8 @@ import hashlib
 import os
 import re
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,7 +54,7 @@ def load(
     name: str, source: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype
 ) -> Loaded:
     """Loads `source` (a folder or Hub id), served as `name`. Raises FailedPrecondition."""
-    folder, revision = _folder(source, _PATTERNS)
+    folder, revision = _folder(source, _PATTERNS, _has_weights)
     if not (folder / "config.json").is_file():
         raise FailedPrecondition(f"{folder} holds no config.json, so it is no model folder")
     try:
@@ -92,7 +94,8 @@ def _weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
 
 def _vocabulary(folder: Path, tokenizer: str | None, size: int) -> text.Vocabulary:
     if tokenizer is not None:
-        folder, _ = _folder(tokenizer, [each for each in _PATTERNS if each != "*.safetensors"])
+        patterns = [each for each in _PATTERNS if each != "*.safetensors"]
+        folder, _ = _folder(tokenizer, patterns, text.has_tokenizer)
         if not text.has_tokenizer(folder):
             raise FailedPrecondition(f"--tokenizer: {folder} holds no tokenizer")
     if not text.has_tokenizer(folder):
@@ -100,21 +103,30 @@ def _vocabulary(folder: Path, tokenizer: str | None, size: int) -> text.Vocabula
     return text.Vocabulary.load(size, folder)
 
 
-def _folder(source: str, patterns: list[str]) -> tuple[Path, str]:
-    """The local folder of a source and its Hub revision; downloads only where the Hub answers."""
+def _folder(source: str, patterns: list[str], complete: Callable[[Path], bool]) -> tuple[Path, str]:
+    """The local folder of a source and its Hub revision; downloads only where the Hub answers.
+
+    The cache may hold a part of a snapshot, a tokenizer without its weights for instance:
+    `complete` says whether a cached folder is enough.
+    """
     if Path(source).is_dir():
         return Path(source), ""
-    try:
+    with suppress(LocalEntryNotFoundError, OSError, ValueError):
         folder = Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        _require_hub(source)
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=patterns))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise FailedPrecondition(
-                f"{source!r} could not be fetched from the Hub: {_sentence(error)}"
-            ) from error
+        if complete(folder):
+            return folder, folder.name
+    _require_hub(source)
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise FailedPrecondition(
+            f"{source!r} could not be fetched from the Hub: {_sentence(error)}"
+        ) from error
     return folder, folder.name
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _require_hub(source: str) -> None:
@@ -128,7 +140,7 @@ def _require_hub(source: str) -> None:
             reason = f"{address.hostname} does not answer"
     if reason:
         raise FailedPrecondition(
-            f"{source!r} is neither a folder nor in the local Hugging Face cache, and {reason}",
+            f"{source!r} is neither a folder nor whole in the local Hub cache, and {reason}",
             reason="MODEL_NOT_AVAILABLE",
         )
 
