@@ -33,6 +33,16 @@ NOT_BUILT = {
     "attribute.dictionaries": "dictionaries",
     "attribute.verify": "the verified column",
     "attribute.integrated_steps": "the integrated-gradients column",
+    "attribute.baseline": "a baseline",
+    "attribute.integrated_path": "the integrated-gradients column",
+    "attribute.read_outs.sources": "the sources of attention latents",
+    "intervention.add.relative": "relative steering",
+    "run.logit_lens": "the logit lens",
+    "run.activations": "reading activations",
+    "verify": "Verify",
+    "describe_component": "DescribeComponent",
+    "generate": "Generate",
+    "stream_activations": "StreamActivations",
 }
 
 

@@ -62,6 +62,8 @@ def _set(message: intervention_pb2.Intervention.Set) -> SetTo:
 
 
 def _add(message: intervention_pb2.Intervention.Add, model: Model) -> Add:
+    if message.relative:
+        raise features.not_built("intervention.add.relative", "relative")
     match message.WhichOneof("addend"):
         case "value":
             if message.HasField("strength"):

@@ -74,6 +74,10 @@ class Attribution:
 
 def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
     """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
+    if request.HasField("logit_lens"):
+        raise features.not_built("run.logit_lens", "logit_lens")
+    if request.activations:
+        raise features.not_built("run.activations", "activations")
     run = _required_run(request, model)
     tokens = len(run.token_ids)
     with inside("positions"):
@@ -146,6 +150,12 @@ def _refuse_unbuilt(request: attribute_pb2.AttributeRequest) -> None:
         raise features.not_built("attribute.verify", "verify")
     if request.HasField("integrated_steps"):
         raise features.not_built("attribute.integrated_steps", "integrated_steps")
+    if request.HasField("baseline"):
+        raise features.not_built("attribute.baseline", "baseline")
+    if request.integrated_path:
+        raise features.not_built("attribute.integrated_path", "integrated_path")
+    if request.read_outs.HasField("sources"):
+        raise features.not_built("attribute.read_outs.sources", "read_outs.sources")
 
 
 def _compared(

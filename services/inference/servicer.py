@@ -2,15 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import grpc.aio
-from tdb.inference.v1 import attribute_pb2, manifest_pb2, model_pb2, run_pb2, service_pb2_grpc
+from tdb.inference.v1 import (
+    attribute_pb2,
+    component_pb2,
+    generate_pb2,
+    manifest_pb2,
+    model_pb2,
+    run_pb2,
+    service_pb2_grpc,
+    verify_pb2,
+)
 
 from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
-from services.inference import manifest, request_tokens, requests, responses
+from services.inference import features, manifest, request_tokens, requests, responses
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
@@ -127,6 +136,29 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
 
         # 100,000 rows take a second to write down; the loop must not wait for it.
         return await asyncio.to_thread(answer)
+
+    async def Verify(
+        self, request: verify_pb2.VerifyRequest, context: Context
+    ) -> AsyncIterator[verify_pb2.VerifyResponse]:
+        raise features.not_built("verify", "")
+        yield  # the signature is a stream's
+
+    async def DescribeComponent(
+        self, request: component_pb2.DescribeComponentRequest, context: Context
+    ) -> component_pb2.DescribeComponentResponse:
+        raise features.not_built("describe_component", "")
+
+    async def Generate(
+        self, request: generate_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generate_pb2.GenerateResponse]:
+        raise features.not_built("generate", "")
+        yield  # the signature is a stream's
+
+    async def StreamActivations(
+        self, request: run_pb2.StreamActivationsRequest, context: Context
+    ) -> AsyncIterator[run_pb2.StreamActivationsResponse]:
+        raise features.not_built("stream_activations", "")
+        yield  # the signature is a stream's
 
     def _model(self, name: str) -> Model:
         name = name or self._names[0]

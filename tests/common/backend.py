@@ -29,11 +29,16 @@ class Backend(service_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         return await self.answer(request, context)
 
-    ListModels = GetModel = Tokenize = Run = Attribute = _call
+    ListModels = GetModel = Tokenize = Run = Attribute = DescribeComponent = _call
+
+    async def _stream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield await self._call(request, context)
+
+    Verify = Generate = StreamActivations = _stream
 
 
 class StreamingBackend:
-    """A method of a kind that the protos do not have yet: server streaming."""
+    """A server-streaming method whose items each test decides."""
 
     METHOD = "/test.v1.StreamService/Items"
 
