@@ -42,6 +42,7 @@ check: setup
 	$(VENV)/buf format -d --exit-code
 	$(VENV)/python -m tools.breaking
 	$(VENV)/python -m services.common.settings_text --check
+	$(VENV)/python -m services.inference.points_page --check
 	$(NPM) run check
 
 protos:

@@ -20,6 +20,8 @@ BUILT = (
     "attribute.compare",
     "attribute.norm_modes",
     "attribute.read_outs",
+    "run.logit_lens",
+    "run.activations",
 )
 
 NOT_BUILT = {
@@ -37,8 +39,6 @@ NOT_BUILT = {
     "attribute.integrated_path": "the integrated-gradients column",
     "attribute.read_outs.sources": "the sources of attention latents",
     "intervention.add.relative": "relative steering",
-    "run.logit_lens": "the logit lens",
-    "run.activations": "reading activations",
     "verify": "Verify",
     "describe_component": "DescribeComponent",
     "generate": "Generate",

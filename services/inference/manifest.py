@@ -4,23 +4,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-import torch
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from tdb.inference.v1 import manifest_pb2
-from tdb.type.v1 import tensor_pb2, token_pb2
+from tdb.type.v1 import token_pb2
 
 from services.inference.engine import ENGINE_VERSION
 from services.inference.engine.model import Model
+from services.inference.tensors import DATA_TYPES
 
 SERVICE = "tdb.inference.v1.InferenceService"
-
-DATA_TYPES = {
-    torch.float32: tensor_pb2.DATA_TYPE_FLOAT32,
-    torch.float64: tensor_pb2.DATA_TYPE_FLOAT64,
-    torch.float16: tensor_pb2.DATA_TYPE_FLOAT16,
-    torch.bfloat16: tensor_pb2.DATA_TYPE_BFLOAT16,
-}
 
 
 def build(

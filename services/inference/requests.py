@@ -14,13 +14,14 @@ from services.inference import (
     features,
     request_interventions,
     request_objectives,
+    request_points,
     request_tokens,
 )
 from services.inference.engine import interventions, tables
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Edit
-from services.inference.engine.model import Model
+from services.inference.engine.model import Model, ReadPoints
 
 MAX_ROWS = 100_000
 MAX_INTERVENTIONS = 1_000
@@ -43,6 +44,9 @@ _COLUMNS: dict[int, Column | None] = {
 }
 
 
+HasRun = run_pb2.RunRequest | run_pb2.StreamActivationsRequest | attribute_pb2.AttributeRequest
+
+
 @dataclass(frozen=True)
 class ReadRun:
     """A prompt's ids and the edits made while the model reads it."""
@@ -59,6 +63,7 @@ class Forward:
     positions: tuple[int, ...]
     top_k: int
     named: tuple[int, ...]
+    read: ReadPoints
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,7 @@ class Attribution:
 
 def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
     """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
-    if request.HasField("logit_lens"):
-        raise features.not_built("run.logit_lens", "logit_lens")
-    if request.activations:
-        raise features.not_built("run.activations", "activations")
-    run = _required_run(request, model)
+    run = required_run(request, model)
     tokens = len(run.token_ids)
     with inside("positions"):
         positions = (
@@ -90,20 +91,22 @@ def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
     request_tokens.write_positions(request.positions, positions)
     request.top_k = _count(request, DEFAULT_TOP_TOKENS)
     named = request_tokens.token_ids(request.tokens, "tokens", model)
-    wanted = len(positions) * (request.top_k + len(named))
+    read = request_points.of_run(request, model, tokens)
+    wanted = len(positions) * (request.top_k + len(named)) * (1 + len(read.lens))
     if wanted > MAX_ROWS:
         raise InvalidArgument(
-            f"{wanted} predictions are asked for ({len(positions)} positions); at most {MAX_ROWS} "
-            "are answered in one call",
+            f"{wanted} predictions are asked for ({len(positions)} positions"
+            + (f", {len(read.lens)} points of the logit lens" if read.lens else "")
+            + f"); at most {MAX_ROWS} are answered in one call",
             field="top_k",
         )
-    return Forward(run, positions, request.top_k, named)
+    return Forward(run, positions, request.top_k, named, read)
 
 
 def read_attribution(request: attribute_pb2.AttributeRequest, model: Model) -> Attribution:
     """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
     _refuse_unbuilt(request)
-    run = _required_run(request, model)
+    run = required_run(request, model)
     if not request.HasField("objective"):
         raise InvalidArgument(
             "an objective is required, for example logit_diff with one target", field="objective"
@@ -175,9 +178,8 @@ def _compared(
     return ExplainedRun(run.token_ids, run.edits, objective)
 
 
-def _required_run(
-    request: run_pb2.RunRequest | attribute_pb2.AttributeRequest, model: Model
-) -> ReadRun:
+def required_run(request: HasRun, model: Model) -> ReadRun:
+    """The run of a request, made canonical in place."""
     with inside("run"):
         if not request.HasField("run"):
             raise InvalidArgument("a prompt is required", reason="REQUIRED")

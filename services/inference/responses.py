@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tdb.inference.v1 import attribute_pb2, intervention_pb2, model_pb2, run_pb2
 from tdb.type.v1 import token_pb2
 
-from services.inference import features, manifest, request_tokens, requests
+from services.inference import features, manifest, request_tokens, requests, tensors
 from services.inference.engine import ENGINE_VERSION, tables
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.model import (
@@ -13,6 +13,7 @@ from services.inference.engine.model import (
     Model,
     NextTokens,
     Prediction,
+    ReadPoints,
     RunResult,
 )
 from services.inference.engine.text import Vocabulary
@@ -23,7 +24,7 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
     response = model_pb2.GetModelResponse(
         model=manifest.model_ref(model),
         architecture=architecture.family,
-        data_type=manifest.DATA_TYPES[model.dtype],
+        data_type=tensors.DATA_TYPES[model.dtype],
         device=str(model.device),
         dimensions=model_pb2.Dimensions(
             layers=len(architecture.layers),
@@ -78,11 +79,20 @@ def tokens(ids: Sequence[int], vocabulary: Vocabulary) -> list[token_pb2.Token]:
 
 
 def fill_run(
-    response: run_pb2.RunResponse, result: RunResult, ids: Sequence[int], vocabulary: Vocabulary
+    response: run_pb2.RunResponse,
+    result: RunResult,
+    read: ReadPoints,
+    ids: Sequence[int],
+    vocabulary: Vocabulary,
 ) -> None:
     response.tokens.extend(tokens(ids, vocabulary))
     response.next_tokens.extend(_next_tokens(each, vocabulary) for each in result.next_tokens)
-    response.receipts.extend(_receipt(each) for each in result.receipts)
+    response.receipts.extend(receipt(each) for each in result.receipts)
+    for point, readings in zip(read.lens, result.lens, strict=True):
+        lens = response.logit_lens.add(point=str(point))
+        lens.next_tokens.extend(_next_tokens(each, vocabulary) for each in readings)
+    for point, values in zip(read.activations, result.activations, strict=True):
+        response.activations.add(point=str(point), axes=point.axes, tensor=tensors.write(values))
 
 
 def fill_attribution(
@@ -105,7 +115,7 @@ def fill_attribution(
     response.totals.CopyFrom(_totals(table.totals[0]))
     response.tokens.extend(tokens(ids[0], vocabulary))
     response.top_tokens.extend(_scores(result.top_tokens[0], vocabulary))
-    response.receipts.extend(_receipt(each) for each in first.receipts)
+    response.receipts.extend(receipt(each) for each in first.receipts)
     response.token_effects.extend(_effects(each, False) for each in table.token_effects[0])
     for name, value in first.remainder.items():
         response.remainder.add(node=name, direct_effect=value)
@@ -116,7 +126,7 @@ def fill_attribution(
     response.compare_totals.CopyFrom(_totals(table.totals[1]))
     response.compare_tokens.extend(tokens(ids[1], vocabulary))
     response.compare_top_tokens.extend(_scores(result.top_tokens[1], vocabulary))
-    response.compare_receipts.extend(_receipt(each) for each in second.receipts)
+    response.compare_receipts.extend(receipt(each) for each in second.receipts)
     response.token_effects.extend(_effects(each, True) for each in table.token_effects[1])
     for left in response.remainder:
         left.compare_direct_effect = second.remainder.get(left.node, 0.0)
@@ -155,7 +165,7 @@ def _prediction(prediction: Prediction, vocabulary: Vocabulary) -> run_pb2.Predi
     )
 
 
-def _receipt(receipt: Receipt) -> intervention_pb2.Receipt:
+def receipt(receipt: Receipt) -> intervention_pb2.Receipt:
     return intervention_pb2.Receipt(
         target=str(receipt.target),
         sites=receipt.sites,

@@ -85,10 +85,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                 wanted.top_k,
                 wanted.named,
                 cancel,
+                wanted.read,
             )
         )
         response = run_pb2.RunResponse()
-        responses.fill_run(response, finished.result, wanted.run.token_ids, model.vocabulary)
+        responses.fill_run(
+            response, finished.result, wanted.read, wanted.run.token_ids, model.vocabulary
+        )
         timings = manifest_pb2.Timings(
             queue_ms=finished.queue_ms, forward_ms=finished.result.forward_ms
         )

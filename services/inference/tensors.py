@@ -12,6 +12,13 @@ _NUMPY = {
     tensor_pb2.DATA_TYPE_FLOAT16: "<f2",
 }
 
+DATA_TYPES = {
+    torch.float32: tensor_pb2.DATA_TYPE_FLOAT32,
+    torch.float64: tensor_pb2.DATA_TYPE_FLOAT64,
+    torch.float16: tensor_pb2.DATA_TYPE_FLOAT16,
+    torch.bfloat16: tensor_pb2.DATA_TYPE_BFLOAT16,
+}
+
 
 def read_vector(message: tensor_pb2.Tensor) -> torch.Tensor:
     """A tensor of one axis, float64 on the CPU. Raises InvalidArgument; every value is finite."""
@@ -38,3 +45,15 @@ def read_vector(message: tensor_pb2.Tensor) -> torch.Tensor:
     if not torch.isfinite(vector).all():
         raise InvalidArgument("every value must be finite", field="data", reason="NON_FINITE")
     return vector
+
+
+def write(tensor: torch.Tensor) -> tensor_pb2.Tensor:
+    """A contiguous tensor on the CPU, as it is."""
+    return tensor_pb2.Tensor(
+        data_type=DATA_TYPES[tensor.dtype], shape=tensor.shape, data=as_bytes(tensor)
+    )
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    """The elements of a contiguous tensor on the CPU, row-major and little-endian."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

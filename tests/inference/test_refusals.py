@@ -3,6 +3,7 @@
 import base64
 import math
 import struct
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -334,8 +335,13 @@ def build(change: dict[str, Any]) -> attribute_pb2.AttributeRequest:
 
 async def refusal(stub: "Stub", request: attribute_pb2.AttributeRequest) -> tuple[Any, str, str]:
     """(status code, field path, message) of a call that must be refused."""
+    return await refusal_of(stub.Attribute(request))
+
+
+async def refusal_of(call: Awaitable[Any]) -> tuple[Any, str, str]:
+    """The same of any call."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Attribute(request)
+        await call
     status = rpc_status.from_call(caught.value)
     bad = error_details_pb2.BadRequest()
     for detail in status.details:

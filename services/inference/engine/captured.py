@@ -9,6 +9,14 @@ from torch import Tensor
 from services.common.addresses import Kind
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.points import Point
+
+_POINTS = {
+    Kind.EMBED: "embed",
+    Kind.RESID_POST: "resid_post",
+    Kind.ATTN: "attn_out",
+    Kind.MLP: "mlp_out",
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,21 @@ class Pass:
     logits: Tensor = field(init=False)
     """[B, P, V] at the positions asked for."""
     forward_ms: float = 0.0
+    wanted: frozenset[Point] = frozenset()
+    """Points to keep beyond what every pass captures."""
+    kept: dict[Point, Tensor] = field(default_factory=dict)
+    """Their values [B, T, ...], after edits; filled by `keep`."""
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
 
     def receipts(self, row: int) -> tuple[Receipt, ...]:
         """What each of the row's edits did, in order. Raises KeyError if one was never applied."""
         return tuple(self._receipts[row, number] for number in range(len(self.rows[row].edits)))
+
+    def keep(self, name: str, layer: int | None, values: Tensor) -> None:
+        """Keeps [B, T, ...] if that point was asked for."""
+        point = Point(name, layer)
+        if point in self.wanted:
+            self.kept[point] = values.detach()
 
     def edits_at(self, kind: Kind, layer: int | None) -> Iterator[tuple[int, int, Edit]]:
         """(row, number within the row, edit) of every edit of this kind in the layer."""
@@ -115,6 +133,8 @@ class Pass:
             before = values[row, positions]
             values[row, positions] = after = edit.apply(before)
             self._record(row, number, edit, before, after)
+        if kind in _POINTS:
+            self.keep(_POINTS[kind], layer, values)
         return values
 
     def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
@@ -163,6 +183,13 @@ class Pass:
 
         values [B, Hk or H, T, dh], output [B, T, H, dh], probabilities [B, H, T, T] -> output.
         """
+        output = self._edit_attention_outputs(layer, values, output, probabilities)
+        self.keep("z", layer, output)
+        return output
+
+    def _edit_attention_outputs(
+        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
+    ) -> Tensor:
         site = AttentionSite(*self._inputs, probabilities, values)
         self.attention.append(site)
         edits = list(self.edits_at(Kind.HEAD, layer))

@@ -20,6 +20,7 @@ from services.inference.engine import attention, norms
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
+from services.inference.engine.points import Point
 
 
 class _LayerTap:
@@ -58,6 +59,7 @@ class Hooks:
             layer.mlp.register_forward_hook(partial(self._leave_mlp, index))
             layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
             layer.norms[1].module.register_forward_pre_hook(self._enter_mlp_norm)
+            layer.norms[1].module.register_forward_hook(partial(self._leave_mlp_norm, index))
             for norm in layer.norms:
                 norm.module.register_forward_hook(partial(self._leave_block_norm, norm))
         architecture.final_norm.module.register_forward_pre_hook(self._enter_final_norm)
@@ -70,14 +72,17 @@ class Hooks:
         *,
         gradients: bool,
         cancel: CancelToken | None = None,
+        keep: frozenset[Point] = frozenset(),
     ) -> Pass:
         """Runs the model over the rows; logits at `positions` (of every row).
+
+        `keep` names points to keep beyond what every pass captures.
 
         Raises FailedPrecondition (reason NON_FINITE) where a value is not finite, Cancelled and
         DeadlineExceeded from the token.
         """
         started = time.perf_counter()
-        current = Pass(rows, gradients, cancel or CancelToken())
+        current = Pass(rows, gradients, cancel or CancelToken(), wanted=keep)
         device = self._architecture.final_norm.gain.device
         longest = max(len(row.token_ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -181,6 +186,14 @@ class Hooks:
             )
             write = middle - current.block_inputs[layer]
         return (write, *output[1:])
+
+    def _leave_mlp_norm(
+        self, layer: int, module: torch.nn.Module, args: object, output: Tensor
+    ) -> None:
+        if self.current is not None:
+            self.current.keep(
+                "mlp_in", layer, output.view(len(self.current.rows), -1, output.shape[-1])
+            )
 
     def _leave_mlp(
         self, layer: int, module: torch.nn.Module, args: object, output: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from services.common.addresses import Address
 from services.common.errors import FailedPrecondition
-from services.inference.engine import attribution, loading, tables
+from services.inference.engine import activations, attribution, loading, tables
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
 from services.inference.engine.cancellation import CancelToken
@@ -22,7 +22,9 @@ from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.lens import lens_logits
 from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.points import Point
 from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.text import Vocabulary
 
@@ -46,9 +48,25 @@ class NextTokens:
 
 
 @dataclass(frozen=True)
+class ReadPoints:
+    """Points read in a run: through the logit lens, and whole."""
+
+    lens: tuple[Point, ...] = ()
+    activations: tuple[Point, ...] = ()
+
+    @property
+    def all(self) -> frozenset[Point]:
+        return frozenset(self.lens + self.activations)
+
+
+@dataclass(frozen=True)
 class RunResult:
     next_tokens: tuple[NextTokens, ...]
     receipts: tuple[Receipt, ...]
+    lens: tuple[tuple[NextTokens, ...], ...]
+    """Per point of the lens, in the order asked for: what it predicts at each position."""
+    activations: tuple[Tensor, ...]
+    """Per point, in the order asked for, on the CPU; see `points` for the axes."""
     forward_ms: float
 
 
@@ -76,6 +94,7 @@ class Example:
 
 
 TOP_TOKENS = 10
+_NOTHING = ReadPoints()
 
 
 class Model:
@@ -106,15 +125,44 @@ class Model:
         top_k: int,
         named: Sequence[int],
         cancel: CancelToken,
+        read: ReadPoints = _NOTHING,
     ) -> RunResult:
-        """Forward with interventions; predictions at `positions`, ascending."""
+        """Forward with interventions; predictions at `positions`, ascending.
+
+        Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
+        """
         row = Row(tuple(token_ids), edits)
-        current = self.hooks.run([row], positions, gradients=False, cancel=cancel)
-        next_tokens = [
-            self._next_tokens(position, current.logits[0, number], top_k, named)
-            for number, position in enumerate(positions)
-        ]
-        return RunResult(tuple(next_tokens), current.receipts(0), current.forward_ms)
+        everywhere = Point("logits") in read.activations
+        current = self.hooks.run(
+            [row],
+            range(len(token_ids)) if everywhere else positions,
+            gradients=False,
+            cancel=cancel,
+            keep=read.all,
+        )
+        logits = current.logits[0, list(positions)] if everywhere else current.logits[0]
+
+        def predicted(logits: Tensor) -> tuple[NextTokens, ...]:
+            return tuple(
+                self._next_tokens(position, logits[number], top_k, named)
+                for number, position in enumerate(positions)
+            )
+
+        lens = []
+        for point in read.lens:
+            cancel.check()
+            residual = activations.read(point, self.architecture, current, 0)
+            residual = residual[None, list(positions)].to(self.device)
+            lens.append(predicted(lens_logits(self.architecture, residual)[0]))
+        return RunResult(
+            predicted(logits),
+            current.receipts(0),
+            tuple(lens),
+            tuple(
+                activations.read(point, self.architecture, current, 0) for point in read.activations
+            ),
+            current.forward_ms,
+        )
 
     def attribute(
         self,
