@@ -22,6 +22,7 @@ BUILT = (
     "attribute.read_outs",
     "run.logit_lens",
     "run.activations",
+    "verify",
 )
 
 NOT_BUILT = {
@@ -39,7 +40,6 @@ NOT_BUILT = {
     "attribute.integrated_path": "the integrated-gradients column",
     "attribute.read_outs.sources": "the sources of attention latents",
     "intervention.add.relative": "relative steering",
-    "verify": "Verify",
     "describe_component": "DescribeComponent",
     "generate": "Generate",
     "stream_activations": "StreamActivations",

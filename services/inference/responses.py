@@ -165,15 +165,15 @@ def _prediction(prediction: Prediction, vocabulary: Vocabulary) -> run_pb2.Predi
     )
 
 
-def receipt(receipt: Receipt) -> intervention_pb2.Receipt:
+def receipt(found: Receipt) -> intervention_pb2.Receipt:
     return intervention_pb2.Receipt(
-        target=str(receipt.target),
-        sites=receipt.sites,
-        positions=receipt.positions,
-        applied=receipt.applied,
-        delta_norm=receipt.delta_norm,
-        before=receipt.before,
-        after=receipt.after,
+        target=str(found.target),
+        sites=found.sites,
+        positions=found.positions,
+        applied=found.applied,
+        delta_norm=found.delta_norm,
+        before=found.before,
+        after=found.after,
     )
 
 

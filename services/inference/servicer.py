@@ -19,7 +19,7 @@ from tdb.inference.v1 import (
 
 from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
-from services.inference import features, manifest, request_tokens, requests, responses
+from services.inference import features, manifest, request_tokens, requests, responses, verify
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
@@ -143,8 +143,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     async def Verify(
         self, request: verify_pb2.VerifyRequest, context: Context
     ) -> AsyncIterator[verify_pb2.VerifyResponse]:
-        raise features.not_built("verify", "")
-        yield  # the signature is a stream's
+        model = self._model(request.table.model)
+        canonical = verify_pb2.VerifyRequest()
+        canonical.CopyFrom(request)
+        wanted = await asyncio.to_thread(verify.read, canonical, model)
+        canonical.table.model = model.identity.id
+        async for response in verify.stream(canonical, wanted, model, self._on_device):
+            yield response
 
     async def DescribeComponent(
         self, request: component_pb2.DescribeComponentRequest, context: Context

@@ -150,7 +150,12 @@ class Hooks:
         if layer == 0:
             current.embed_before = args[0].detach()
             edited = current.edit_residual(Kind.EMBED, None, current.embed_before)
-            current.embed = edited.detach().requires_grad_(current.gradients)
+            # An edit may have a graph of its own, which must not be cut.
+            current.embed = (
+                edited
+                if edited.requires_grad
+                else edited.detach().requires_grad_(current.gradients)
+            )
             read = current.embed
         else:
             read = current.edit_residual(Kind.RESID_POST, layer - 1, args[0])

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from services.common.addresses import Address
 from services.common.errors import FailedPrecondition
-from services.inference.engine import activations, attribution, loading, tables
+from services.inference.engine import (
+    activations,
+    attribution,
+    estimates,
+    loading,
+    tables,
+    verification,
+)
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
 from services.inference.engine.cancellation import CancelToken
@@ -27,6 +34,7 @@ from services.inference.engine.objectives import LogitDiff
 from services.inference.engine.points import Point
 from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.text import Vocabulary
+from services.inference.engine.verification import Ablation, Verification
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,23 @@ class Model:
             self._read_outs(explanations, table, read_out_tokens),
             times,
         )
+
+    def estimate(
+        self,
+        run: ExplainedRun,
+        ablations: Sequence[Ablation],
+        norm_mode: NormMode,
+        cancel: CancelToken,
+    ) -> list[float]:
+        """Estimated total effect of each node or component, in the order given."""
+        edits = [ablation.edit for ablation in ablations]
+        return estimates.estimate(self.hooks, run, edits, norm_mode, cancel)
+
+    def verify(
+        self, run: ExplainedRun, ablations: Sequence[Ablation], cancel: CancelToken
+    ) -> Verification:
+        """The run as it is, and the chunks in which its nodes can be verified."""
+        return verification.begin(self.hooks, run, ablations, cancel)
 
     def _read_outs(
         self, explanations: Sequence[Explanation], table: tables.Table, tokens: int

@@ -1,0 +1,65 @@
+"""Estimated total effects (x - x0) . G(x) of any nodes and components, in one forward and backward.
+
+Each value x becomes x0 + w (x - x0) with a weight w = 1 of its own, which changes nothing; the
+derivative of J by w is the estimate, summed over the positions of a component. So it needs no
+formula per kind of target: whatever can be edited can be estimated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from services.inference.engine.attribution import ExplainedRun, NormMode
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.captured import Row
+from services.inference.engine.forward import Hooks
+from services.inference.engine.interventions import Edit
+
+
+@dataclass(frozen=True)
+class _Weighted(Edit):
+    """Moves a value along the line from its baseline, which `baseline` sets, to itself."""
+
+    weight: Tensor = field(kw_only=True)
+    baseline: Edit = field(kw_only=True)
+
+    def apply(self, value: Tensor) -> Tensor:
+        start = self.baseline.apply(value)
+        return start + self.weight.to(value) * (value - start)
+
+
+def estimate(
+    hooks: Hooks,
+    run: ExplainedRun,
+    baselines: Sequence[Edit],
+    norm_mode: NormMode,
+    cancel: CancelToken,
+) -> list[float]:
+    """The estimate of each target, where `baselines` has the edits that put them at x0.
+
+    Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
+    """
+    if not baselines:
+        return []
+    weights = torch.ones(len(baselines), requires_grad=True)
+    moved = [
+        _weighted(edit, weight) for edit, weight in zip(baselines, weights.unbind(), strict=True)
+    ]
+    row = Row(
+        run.token_ids,
+        (*run.edits, *moved),
+        final_norm_frozen=norm_mode is not NormMode.LIVE,
+        block_norms_frozen=norm_mode is NormMode.ALL_NORMS_FROZEN,
+    )
+    current = hooks.run([row], [run.objective.position], gradients=True, cancel=cancel)
+    objective = run.objective.value(current.logits[0, 0])
+    (gradient,) = torch.autograd.grad(objective, weights)
+    found: list[float] = gradient.double().tolist()
+    return found
+
+
+def _weighted(edit: Edit, weight: Tensor) -> _Weighted:
+    values = {each.name: getattr(edit, each.name) for each in fields(edit)}
+    return _Weighted(**{**values, "sets_value": False}, weight=weight, baseline=edit)

@@ -1,0 +1,183 @@
+"""`Verify`: from its request to ablations, and from what they measured to the stream's messages."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from tdb.inference.v1 import attribute_pb2, manifest_pb2, progress_pb2, verify_pb2
+
+from services.common import addresses
+from services.common.addresses import Address, Kind
+from services.common.errors import InvalidArgument, inside
+from services.inference import manifest, requests, responses
+from services.inference.engine import correlation
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.interventions import Intervention, Zero, check_target, resolve
+from services.inference.engine.model import Model
+from services.inference.engine.verification import Ablation, Verification, Verified
+from services.inference.requests import Attribution
+from services.inference.worker import Finished
+
+MAX_NODES = 10_000
+
+
+class OnDevice(Protocol):
+    """Runs work on the torch thread for the call being served."""
+
+    def __call__(self, work: Callable[[CancelToken], Any]) -> Awaitable[Finished[Any]]: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a VerifyRequest asks for; without `nodes`, the rows of the table."""
+
+    table: Attribution
+    nodes: tuple[Address, ...] | None
+
+
+def read(request: verify_pb2.VerifyRequest, model: Model) -> Wanted:
+    """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
+    named = bool(request.nodes) or request.all_heads
+    if request.nodes and request.all_heads:
+        raise InvalidArgument(
+            "all_heads stands for the nodes; give one of nodes and all_heads", field="all_heads"
+        )
+    with inside("table"):
+        if not request.HasField("table"):
+            raise InvalidArgument(
+                "a table is required: it says which run and objective are meant", reason="REQUIRED"
+            )
+        _refuse_meaningless(request.table, named)
+        table = requests.read_attribution(request.table, model)
+        if named:
+            request.table.ClearField("top_k")
+            request.table.ClearField("rank_by")
+        elif table.ranking.top_k > MAX_NODES:
+            raise InvalidArgument(
+                f"top_k is {table.ranking.top_k}; at most {MAX_NODES} nodes are verified in a call",
+                field="top_k",
+            )
+    if not named:
+        return Wanted(table, None)
+    if request.all_heads:
+        shape = model.architecture.shape
+        heads = (
+            Address(Kind.HEAD, layer, head)
+            for layer in range(shape.layers)
+            for head in range(shape.heads)
+        )
+        return Wanted(table, tuple(heads))
+    return Wanted(table, _nodes(request, model, len(table.runs[0].token_ids)))
+
+
+def _refuse_meaningless(table: attribute_pb2.AttributeRequest, named: bool) -> None:
+    one_run = "one run is verified at a time; call again for the other"
+    integrated = "effects are measured here, not integrated; call Attribute for that"
+    meaningless = {
+        "compare": (table.HasField("compare"), one_run),
+        "compare_objective": (table.HasField("compare_objective"), one_run),
+        "read_outs": (table.HasField("read_outs"), "nodes are not read out here; call Attribute"),
+        "integrated_steps": (table.HasField("integrated_steps"), integrated),
+        "integrated_path": (bool(table.integrated_path), integrated),
+        "verify": (table.verify, "every row is verified anyway; leave verify out"),
+    }
+    if named:
+        ranked = "which nodes are verified is said by nodes or all_heads, so no rows are ranked"
+        meaningless |= {
+            "top_k": (table.HasField("top_k"), ranked),
+            "rank_by": (bool(table.rank_by), ranked),
+            "per_kind": (table.per_kind, ranked),
+        }
+    for field, (is_set, sentence) in meaningless.items():
+        if is_set:
+            raise InvalidArgument(sentence, field=field)
+
+
+def _nodes(request: verify_pb2.VerifyRequest, model: Model, tokens: int) -> tuple[Address, ...]:
+    if len(request.nodes) > MAX_NODES:
+        raise InvalidArgument(
+            f"{len(request.nodes)} nodes are given; at most {MAX_NODES} are verified in a call",
+            field="nodes",
+        )
+    places: dict[Address, int] = {}
+    for number, text in enumerate(request.nodes):
+        with inside(f"nodes[{number}]"):
+            node = addresses.parse(text)
+            check_target(node, model.architecture.shape, tokens)
+            if node in places:
+                raise InvalidArgument(f"{node} is nodes[{places[node]}] already; name it once")
+        places[node] = number
+        request.nodes[number] = str(node)
+    return tuple(places)
+
+
+def ablations(nodes: Sequence[Address], model: Model, tokens: int) -> list[Ablation]:
+    """The edit that puts each node at its baseline."""
+    architecture = model.architecture
+    return [
+        Ablation(
+            node,
+            *resolve([Intervention(node, Zero())], architecture.shape, architecture.widths, tokens),
+        )
+        for node in nodes
+    ]
+
+
+async def stream(
+    request: verify_pb2.VerifyRequest, wanted: Wanted, model: Model, on_device: OnDevice
+) -> AsyncIterator[verify_pb2.VerifyResponse]:
+    """Progress, every node as it is measured, and the summary. `request` is canonical."""
+    run = wanted.table.runs[0]
+    table = wanted.table
+    timings = manifest_pb2.Timings()
+
+    async def timed(work: Callable[[CancelToken], Any]) -> Any:
+        finished = await on_device(work)
+        timings.queue_ms += finished.queue_ms
+        return finished.result
+
+    if wanted.nodes is None:
+        result = await timed(
+            lambda cancel: model.attribute([run], table.norm_mode, table.ranking, cancel)
+        )
+        timings.forward_ms = result.times.forward
+        timings.backward_ms = result.times.backward
+        estimates = {row.node: row.values.total_effect for row in result.table.rows}
+        targets = ablations(list(estimates), model, len(run.token_ids))
+    else:
+        targets = ablations(wanted.nodes, model, len(run.token_ids))
+        found = await timed(lambda cancel: model.estimate(run, targets, table.norm_mode, cancel))
+        estimates = dict(zip(wanted.nodes, found, strict=True))
+    verification: Verification = await timed(lambda cancel: model.verify(run, targets, cancel))
+    yield _progress(0, len(targets))
+    measured: list[Verified] = []
+    for number in range(len(verification.chunks)):
+        for each in await timed(partial(verification.chunk, number)):
+            measured.append(each)
+            yield verify_pb2.VerifyResponse(
+                node=verify_pb2.VerifiedNode(
+                    node=str(each.node),
+                    verified_effect=each.effect,
+                    total_effect=estimates[each.node],
+                    objective_value=each.value,
+                )
+            )
+        yield _progress(len(measured), len(targets))
+    estimated = [estimates[each.node] for each in measured]
+    exact = [each.effect for each in measured]
+    summary = verify_pb2.VerifySummary(
+        manifest=manifest.build("Verify", model, request, [run.token_ids], timings),
+        objective_value=verification.value,
+        nodes=len(measured),
+        rank_correlation=correlation.spearman(estimated, exact),
+        correlation=correlation.pearson(estimated, exact),
+        receipts=[responses.receipt(each) for each in verification.receipts],
+    )
+    yield verify_pb2.VerifyResponse(summary=summary)
+
+
+def _progress(done: int, total: int) -> verify_pb2.VerifyResponse:
+    return verify_pb2.VerifyResponse(
+        progress=progress_pb2.Progress(done=done, total=total, unit="nodes")
+    )

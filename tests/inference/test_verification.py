@@ -1,0 +1,167 @@
+"""Verified effects against a forward pass written by hand with the value really changed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.common.addresses import Address, parse
+from services.inference.engine import estimates, verification
+from services.inference.engine.attribution import ExplainedRun, NormMode
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.columns import Column
+from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
+from services.inference.engine.objectives import LogitDiff, LogProb, Objective
+from services.inference.engine.verification import Ablation, Verified
+from tests.inference import plain
+from tests.inference.helpers import (
+    FAMILIES,
+    HEADS,
+    LAYERS,
+    WIDTH,
+    Engine,
+    explained,
+    matrices,
+    random_engine,
+    random_model,
+)
+
+IDS = (3, 17, 4, 4, 25, 60, 8, 1)
+LAST = len(IDS) - 1
+OBJECTIVE = LogitDiff((5,), (9, 11), LAST)
+
+# Nodes and components of every kind, and the same place in the pass written by hand.
+TARGETS: dict[str, tuple[str, int | None, Any]] = {
+    "neuron.1.7~3": ("neurons", 1, (3, 7)),
+    f"neuron.2.9~{LAST}": ("neurons", 2, (LAST, 9)),
+    "neuron.0.11": ("neurons", 0, (slice(None), 11)),
+    "head.1.2~6-3": ("probabilities", 1, (2, 6, 3)),
+    f"head.2.1~{LAST}-0": ("probabilities", 2, (1, LAST, 0)),
+    "head.1.0~4": ("z", 1, (4, 0)),
+    "head.0.3": ("z", 0, (slice(None), 3)),
+    "head.2.3": ("z", 2, (slice(None), 3)),
+    "head.1.3.q~6": ("q", 1, (3, 6)),
+    "head.1.2.k~2": ("k", 1, (2, 2)),
+    "head.0.2.v": ("v", 0, (2, slice(None))),
+    "embed~1": ("embed", None, (1,)),
+    "embed": ("embed", None, slice(None)),
+    "attn.1~4": ("attn", 1, (4,)),
+    "attn.2": ("attn", 2, slice(None)),
+    "resid_mid.1~7": ("resid_mid", 1, (7,)),
+    "mlp.0~0": ("mlp", 0, (0,)),
+    "mlp.2": ("mlp", 2, slice(None)),
+    "resid_post.0~5": ("resid_post", 0, (5,)),
+    f"resid_post.{LAYERS - 1}~{LAST}": ("resid_post", LAYERS - 1, (LAST,)),
+}
+BASE: tuple[tuple[Intervention, tuple[str, int | None, Any]], ...] = (
+    (Intervention(parse("neuron.0.11~2"), SetTo(0.5)), ("neurons", 0, (2, 11))),
+    (Intervention(parse("head.1.2~6-3"), Scale(2.0)), ("probabilities", 1, (2, 6, 3))),
+    (Intervention(parse("head.1.0~4"), Scale(-1.0)), ("z", 1, (4, 0))),
+    (Intervention(parse("head.0.2.v~1"), Scale(3.0)), ("v", 0, (2, 1))),
+    (Intervention(parse("mlp.0~3"), Zero()), ("mlp", 0, (3,))),
+    (
+        Intervention(parse("resid_post.1~5"), Add(torch.linspace(-1, 1, WIDTH))),
+        ("resid_post", 1, (5,)),
+    ),
+)
+"""Interventions of the run itself: some on the sites verified, some up- and downstream."""
+
+
+def by_hand(
+    family: str, changes: list[tuple[str, int | None, Any, Any]], objective: Objective
+) -> float:
+    site = plain.edited(*changes)
+    return float(objective.value(plain.forward(random_model(family), IDS, site)[LAST]))
+
+
+def of_base() -> list[tuple[str, int | None, Any, Any]]:
+    return [
+        (*place, lambda x, operation=base.operation: plain.apply(operation, x))
+        for base, place in BASE
+    ]
+
+
+def verify(engine: Engine, run: ExplainedRun, *ablations: Ablation) -> dict[Address, Verified]:
+    begun = verification.begin(engine.hooks, run, ablations, CancelToken())
+    numbers = range(len(begun.chunks))
+    found = [each for number in numbers for each in begun.chunk(number, CancelToken())]
+    return {each.node: each for each in found}
+
+
+def zeroed(engine: Engine, *names: str, tokens: int = len(IDS)) -> list[Ablation]:
+    nodes = [parse(name) for name in names]
+    return [
+        Ablation(node, *engine.edits(Intervention(node, Zero()), tokens=tokens)) for node in nodes
+    ]
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_effects_are_those_of_a_pass_with_the_value_zeroed_by_hand(
+    family: str, edited: bool
+) -> None:
+    engine = random_engine(family)
+    base = of_base() if edited else []
+    edits = engine.edits(*(each for each, _ in BASE), tokens=len(IDS)) if edited else ()
+    run = ExplainedRun(IDS, edits, OBJECTIVE)
+    found = verify(engine, run, *zeroed(engine, *TARGETS))
+    untouched = by_hand(family, base, OBJECTIVE)
+    largest = max(abs(each.effect) for each in found.values())
+    for name, place in TARGETS.items():
+        expected = by_hand(family, [*base, (*place, torch.zeros_like)], OBJECTIVE)
+        got = found[parse(name)]
+        assert got.effect == pytest.approx(untouched - expected, abs=2e-5 * largest), name
+        assert got.value == pytest.approx(expected, abs=2e-5 * largest), name
+    assert sum(abs(each.effect) > 1e-3 * largest for each in found.values()) > len(TARGETS) // 2
+
+
+def test_a_pair_goes_alone_and_its_row_is_not_renormalised() -> None:
+    engine = random_engine()
+    found = verify(engine, explained(IDS), *zeroed(engine, "head.1.2~6-3"))
+    (effect,) = [each.effect for each in found.values()]
+
+    def renormalised(row: Tensor) -> Tensor:
+        row = row.clone()
+        row[3] = 0
+        return row / row.sum()
+
+    row = ("probabilities", 1, (2, 6), renormalised)
+    objective = explained(IDS).objective
+    other = by_hand("gpt2", [], objective) - by_hand("gpt2", [row], objective)
+    assert effect != pytest.approx(other, rel=1e-2)
+
+
+def test_nodes_after_the_position_of_j_have_no_effect_at_all() -> None:
+    engine = random_engine()
+    run = explained(IDS, objective=LogProb((5,), 3))
+    names = ["embed~4", "neuron.1.7~5", "head.1.2~6-3", "mlp.2~7", "head.1.2~3-3"]
+    found = verify(engine, run, *zeroed(engine, *names))
+    effects = [each.effect for each in found.values()]
+    assert max(map(abs, effects[:-1])) < 1e-6
+    assert abs(effects[-1]) > 1e-4
+
+
+@pytest.mark.parametrize("mode", NormMode)
+def test_estimates_of_nodes_are_the_tables_and_of_components_their_sums(mode: NormMode) -> None:
+    engine = random_engine("llama")
+    edits = engine.edits(*(each for each, _ in BASE), tokens=len(IDS))
+    run = ExplainedRun(IDS, edits, OBJECTIVE)
+    (explanation,) = engine.explain(run, norm_mode=mode)
+    columns = matrices(explanation, Column.TOTAL_EFFECT)
+    embed, heads, neurons = columns[0], columns[1 : 1 + LAYERS], columns[1 + LAYERS :]
+    expected: dict[str, Tensor] = {
+        "embed~2": embed[2],
+        "embed": embed.sum(),
+        "neuron.1.7~3": neurons[1][3, 7],
+        "neuron.0.11": neurons[0][:, 11].sum(),
+        "head.1.2~6-3": heads[1][2, 6, 3],
+        "head.1.0~5": heads[1][0, 5].sum(),
+    }
+    expected |= {f"head.2.{head}": heads[2][head].sum() for head in range(HEADS)}
+    wanted = [each.edit for each in zeroed(engine, *expected)]
+    got = estimates.estimate(engine.hooks, run, wanted, mode, CancelToken())
+    largest = max(abs(float(value)) for value in expected.values())
+    for name, value in zip(expected, got, strict=True):
+        assert value == pytest.approx(float(expected[name]), abs=1e-5 * largest), name
+    assert largest > 1e-2
