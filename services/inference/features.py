@@ -23,6 +23,7 @@ BUILT = (
     "run.logit_lens",
     "run.activations",
     "verify",
+    "stream_activations",
 )
 
 NOT_BUILT = {
@@ -42,7 +43,6 @@ NOT_BUILT = {
     "intervention.add.relative": "relative steering",
     "describe_component": "DescribeComponent",
     "generate": "Generate",
-    "stream_activations": "StreamActivations",
 }
 
 

@@ -19,7 +19,15 @@ from tdb.inference.v1 import (
 
 from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
-from services.inference import features, manifest, request_tokens, requests, responses, verify
+from services.inference import (
+    features,
+    manifest,
+    request_tokens,
+    requests,
+    responses,
+    stream_activations,
+    verify,
+)
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
@@ -165,8 +173,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     async def StreamActivations(
         self, request: run_pb2.StreamActivationsRequest, context: Context
     ) -> AsyncIterator[run_pb2.StreamActivationsResponse]:
-        raise features.not_built("stream_activations", "")
-        yield  # the signature is a stream's
+        model = self._model(request.model)
+        canonical = run_pb2.StreamActivationsRequest()
+        canonical.CopyFrom(request)
+        canonical.model = model.identity.id
+        wanted = await asyncio.to_thread(stream_activations.read, canonical, model)
+        async for response in stream_activations.stream(canonical, wanted, model, self._on_device):
+            yield response
 
     def _model(self, name: str) -> Model:
         name = name or self._names[0]

@@ -1,5 +1,7 @@
 """Tensors of the API: dtype, shape and little-endian bytes."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from tdb.type.v1 import tensor_pb2
@@ -50,10 +52,14 @@ def read_vector(message: tensor_pb2.Tensor) -> torch.Tensor:
 def write(tensor: torch.Tensor) -> tensor_pb2.Tensor:
     """A contiguous tensor on the CPU, as it is."""
     return tensor_pb2.Tensor(
-        data_type=DATA_TYPES[tensor.dtype], shape=tensor.shape, data=as_bytes(tensor)
+        data_type=DATA_TYPES[tensor.dtype],
+        shape=tensor.shape,
+        data=b"".join(pieces(tensor, 2**20)),
     )
 
 
-def as_bytes(tensor: torch.Tensor) -> bytes:
-    """The elements of a contiguous tensor on the CPU, row-major and little-endian."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+def pieces(tensor: torch.Tensor, size: int) -> Iterator[bytes]:
+    """Bytes of a contiguous tensor on the CPU, row-major and little-endian, `size` at a time."""
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(data), size):
+        yield data[start : start + size].tobytes()

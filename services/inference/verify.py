@@ -1,9 +1,9 @@
 """`Verify`: from its request to ablations, and from what they measured to the stream's messages."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from tdb.inference.v1 import attribute_pb2, manifest_pb2, progress_pb2, verify_pb2
 
@@ -17,15 +17,9 @@ from services.inference.engine.interventions import Intervention, Zero, check_ta
 from services.inference.engine.model import Model
 from services.inference.engine.verification import Ablation, Verification, Verified
 from services.inference.requests import Attribution
-from services.inference.worker import Finished
+from services.inference.worker import OnDevice
 
 MAX_NODES = 10_000
-
-
-class OnDevice(Protocol):
-    """Runs work on the torch thread for the call being served."""
-
-    def __call__(self, work: Callable[[CancelToken], Any]) -> Awaitable[Finished[Any]]: ...
 
 
 @dataclass(frozen=True)

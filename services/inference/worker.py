@@ -8,9 +8,9 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from services.common.errors import ResourceExhausted, TdbError, Unavailable
 from services.inference.engine.cancellation import CancelToken
@@ -26,6 +26,14 @@ class Finished(Generic[Result]):
 
     result: Result
     queue_ms: float
+
+
+class OnDevice(Protocol):
+    """Runs work on the torch thread for the call that is being served, until its deadline."""
+
+    def __call__(
+        self, work: Callable[[CancelToken], Result]
+    ) -> Coroutine[Any, Any, Finished[Result]]: ...
 
 
 @dataclass(frozen=True)

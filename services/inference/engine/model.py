@@ -25,7 +25,7 @@ from services.inference.engine import (
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Row
+from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
@@ -76,6 +76,26 @@ class RunResult:
     activations: tuple[Tensor, ...]
     """Per point, in the order asked for, on the CPU; see `points` for the axes."""
     forward_ms: float
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A pass of one prompt whose points can be read one after another."""
+
+    current: Pass
+    architecture: Architecture
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        return self.current.receipts(0)
+
+    @property
+    def forward_ms(self) -> float:
+        return self.current.forward_ms
+
+    def read(self, point: Point) -> Tensor:
+        """On the CPU, of the shape of `points.shape`. Raises FailedPrecondition (NON_FINITE)."""
+        return activations.read(point, self.architecture, self.current, 0)
 
 
 @dataclass(frozen=True)
@@ -171,6 +191,22 @@ class Model:
             ),
             current.forward_ms,
         )
+
+    def capture(
+        self,
+        token_ids: Sequence[int],
+        edits: tuple[Edit, ...],
+        wanted: Sequence[Point],
+        cancel: CancelToken,
+    ) -> Captured:
+        """Forward with interventions, for reading the wanted points."""
+        row = Row(tuple(token_ids), edits)
+        everywhere = Point("logits") in wanted
+        positions = range(len(token_ids)) if everywhere else [len(token_ids) - 1]
+        current = self.hooks.run(
+            [row], positions, gradients=False, cancel=cancel, keep=frozenset(wanted)
+        )
+        return Captured(current, self.architecture)
 
     def attribute(
         self,

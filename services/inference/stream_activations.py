@@ -1,0 +1,81 @@
+"""`StreamActivations`: from its request to one pass, and from its points to the stream's messages.
+
+The pass is one piece of work on the device and each point another, so that other calls get in
+between; pieces of a point are cut as the client takes them.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+
+from tdb.inference.v1 import manifest_pb2, progress_pb2, run_pb2
+from torch import Tensor
+
+from services.inference import manifest, request_points, requests, responses, tensors
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.model import Captured, Model
+from services.inference.engine.points import Point
+from services.inference.requests import ReadRun
+from services.inference.worker import OnDevice
+
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a StreamActivationsRequest asks for."""
+
+    run: ReadRun
+    points: tuple[Point, ...]
+
+
+def read(request: run_pb2.StreamActivationsRequest, model: Model) -> Wanted:
+    """Makes the request canonical. Raises InvalidArgument, FailedPrecondition (no tokenizer)."""
+    run = requests.required_run(request, model)
+    return Wanted(run, request_points.of_stream(request, model, len(run.token_ids)))
+
+
+async def stream(
+    request: run_pb2.StreamActivationsRequest, wanted: Wanted, model: Model, on_device: OnDevice
+) -> AsyncIterator[run_pb2.StreamActivationsResponse]:
+    """Progress, each point's header and pieces, and the summary. `request` is canonical."""
+    run, points = wanted.run, wanted.points
+    yield _progress(0, len(points))
+    finished = await on_device(
+        lambda cancel: model.capture(run.token_ids, run.edits, points, cancel)
+    )
+    captured = finished.result
+    timings = manifest_pb2.Timings(queue_ms=finished.queue_ms, forward_ms=captured.forward_ms)
+    for number, point in enumerate(points):
+        taken = await on_device(partial(_read, captured, point))
+        values, read_ms = taken.result
+        timings.queue_ms += taken.queue_ms
+        timings.read_out_ms += read_ms
+        header = run_pb2.PointHeader(
+            point=str(point),
+            axes=point.axes,
+            data_type=tensors.DATA_TYPES[values.dtype],
+            shape=values.shape,
+        )
+        yield run_pb2.StreamActivationsResponse(point=header)
+        for piece in tensors.pieces(values, CHUNK_BYTES):
+            yield run_pb2.StreamActivationsResponse(chunk=piece)
+        yield _progress(number + 1, len(points))
+    summary = run_pb2.StreamActivationsSummary(
+        manifest=manifest.build("StreamActivations", model, request, [run.token_ids], timings),
+        receipts=[responses.receipt(each) for each in captured.receipts],
+    )
+    yield run_pb2.StreamActivationsResponse(summary=summary)
+
+
+def _read(captured: Captured, point: Point, cancel: CancelToken) -> tuple[Tensor, float]:
+    started = time.perf_counter()
+    values = captured.read(point)
+    return values, (time.perf_counter() - started) * 1e3
+
+
+def _progress(done: int, total: int) -> run_pb2.StreamActivationsResponse:
+    return run_pb2.StreamActivationsResponse(
+        progress=progress_pb2.Progress(done=done, total=total, unit="points")
+    )
