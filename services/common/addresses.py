@@ -186,6 +186,15 @@ class Shape:
     layers: int
     heads: int
     neurons: int
+    windows: tuple[int | None, ...] = ()
+    """Per layer: how many tokens a query reads at most, itself included; None or no entry: all."""
+    parallel: bool = False
+    """Attention and MLP of a layer read the same residual stream: no `resid_mid` exists."""
+
+    def first_visible(self, layer: int, query: int) -> int:
+        """The first key that a query token of the layer reads."""
+        window = self.windows[layer] if self.windows else None
+        return 0 if window is None else max(0, query - window + 1)
 
     def check(self, address: Address, tokens: int | None = None) -> None:
         """Raises InvalidArgument with the valid range unless `address` names something here.
@@ -201,8 +210,26 @@ class Shape:
             self._in_range(address, "neuron", address.index, self.neurons)
         elif address.index is not None:
             self._in_range(address, "head", address.index, self.heads)
+        if address.kind is Kind.RESID_MID and self.parallel:
+            raise InvalidArgument(
+                f"{address}: attention and MLP of this model's layers read the same residual "
+                f"stream, so there is no resid_mid; resid_post.0..{self.layers - 1} exist"
+            )
         if tokens is not None:
             self._in_range(address, "token position", address.position, tokens)
+        self._check_visible(address)
+
+    def _check_visible(self, address: Address) -> None:
+        layer, query, key = address.layer, address.position, address.key
+        if layer is None or query is None or key is None:
+            return
+        first = self.first_visible(layer, query)
+        if key < first:
+            raise InvalidArgument(
+                f"{address}: key {key} lies outside layer {layer}'s sliding window of "
+                f"{self.windows[layer]} tokens, so the pair is masked; the key must be in "
+                f"{first}..{query}"
+            )
 
     @staticmethod
     def _in_range(address: Address, part: str, value: int | None, count: int) -> None:

@@ -69,7 +69,7 @@ def test_the_hash_follows_weights_and_configuration(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "gptj"}, "models of type 'gptj' are not supported yet; supported: gpt2"),
+        ({"model_type": "gptj"}, "models of type 'gptj' are not supported; supported: gpt2"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn bypasses"),
         ({"add_cross_attention": True}, "cross-attention"),
         ({"model_type": "no-such-thing"}, "config.json is not readable"),

@@ -98,7 +98,11 @@ def check(family: str, data: st.DataObject) -> None:
     engine, model = engine_of(family)
     ids = data.draw(prompts())
     wanted = data.draw(st.lists(interventions(len(ids)), max_size=4, unique_by=lambda i: i.target))
-    pairs = {(i.target.layer, i.target.index, i.target.position) for i in wanted if i.target.key}
+    pairs = {
+        (i.target.layer, i.target.index, i.target.position)
+        for i in wanted
+        if i.target.key is not None
+    }
     rows = {
         (i.target.layer, i.target.index, i.target.position)
         for i in wanted

@@ -1,57 +1,110 @@
-"""Which module is which in a Hugging Face causal LM.
+"""Which module is which in a Hugging Face causal LM, and its weights laid out by component.
 
-Everything the engine knows about module names comes through here, from
-`interp_engine.arch.resolve_arch`, so that the library behind it can be replaced. What a node
-writes is read off weights that are already laid out for it: `w_out[n]` is what one unit of neuron
-n adds to the residual stream, `w_o[h]` maps head h's output to it.
+Everything the engine knows about module names comes through here, from `families` and from
+`interp_engine.arch.resolve_arch`, so that the library behind it can be replaced. What a node writes
+is read off weights that are already laid out for it: `w_out[n]` is what one unit of neuron n adds
+to the residual stream, `w_o[h]` maps head h's output to it.
+
+Where a norm lies between a sublayer and the stream (a post-norm), its gain is folded into those
+weights at load. What is left of it is one scale per token, captured in the pass, that a write is
+divided by, and its bias, which is part of the sublayer's bias row.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from interp_engine.arch import resolve_arch
+from interp_engine.arch import ArchSpec, resolve_arch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from services.common.addresses import Shape
-from services.common.errors import FailedPrecondition
+from services.inference.engine.families import Family, family_of, unsupported
 from services.inference.engine.interventions import Widths
-from services.inference.engine.norms import Norm, probe_norm
-
-FAMILIES = ("gpt2", "llama")
-"""Values of `config.model_type` whose numbers are tested."""
+from services.inference.engine.norms import Norm, NormPlace, probe_norm
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules and write weights of one layer."""
+    """The modules and weights of one layer."""
 
     block: nn.Module
     attention: nn.Module
     mlp: nn.Module
+    """Its output is the MLP's, before a post-norm."""
+    mlp_gate: nn.Module
+    """The projection to `w_in`'s pre-activations."""
+    mlp_up: nn.Module | None
+    """The projection to the other branch of a gated MLP."""
     mlp_down: nn.Module
-    norms: tuple[Norm, ...]
+    parallel: bool
+    """Attention and MLP read the same residual stream: there is none between them."""
+    attn_norm: Norm
+    mlp_norm: Norm
+    attn_post_norm: Norm | None
+    mlp_post_norm: Norm | None
+    q_norm: Norm | None
+    """Over the width of a head, on queries before any rotation."""
+    k_norm: Norm | None
+    window: int | None
+    """How many tokens a query reads at most, itself included; None: all before it."""
     scaling: float
-    """What scores are multiplied by."""
+    """What q . k is multiplied by."""
+    attn_softcap: float | None
+    """Scores are c tanh(score / c), before the mask."""
     w_q: Tensor
-    """[H, dh, d]: query projection per head, before any rotation."""
+    """[H, dh, d]: query projection per head, before norm and rotation."""
+    b_q: Tensor | None
+    """[H, dh]"""
     w_k: Tensor
-    """[Hk, dh, d]: key projection per key/value head, before any rotation."""
+    """[Hk, dh, d]: key projection per key/value head, before norm and rotation."""
+    b_k: Tensor | None
+    """[Hk, dh]"""
+    w_v: Tensor
+    """[Hk, dh, d]: value projection per key/value head."""
+    b_v: Tensor | None
+    """[Hk, dh]"""
     w_in: Tensor
     """[F, d]: what a neuron's pre-activation reads (the gate's where it is gated)."""
+    b_in: Tensor | None
+    """[F]"""
+    w_up: Tensor | None
+    """[F, d]: what the other branch of a gated neuron reads."""
+    b_up: Tensor | None
+    """[F]"""
+    activation: Callable[[Tensor], Tensor]
+    """From pre-activations to activations (of the gate where it is gated)."""
     w_o: Tensor
-    """[H, dh, d]: output projection per head."""
+    """[H, dh, d]: output projection per head, with the post-norm's gain."""
     b_o: Tensor | None
-    """[d]"""
+    """[d], with the post-norm's gain, without its bias."""
     w_out: Tensor
-    """[F, d]: output row per neuron."""
+    """[F, d]: output row per neuron, with the post-norm's gain."""
     b_out: Tensor | None
-    """[d]"""
+    """[d], with the post-norm's gain, without its bias."""
     w_o_gram: Tensor
     """[H, dh, dh]: W_O W_O^T per head, for write magnitudes without d-vectors."""
     w_out_norm: Tensor
     """[F]: length of each output row."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether a neuron's activation is act(gate) * up."""
+        return self.w_up is not None
+
+    def norms(self, index: int) -> Iterator[tuple[NormPlace, Norm]]:
+        """Every norm of this layer, which is number `index`."""
+        for site, norm in (
+            ("attn", self.attn_norm),
+            ("q", self.q_norm),
+            ("k", self.k_norm),
+            ("attn_post", self.attn_post_norm),
+            ("mlp", self.mlp_norm),
+            ("mlp_post", self.mlp_post_norm),
+        ):
+            if norm is not None:
+                yield (site, index), norm
 
 
 @dataclass(frozen=True)
@@ -62,13 +115,16 @@ class Architecture:
     layers: tuple[Layer, ...]
     final_norm: Norm
     w_e: Tensor
-    """[V, d]: embedding rows."""
+    """[V, d]: embedding rows as stored; `embed_scale` times that is what a token writes."""
+    embed_scale: float
     w_u: Tensor
     """[V, d]: unembedding rows."""
     w_u_mean: Tensor
     """[d]: their mean."""
     unembed_bias: Tensor | None
     """[V]"""
+    logit_softcap: float | None
+    """The model's own logits are c tanh(logit / c)."""
     n_heads: int
     n_key_value_heads: int
     head_width: int
@@ -78,64 +134,49 @@ class Architecture:
     context: int
 
     @property
+    def parallel(self) -> bool:
+        """Attention and MLP of a layer read the same residual stream: no `resid_mid` exists."""
+        return self.layers[0].parallel
+
+    @property
     def shape(self) -> Shape:
-        return Shape(layers=len(self.layers), heads=self.n_heads, neurons=self.neurons)
+        return Shape(
+            layers=len(self.layers),
+            heads=self.n_heads,
+            neurons=self.neurons,
+            windows=tuple(layer.window for layer in self.layers),
+            parallel=self.parallel,
+        )
 
     @property
     def widths(self) -> Widths:
         return Widths(residual=self.width, head=self.head_width)
 
 
-def check_family(config: PretrainedConfig) -> None:
-    """Raises FailedPrecondition for a model that would only be half served. Needs no weights."""
-    family = str(config.model_type)
-    if family not in FAMILIES:
-        raise FailedPrecondition(
-            f"models of type {family!r} are not supported yet; supported: {', '.join(FAMILIES)}",
-            reason="UNSUPPORTED_ARCHITECTURE",
-        )
-    if getattr(config, "reorder_and_upcast_attn", False):
-        raise FailedPrecondition(
-            "reorder_and_upcast_attn bypasses the attention interface, so attention could not be "
-            "read or edited; set it to false in the model's config.json",
-            reason="UNSUPPORTED_ARCHITECTURE",
-        )
-    if getattr(config, "add_cross_attention", False):
-        raise FailedPrecondition(
-            "models with cross-attention are not supported: they read a second prompt",
-            reason="UNSUPPORTED_ARCHITECTURE",
-        )
-
-
 def resolve(model: PreTrainedModel) -> Architecture:
     """Finds the modules to hook. Raises FailedPrecondition where one is not as assumed."""
     config = model.config
-    check_family(config)
+    family = family_of(config)
     arch = resolve_arch(model, config)
     with torch.no_grad():
-        layers = tuple(
-            _layer(
-                block=arch.block(index),
-                attention=arch.attn_module(index),
-                attn_out=arch.attn_out_proj(index),
-                mlp=arch.mlp_module(index),
-                mlp_in=arch.mlp_projection(index, "pre_act"),
-                mlp_down=arch.mlp_projection(index, "down"),
-                pre_mlp_norm=arch.pre_mlp_norm(index),
-                heads=arch.n_heads,
-            )
-            for index in range(arch.n_layers)
-        )
-        final_norm = probe_norm(arch.final_norm, arch.d_model)
+        w_e = _weight(arch.embed)
+        layers = tuple(_layer(arch, index, family, config) for index in range(arch.n_layers))
+        final_norm = probe_norm(arch.final_norm, arch.d_model, w_e)
         w_u = _write_weight(arch.lm_head).T
+    softcap = getattr(config, "final_logit_softcapping", None)
+    unembed_bias = _bias(arch.lm_head)
+    if softcap is not None and unembed_bias is not None:
+        raise unsupported("an unembedding bias below a soft cap of the logits is not supported")
     return Architecture(
         family=str(config.model_type),
         layers=layers,
         final_norm=final_norm,
-        w_e=_weight(arch.embed),
+        w_e=w_e,
+        embed_scale=float(getattr(arch.embed, "embed_scale", 1.0)),
         w_u=w_u,
         w_u_mean=w_u.mean(0),
-        unembed_bias=_bias(arch.lm_head),
+        unembed_bias=unembed_bias,
+        logit_softcap=softcap,
         n_heads=arch.n_heads,
         n_key_value_heads=arch.n_kv_heads,
         head_width=arch.head_dim,
@@ -146,54 +187,105 @@ def resolve(model: PreTrainedModel) -> Architecture:
     )
 
 
-def _layer(
-    block: nn.Module,
-    attention: nn.Module,
-    attn_out: nn.Module,
-    mlp: nn.Module,
-    mlp_in: nn.Module,
-    mlp_down: nn.Module,
-    pre_mlp_norm: nn.Module | None,
-    heads: int,
-) -> Layer:
-    w_o = _write_weight(attn_out)
-    w_o = w_o.view(heads, w_o.shape[0] // heads, w_o.shape[1])
-    w_out = _write_weight(mlp_down)
-    norms = [child for child in block.children() if type(child).__name__.endswith("Norm")]
-    if len(norms) != 2 or pre_mlp_norm is not norms[1]:
-        raise FailedPrecondition(
-            f"expected a norm before attention and one before the MLP, found {len(norms)} norms",
-            reason="UNSUPPORTED_ARCHITECTURE",
-        )
-    width = w_out.shape[1]
-    w_q, w_k = _query_key(attention, width)
+def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig) -> Layer:
+    block, attention = arch.block(index), arch.attn_module(index)
+    width, head_width = arch.d_model, arch.head_dim
+    like = _weight(arch.embed)
+
+    def norm(owner: nn.Module, name: str | None, over: int) -> Norm | None:
+        return None if name is None else probe_norm(getattr(owner, name), over, like)
+
+    attn_norm = norm(block, family.attn_norm, width)
+    mlp_norm = norm(block, family.mlp_norm, width)
+    if attn_norm is None or mlp_norm is None:
+        raise unsupported(f"layer {index} has no norm before attention or before the MLP")
+    attn_post_norm = norm(block, family.attn_post_norm, width)
+    mlp_post_norm = norm(block, family.mlp_post_norm, width)
+    has_qk_norm = hasattr(attention, "q_norm")
+    attn_out, down = arch.attn_out_proj(index), arch.mlp_projection(index, "down")
+    w_o, b_o = _folded(attn_out, attn_post_norm)
+    w_o = w_o.view(arch.n_heads, head_width, width)
+    w_out, b_out = _folded(down, mlp_post_norm)
+    gate = arch.mlp_projection(index, "pre_act")
+    holder = arch.mlp_projection_holder(index)
+    up = getattr(holder, "up_proj", None)
+    query, key, value = _query_key_value(attention, head_width)
     return Layer(
         block=block,
         attention=attention,
-        mlp=mlp,
-        mlp_down=mlp_down,
-        norms=tuple(probe_norm(norm, width) for norm in norms),
+        mlp=down if holder is block else holder,
+        mlp_gate=gate,
+        mlp_up=up,
+        mlp_down=down,
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
+        attn_norm=attn_norm,
+        mlp_norm=mlp_norm,
+        attn_post_norm=attn_post_norm,
+        mlp_post_norm=mlp_post_norm,
+        q_norm=norm(attention, "q_norm" if has_qk_norm else None, head_width),
+        k_norm=norm(attention, "k_norm" if has_qk_norm else None, head_width),
+        window=arch.sliding_window_for_layer(index),
         scaling=_scaling(attention),
-        w_q=w_q.view(heads, -1, width),
-        w_k=w_k.view(-1, w_q.shape[0] // heads, width),
-        w_in=_write_weight(mlp_in).T,
+        attn_softcap=None,
+        w_q=query[0],
+        b_q=query[1],
+        w_k=key[0],
+        b_k=key[1],
+        w_v=value[0],
+        b_v=value[1],
+        w_in=_write_weight(gate).T,
+        b_in=_bias(gate),
+        w_up=None if up is None else _write_weight(up).T,
+        b_up=None if up is None else _bias(up),
+        activation=_activation(holder),
         w_o=w_o,
-        b_o=_bias(attn_out),
+        b_o=b_o,
         w_out=w_out,
-        b_out=_bias(mlp_down),
+        b_out=b_out,
         w_o_gram=w_o @ w_o.transpose(1, 2),
         w_out_norm=torch.linalg.vector_norm(w_out, dim=1),
     )
 
 
-def _query_key(attention: nn.Module, width: int) -> tuple[Tensor, Tensor]:
-    """Rows of the query and of the key projection, [out, d], of a fused or a separate layout."""
+def _folded(projection: nn.Module, post_norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """Write weight [in, d] and bias [d] of a projection, through the linear part of a post-norm."""
+    weight, bias = _write_weight(projection), _bias(projection)
+    if post_norm is None:
+        return weight, bias
+    return post_norm.linear(weight), None if bias is None else post_norm.linear(bias)
+
+
+Projection = tuple[Tensor, Tensor | None]
+"""Weight [heads, dh, d] and bias [heads, dh]."""
+
+
+def _query_key_value(attention: nn.Module, head_width: int) -> tuple[Projection, ...]:
+    """Projections of q, k and v per head, of a fused or a separate layout."""
     fused = getattr(attention, "c_attn", None)
     if isinstance(fused, nn.Module):
-        query, key, _ = torch.split(_write_weight(fused).T, width)
-        return query.contiguous(), key.contiguous()
-    query, key = (getattr(attention, name) for name in ("q_proj", "k_proj"))
-    return _weight(query), _weight(key)
+        weights = _write_weight(fused).T.chunk(3)
+        bias = _bias(fused)
+        biases: Sequence[Tensor | None] = (None,) * 3 if bias is None else bias.chunk(3)
+    else:
+        projections = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        weights = tuple(_weight(projection) for projection in projections)
+        biases = [_bias(projection) for projection in projections]
+    return tuple(
+        (
+            weight.reshape(-1, head_width, weight.shape[1]),
+            None if of_weight is None else of_weight.reshape(-1, head_width),
+        )
+        for weight, of_weight in zip(weights, biases, strict=True)
+    )
+
+
+def _activation(holder: nn.Module) -> Callable[[Tensor], Tensor]:
+    for name in ("act", "act_fn", "activation_fn"):
+        found = getattr(holder, name, None)
+        if callable(found):
+            activation: Callable[[Tensor], Tensor] = found
+            return activation
+    raise unsupported(f"{type(holder).__name__} does not say its activation function")
 
 
 def _scaling(attention: nn.Module) -> float:

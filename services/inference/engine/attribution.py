@@ -168,19 +168,21 @@ def _explanation(
         probabilities = site.used(row)[:, :length, :length]
         values = site.values_per_head(row)[:, :length]
         edits = [edit for edit in run.edits if edit.target.layer == index]
-        heads = head_path(
-            path.attention[index], reads, layer.w_o, values, probabilities, edits, path.edits
-        )
+        scale = _scale_of(current.attn_scale[index], row, length)
+        met = path.attention[index] if scale is None else path.attention[index] / scale
+        heads = head_path(met, reads, layer.w_o, values, probabilities, edits, path.edits)
         grads = gradients.of_used_probabilities(index, site, row)[:, :length, :length]
-        groups.append(HeadNodes(index, layer, probabilities, grads, values, heads, reads))
+        groups.append(HeadNodes(index, layer, probabilities, grads, values, scale, heads, reads))
     for index, layer in enumerate(architecture.layers):
+        scale = _scale_of(current.mlp_scale[index], row, length)
         groups.append(
             NeuronNodes(
                 index,
                 layer,
                 current.neurons[index][row, :length].detach(),
                 gradients.neurons[index][row, :length],
-                path.mlp[index],
+                scale,
+                path.mlp[index] if scale is None else path.mlp[index] / scale,
                 reads,
             )
         )
@@ -189,7 +191,7 @@ def _explanation(
     if architecture.unembed_bias is not None:
         constants += _dot(architecture.unembed_bias, gradients.logits[row].sum(0))
     explained = _dot(reference, gradient)
-    remainder = _bias_rows(architecture, path)
+    remainder = _bias_rows(architecture, current, row, path)
     remainder.update({f"edit.{node}": effect for node, effect in path.edits.items()})
     remainder["bias.read"] = constants
     remainder["rest"] = value - explained - constants
@@ -197,14 +199,39 @@ def _explanation(
     return Explanation(value, tuple(groups), remainder, logits.detach(), current, row)
 
 
-def _bias_rows(architecture: Architecture, path: DirectPath) -> dict[str, float]:
-    """Direct effect of the output biases, summed over tokens."""
+def _scale_of(scales: Tensor | None, row: int, length: int) -> Tensor | None:
+    """[T, 1]: scale of a post-norm in one row, None where there is no post-norm."""
+    return None if scales is None else scales[row, :length]
+
+
+def _bias_rows(
+    architecture: Architecture, current: Pass, row: int, path: DirectPath
+) -> dict[str, float]:
+    """Direct effect of the output biases and of the post-norms', summed over tokens."""
     rows: dict[str, float] = {}
     for index, layer in enumerate(architecture.layers):
-        if layer.b_o is not None:
-            rows[f"bias.attn.{index}"] = _dot(layer.b_o, path.attention[index].sum(0))
-        if layer.b_out is not None:
-            rows[f"bias.mlp.{index}"] = _dot(layer.b_out, path.mlp[index].sum(0))
+        for name, met, scales, bias, post_norm in (
+            (
+                f"bias.attn.{index}",
+                path.attention[index],
+                current.attn_scale[index],
+                layer.b_o,
+                layer.attn_post_norm,
+            ),
+            (
+                f"bias.mlp.{index}",
+                path.mlp[index],
+                current.mlp_scale[index],
+                layer.b_out,
+                layer.mlp_post_norm,
+            ),
+        ):
+            scale = _scale_of(scales, row, len(met))
+            if bias is not None:
+                before = met if scale is None else met / scale
+                rows[name] = _dot(bias, before.sum(0))
+            if post_norm is not None and post_norm.bias.any():
+                rows[name] = rows.get(name, 0.0) + _dot(post_norm.bias, met.sum(0))
     return rows
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from services.common.addresses import Kind
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.norms import FINAL, NormPlace
 from services.inference.engine.points import Point
 
 _POINTS = {
@@ -23,13 +24,20 @@ _POINTS = {
 class Row:
     """One prompt of a batch.
 
-    `final_norm_frozen` and `block_norms_frozen` say whose scale is constant in the backward pass.
+    `final_norm_frozen`, `block_norms_frozen` (all but the final one) and `frozen_norms` say whose
+    scale is constant in the backward pass.
     """
 
     token_ids: tuple[int, ...]
     edits: tuple[Edit, ...] = ()
     final_norm_frozen: bool = False
     block_norms_frozen: bool = False
+    frozen_norms: frozenset[NormPlace] = frozenset()
+
+    def freezes(self, place: NormPlace) -> bool:
+        """Whether this norm's scale is constant in the backward pass of the row."""
+        by_mode = self.final_norm_frozen if place == FINAL else self.block_norms_frozen
+        return by_mode or place in self.frozen_norms
 
 
 @dataclass
@@ -44,11 +52,19 @@ class AttentionSite:
     """[B, H, T, T] as query, key: post-softmax, before edits of pairs and rows."""
     values: Tensor
     """[B, Hk or H, T, dh], bias included, after edits of values."""
+    z: Tensor = field(init=False)
+    """[B, T, H, dh]: the heads' outputs, after edits: input of the output projection."""
     edited_rows: tuple[int, ...] = ()
     edited: Tensor | None = None
     """[edited rows, H, T, T]: the probabilities that the values were summed with."""
     zeroed: list[tuple[int, int | None, tuple[int, ...]]] = field(default_factory=list)
     """(row, head, positions) of zeroed rows: the same as if their probabilities were 0."""
+
+    def scores(self, row: int, scaling: float) -> Tensor:
+        """[H, T, T] as query, key: scaled scores before soft cap and mask, of the graph."""
+        query, key = self.query[row], self.key[row]
+        key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+        return query @ key.transpose(1, 2) * scaling
 
     def used(self, row: int) -> Tensor:
         """[H, T, T], detached: the probabilities the row's values were summed with."""
@@ -73,7 +89,11 @@ class AttentionSite:
 
 @dataclass
 class Pass:
-    """One forward pass and what it captured."""
+    """One forward pass and what it captured.
+
+    Tensors of one graph, but where they are called detached. The lists marked with gradients are
+    filled in passes with gradients only: others keep no more than they need.
+    """
 
     rows: Sequence[Row]
     gradients: bool
@@ -84,8 +104,31 @@ class Pass:
     """[B, T, d]: the same before edits."""
     block_inputs: list[Tensor] = field(default_factory=list)
     """Per layer [B, T, d]: the residual stream that the block reads."""
+    attn_in: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, d]: output of the norm before attention (with gradients)."""
+    attn_scale: list[Tensor | None] = field(default_factory=list)
+    """Per layer [B, T, 1], detached: scale of the norm behind attention, if there is one."""
+    attn_write: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, d]: what attention adds to the stream, after post-norm and edits (with
+    gradients)."""
     middles: list[Tensor] = field(default_factory=list)
-    """Per layer [B, T, d]: the residual stream that the norm before the MLP reads."""
+    """Per layer [B, T, d]: the residual stream that the norm before the MLP reads; the block's
+    input in a parallel block."""
+    edited_middle: Tensor | None = None
+    """The running layer's middle where it was edited; the block's output is then summed anew."""
+    last_write: Tensor = field(init=False)
+    """[B, T, d]: what the MLP that ran last adds to the stream."""
+    mlp_in: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, d]: output of the norm before the MLP (with gradients)."""
+    gates: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, F]: pre-activations, of the gate where it is gated (with gradients)."""
+    ups: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, F]: the other branch of gated MLPs, else empty (with gradients)."""
+    mlp_scale: list[Tensor | None] = field(default_factory=list)
+    """Per layer [B, T, 1], detached: scale of the norm behind the MLP, if there is one."""
+    mlp_write: list[Tensor] = field(default_factory=list)
+    """Per layer [B, T, d]: what the MLP adds to the stream, after post-norm and edits (with
+    gradients)."""
     rotations: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     """Per layer cosine and sine [1, T, dh] of the rotary embedding, if there is one."""
     _inputs: tuple[Tensor, Tensor] = field(init=False)
@@ -115,6 +158,11 @@ class Pass:
         point = Point(name, layer)
         if point in self.wanted:
             self.kept[point] = values.detach()
+
+    def resid_post(self, layer: int) -> Tensor:
+        """[B, T, d]: the residual stream after a layer, after edits."""
+        later = self.block_inputs[layer + 1 :]
+        return later[0] if later else self.final_input
 
     def edits_at(self, kind: Kind, layer: int | None) -> Iterator[tuple[int, int, Edit]]:
         """(row, number within the row, edit) of every edit of this kind in the layer."""
@@ -183,15 +231,15 @@ class Pass:
 
         values [B, Hk or H, T, dh], output [B, T, H, dh], probabilities [B, H, T, T] -> output.
         """
-        output = self._edit_attention_outputs(layer, values, output, probabilities)
-        self.keep("z", layer, output)
-        return output
-
-    def _edit_attention_outputs(
-        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
-    ) -> Tensor:
         site = AttentionSite(*self._inputs, probabilities, values)
         self.attention.append(site)
+        site.z = self._edited_outputs(layer, site, output)
+        self.keep("z", layer, site.z)
+        return site.z
+
+    def _edited_outputs(self, layer: int, site: AttentionSite, output: Tensor) -> Tensor:
+        """[B, T, H, dh] -> the same, edited; enters the edited probabilities in the site."""
+        values, probabilities = site.values, site.probabilities
         edits = list(self.edits_at(Kind.HEAD, layer))
         if not edits:
             return output

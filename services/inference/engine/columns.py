@@ -119,24 +119,26 @@ class HeadNodes(NodeGroup):
         probabilities: Tensor,
         gradient: Tensor,
         values: Tensor,
+        scale: Tensor | None,
         path: HeadPath,
         reads: tuple[int, ...],
     ) -> None:
         """probabilities, gradient: A and G(A), [H, T, T]; values: v per query head, [H, T, dh];
-        reads: the tokens that J reads, where alone the direct effect is not zero."""
+        scale: of the norm behind attention, [T, 1]; reads: the tokens that J reads, where alone
+        the direct effect is not zero."""
         self._layer_index = layer_index
         self._layer = layer
         self._probabilities = probabilities
         self._gradient = gradient
         self._values = values
+        self._scale = scale
         self._path = path
         self._reads = list(reads)
         self._heads, self._tokens, _ = probabilities.shape
-        self._pairs = self._tokens * (self._tokens + 1) // 2
-        self.size = self._heads * self._pairs
         self.device = values.device
-        rows, keys = torch.tril_indices(self._tokens, self._tokens, device=values.device)
-        self._rows, self._keys = rows, keys
+        self._rows, self._keys = _visible_pairs(self._tokens, layer.window, self.device)
+        self._pairs = self._rows.numel()
+        self.size = self._heads * self._pairs
 
     def _value_norms(self) -> Tensor:
         """[H, T]: norm of v W_O."""
@@ -160,7 +162,8 @@ class HeadNodes(NodeGroup):
             case Column.ACTIVATION:
                 return self._probabilities
             case Column.WRITE_MAGNITUDE:
-                return self._probabilities.abs() * self._value_norms()[:, None, :]
+                sizes = self._probabilities.abs() * self._value_norms()[:, None, :]
+                return sizes if self._scale is None else sizes / self._scale
             case Column.DIRECT_EFFECT:
                 return self._direct()
             case Column.TOTAL_EFFECT:
@@ -175,12 +178,15 @@ class HeadNodes(NodeGroup):
 
     def gather(self, indices: Tensor) -> Tensor:
         where = self._locate(indices)
-        heads, _, keys = where
+        heads, queries, keys = where
         activation = self._probabilities[where]
+        magnitude = activation.abs() * self._value_norms()[heads, keys]
+        if self._scale is not None:
+            magnitude = magnitude / self._scale[queries, 0]
         return torch.stack(
             [
                 activation,
-                activation.abs() * self._value_norms()[heads, keys],
+                magnitude,
                 self._direct()[where],
                 activation * self._gradient[where],
             ],
@@ -199,7 +205,13 @@ class HeadNodes(NodeGroup):
         query, key, head = address.position, address.key, address.index
         if query is None or key is None or head is None or query >= self._tokens:
             return None
-        return head * self._pairs + query * (query + 1) // 2 + key
+        window = self._layer.window or self._tokens
+        first = max(0, query - window + 1)
+        if not first <= key <= query:
+            return None
+        full = min(query, window)
+        before = full * (full + 1) // 2 + (query - full) * window
+        return head * self._pairs + before + key - first
 
     def direct_total(self) -> float:
         return float(self._read_effects.double().sum())
@@ -213,6 +225,15 @@ class HeadNodes(NodeGroup):
         }
 
 
+def _visible_pairs(tokens: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query and key of each pair that is causal and inside the window, in address order."""
+    queries, keys = torch.tril_indices(tokens, tokens, device=device)
+    if window is None or window >= tokens:
+        return queries, keys
+    visible = queries - keys < window
+    return queries[visible], keys[visible]
+
+
 class NeuronNodes(NodeGroup):
     """`neuron.L.n~t`: one node per neuron and token; flat index t, n."""
 
@@ -222,15 +243,18 @@ class NeuronNodes(NodeGroup):
         layer: Layer,
         activations: Tensor,
         gradient: Tensor,
+        scale: Tensor | None,
         read: Tensor,
         reads: tuple[int, ...],
     ) -> None:
-        """activations, gradient: a and G(a), [T, F]; read: the gradient that writes meet on the
-        direct path, [T, d], zero but at the tokens `reads`."""
+        """activations, gradient: a and G(a), [T, F]; scale: of the norm behind the MLP, [T, 1];
+        read: the gradient that writes before that norm meet on the direct path, [T, d], zero but
+        at the tokens `reads`."""
         self._layer_index = layer_index
         self._layer = layer
         self._activations = activations
         self._gradient = gradient
+        self._scale = scale
         self._read = read
         self._reads = list(reads)
         self._tokens, self._neurons = activations.shape
@@ -253,7 +277,8 @@ class NeuronNodes(NodeGroup):
             case Column.ACTIVATION:
                 return self._activations
             case Column.WRITE_MAGNITUDE:
-                return self._activations.abs() * self._layer.w_out_norm
+                sizes = self._activations.abs() * self._layer.w_out_norm
+                return sizes if self._scale is None else sizes / self._scale
             case Column.DIRECT_EFFECT:
                 return self._direct()
             case Column.TOTAL_EFFECT:
@@ -265,10 +290,13 @@ class NeuronNodes(NodeGroup):
     def gather(self, indices: Tensor) -> Tensor:
         positions, neurons = indices // self._neurons, indices % self._neurons
         activation = self._activations[positions, neurons]
+        magnitude = activation.abs() * self._layer.w_out_norm[neurons]
+        if self._scale is not None:
+            magnitude = magnitude / self._scale[positions, 0]
         return torch.stack(
             [
                 activation,
-                activation.abs() * self._layer.w_out_norm[neurons],
+                magnitude,
                 self._direct()[positions, neurons],
                 activation * self._gradient[positions, neurons],
             ],

@@ -22,6 +22,18 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.points import Point
 
+_ALWAYS = (
+    "block_inputs",
+    "rotations",
+    "attention",
+    "attn_scale",
+    "middles",
+    "neurons",
+    "mlp_scale",
+)
+_WITH_GRADIENTS = ("attn_in", "attn_write", "mlp_in", "gates", "mlp_write")
+"""What a pass must hold once per layer."""
+
 
 class _LayerTap:
     """Reports one layer's attention to the current pass."""
@@ -55,15 +67,28 @@ class Hooks:
             attention.tap(layer.attention, self._taps[index])
             layer.block.register_forward_pre_hook(partial(self._enter_block, index))
             layer.attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
-            layer.attention.register_forward_hook(partial(self._leave_attention, index))
-            layer.mlp.register_forward_hook(partial(self._leave_mlp, index))
+            layer.mlp_norm.module.register_forward_pre_hook(self._enter_mlp_norm)
+            # Before the hooks below on the same module: they see the norm with its scale held.
+            for place, norm in layer.norms(index):
+                norm.module.register_forward_hook(partial(self._leave_norm, place, norm))
+            layer.attn_norm.module.register_forward_hook(partial(self._capture, "attn_in"))
+            layer.mlp_norm.module.register_forward_hook(partial(self._capture, "mlp_in"))
+            layer.mlp_norm.module.register_forward_hook(partial(self._leave_mlp_norm, index))
+            layer.mlp_gate.register_forward_hook(partial(self._capture, "gates"))
+            if layer.mlp_up is not None:
+                layer.mlp_up.register_forward_hook(partial(self._capture, "ups"))
             layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
-            layer.norms[1].module.register_forward_pre_hook(self._enter_mlp_norm)
-            layer.norms[1].module.register_forward_hook(partial(self._leave_mlp_norm, index))
-            for norm in layer.norms:
-                norm.module.register_forward_hook(partial(self._leave_block_norm, norm))
-        architecture.final_norm.module.register_forward_pre_hook(self._enter_final_norm)
-        architecture.final_norm.module.register_forward_hook(self._leave_final_norm)
+            attn, mlp = layer.attn_post_norm, layer.mlp_post_norm
+            (attn.module if attn else layer.attention).register_forward_hook(
+                partial(self._leave_attention, index)
+            )
+            (mlp.module if mlp else layer.mlp).register_forward_hook(
+                partial(self._leave_mlp, index)
+            )
+        final_norm = architecture.final_norm
+        final_norm.module.register_forward_pre_hook(self._enter_final_norm)
+        final_norm.module.register_forward_hook(partial(self._leave_norm, norms.FINAL, final_norm))
+        final_norm.module.register_forward_hook(self._leave_final_norm)
 
     def run(
         self,
@@ -109,9 +134,9 @@ class Hooks:
 
     def _check_captured(self, current: Pass) -> None:
         layers = len(self._architecture.layers)
-        captured = (current.attention, current.neurons, current.middles, current.rotations)
-        counts = [len(each) for each in captured]
-        if any(count != layers for count in counts):
+        names = (*_ALWAYS, *_WITH_GRADIENTS) if current.gradients else _ALWAYS
+        counts = {name: len(getattr(current, name)) for name in names}
+        if any(count != layers for count in counts.values()):
             raise RuntimeError(f"captured {counts} sites of {layers} layers: a hook was bypassed")
         for index, row in enumerate(current.rows):
             current.receipts(index)
@@ -158,7 +183,8 @@ class Hooks:
             )
             read = current.embed
         else:
-            read = current.edit_residual(Kind.RESID_POST, layer - 1, args[0])
+            after = self._after_block(args[0])
+            read = current.edit_residual(Kind.RESID_POST, layer - 1, after)
             if read.requires_grad:
                 read.register_hook(  # type: ignore[no-untyped-call]
                     partial(_check_cancel, current.cancel)
@@ -173,55 +199,107 @@ class Hooks:
             rotation = kwargs.get("position_embeddings")
             self.current.rotations.append(rotation if isinstance(rotation, tuple) else None)
 
-    def _enter_mlp_norm(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self.current is not None:
-            self.current.middles.append(args[0])
-
-    def _leave_attention(
-        self, layer: int, module: torch.nn.Module, args: object, output: tuple[Tensor, ...]
+    def _enter_mlp_norm(
+        self, module: torch.nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         current = self.current
         if current is None:
             return None
-        write = current.edit_residual(Kind.ATTN, layer, output[0])
+        edited = current.edited_middle
+        current.middles.append(self._per_token(args[0]) if edited is None else edited)
+        return None if edited is None else (edited.view_as(args[0]), *args[1:])
+
+    def _after_block(self, output: Tensor) -> Tensor:
+        """[B, T, d]: the stream after a block, without the rounding of an edited middle."""
+        current = self.current
+        if current is None or current.edited_middle is None:
+            return output
+        middle, write = current.edited_middle, current.last_write
+        current.edited_middle = None
+        return middle + write
+
+    def _capture(
+        self, name: str, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Enters an output in the list of that name of a pass with gradients."""
+        if self.current is not None and self.current.gradients:
+            getattr(self.current, name).append(self._per_token(output))
+
+    def _per_token(self, x: Tensor) -> Tensor:
+        """[B, T, w] of what some families flatten to [B * T, w] for the MLP."""
+        assert self.current is not None
+        return x.view(len(self.current.rows), -1, x.shape[-1]) if x.dim() == 2 else x
+
+    def _leave_attention(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        args: tuple[Tensor, ...],
+        output: tuple[Tensor, ...] | Tensor,
+    ) -> tuple[Tensor, ...] | Tensor | None:
+        """Of the attention module, or of the norm behind it."""
+        current = self.current
+        if current is None:
+            return None
+        write = output if isinstance(output, Tensor) else output[0]
+        post_norm = self._architecture.layers[layer].attn_post_norm
+        current.attn_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
+        write = current.edit_residual(Kind.ATTN, layer, write)
+        if current.gradients:
+            current.attn_write.append(write)
         if next(current.edits_at(Kind.RESID_MID, layer), None):
             # The block adds this to its input itself: hand it what makes the sum the edited one.
-            middle = current.edit_residual(
-                Kind.RESID_MID, layer, current.block_inputs[layer] + write
-            )
-            write = middle - current.block_inputs[layer]
-        return (write, *output[1:])
+            # That difference rounds, so what reads the sum gets the edited stream itself.
+            middle = current.block_inputs[layer] + write
+            current.edited_middle = current.edit_residual(Kind.RESID_MID, layer, middle)
+            write = current.edited_middle - current.block_inputs[layer]
+        return write if isinstance(output, Tensor) else (write, *output[1:])
 
     def _leave_mlp_norm(
         self, layer: int, module: torch.nn.Module, args: object, output: Tensor
     ) -> None:
         if self.current is not None:
-            self.current.keep(
-                "mlp_in", layer, output.view(len(self.current.rows), -1, output.shape[-1])
-            )
+            self.current.keep("mlp_in", layer, self._per_token(output))
 
     def _leave_mlp(
-        self, layer: int, module: torch.nn.Module, args: object, output: Tensor
+        self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        if self.current is None:
+        """Of the MLP, or of the norm behind it."""
+        current = self.current
+        if current is None:
             return None
-        return self.current.edit_residual(Kind.MLP, layer, output)
+        post_norm = self._architecture.layers[layer].mlp_post_norm
+        current.mlp_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
+        write = current.edit_residual(Kind.MLP, layer, self._per_token(output))
+        current.last_write = write
+        if current.gradients:
+            current.mlp_write.append(write)
+        return write.view_as(output)
 
     def _enter_mlp_down(
         self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         if self.current is None:
             return None
-        return (self.current.edit_neurons(layer, args[0]), *args[1:])
+        neurons = self.current.edit_neurons(layer, self._per_token(args[0]))
+        return (neurons.view_as(args[0]), *args[1:])
 
-    def _leave_block_norm(
-        self, norm: norms.Norm, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
+    def _leave_norm(
+        self,
+        place: norms.NormPlace,
+        norm: norms.Norm,
+        module: torch.nn.Module,
+        args: tuple[Tensor, ...],
+        output: Tensor,
     ) -> Tensor | None:
         current = self.current
         if current is None or not current.gradients:
             return None
-        frozen = tuple(row.block_norms_frozen for row in current.rows)
-        return norms.hold_scale(norm, args[0], output, frozen)
+        frozen = tuple(row.freezes(place) for row in current.rows)
+        if not any(frozen):
+            return None
+        held = norms.hold_scale(norm, self._per_token(args[0]), self._per_token(output), frozen)
+        return held.view_as(output)
 
     def _enter_final_norm(
         self, module: torch.nn.Module, args: tuple[Tensor, ...]
@@ -230,20 +308,15 @@ class Hooks:
         if current is None:
             return None
         last = len(self._architecture.layers) - 1
-        current.final_input = current.edit_residual(Kind.RESID_POST, last, args[0])
+        after = self._after_block(args[0])
+        current.final_input = current.edit_residual(Kind.RESID_POST, last, after)
         return (current.final_input, *args[1:])
 
     def _leave_final_norm(
         self, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        current = self.current
-        if current is None:
-            return None
-        if current.gradients:
-            frozen = tuple(row.final_norm_frozen for row in current.rows)
-            output = norms.hold_scale(self._architecture.final_norm, args[0], output, frozen)
-        current.final_output = output
-        return output
+    ) -> None:
+        if self.current is not None:
+            self.current.final_output = output
 
 
 def _check_cancel(cancel: CancelToken, gradient: Tensor) -> None:

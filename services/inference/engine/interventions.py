@@ -209,7 +209,8 @@ def _check_width(name: str, value: float | Tensor, target: Address, widths: Widt
 def _pair_hint(target: Address) -> str:
     if target.kind is not Kind.HEAD:
         return ""
-    return f", or name one pair, for example {target.component}~{target.position or 0}-0"
+    position = target.position or 0
+    return f", or name one pair, for example {target.component}~{position}-{position}"
 
 
 def _positions(intervention: Intervention, tokens: int) -> tuple[int, ...]:

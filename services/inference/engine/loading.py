@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from services.common.errors import FailedPrecondition
 from services.inference.engine import attention, text
-from services.inference.engine.architecture import check_family
+from services.inference.engine.families import family_of
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _OFFLINE_PROBE_S = 3.0
@@ -63,7 +63,7 @@ def load(
         raise FailedPrecondition(
             f"{folder / 'config.json'} is not readable: {_sentence(error)}"
         ) from error
-    check_family(config)
+    family_of(config)
     model = _weights(folder, device, dtype)
     vocabulary = _vocabulary(folder, tokenizer, model.get_output_embeddings().weight.shape[0])
     identity = Identity(name, revision, _hash(folder))

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 from services.common.errors import FailedPrecondition
 
+NormPlace = tuple[str, int | None]
+"""Which norm: `attn`, `mlp` (input norms), `q`, `k`, `attn_post`, `mlp_post` and the layer, or
+`FINAL`."""
+FINAL: NormPlace = ("final", None)
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -36,16 +41,22 @@ class Norm:
             return (x.var(-1, keepdim=True, correction=0) + self.eps).sqrt()
         return (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
+    def linear(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]: what the norm does to a part of its input, but for its scale."""
+        return (x - x.mean(-1, keepdim=True) if self.centres else x) * self.gain
+
     def frozen_gradient(self, grad: Tensor, scale: Tensor) -> Tensor:
         """Gradient at the input while `scale` is constant; shapes [..., d], [..., 1]."""
         grad = grad * (self.gain / scale)
         return grad - grad.mean(-1, keepdim=True) if self.centres else grad
 
 
-def probe_norm(module: nn.Module, width: int) -> Norm:
-    """Measures a norm over `width` channels. Raises FailedPrecondition if it is no known norm."""
-    example = next(module.parameters())
-    pattern = torch.ones(width, dtype=example.dtype, device=example.device)
+def probe_norm(module: nn.Module, width: int, like: Tensor) -> Norm:
+    """Measures a norm over `width` channels; `like` has its device and dtype.
+
+    Raises FailedPrecondition if it is no known norm.
+    """
+    pattern = torch.ones(width, dtype=like.dtype, device=like.device)
     pattern[1::2] = -1
     if width % 2:
         pattern[-3:] = torch.tensor([1.0, 1.0, -2.0])
@@ -115,13 +126,11 @@ class _HeldScale(torch.autograd.Function):
 def hold_scale(norm: Norm, x: Tensor, output: Tensor, frozen_rows: tuple[bool, ...]) -> Tensor:
     """`output` unchanged, with the scale constant in the backward pass of the rows marked.
 
-    `x` and `output` are [B, T, d]; `frozen_rows` has B flags.
+    `x` and `output` are [B, ..., d]; `frozen_rows` has B flags, one or more of them set.
     """
-    if not any(frozen_rows):
-        return output
     if all(frozen_rows):
         held: Tensor = _HeldScale.apply(x, output.detach(), norm, None)  # type: ignore[no-untyped-call]
         return held
-    flags = torch.tensor(frozen_rows, device=x.device)[:, None, None]
+    flags = torch.tensor(frozen_rows, device=x.device).view(-1, *(1,) * (x.dim() - 1))
     mixed: Tensor = _HeldScale.apply(x, output, norm, flags)  # type: ignore[no-untyped-call]
     return mixed

@@ -41,6 +41,7 @@ def read_out(
     """Reads out nodes of a run; ids from `vocabulary` on are never listed."""
     reader = _Reader(architecture, explanation)
     w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
+    embed_scale = architecture.embed_scale
     outputs = _scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
     with_inputs = [node for node in nodes if node.kind is not Kind.EMBED]
     heads = [node for node in nodes if node.kind is Kind.HEAD]
@@ -48,7 +49,7 @@ def read_out(
         reader.directions(with_inputs, through_key=False),
         reader.directions(heads, through_key=True),
     ]
-    inputs = _scored(torch.cat(directions), w_e, tokens)
+    inputs = _scored(torch.cat(directions) * embed_scale, w_e, tokens)
     of_input = dict(zip(with_inputs, inputs[: len(with_inputs)], strict=True))
     of_key = dict(zip(heads, inputs[len(with_inputs) :], strict=True))
     return {
@@ -100,11 +101,17 @@ class _Reader:
         layer = self._architecture.layers[node.layer]
         if node.kind is Kind.NEURON:
             activations = self._captured.neurons[node.layer].detach()
-            return activations[self._row, position, node.index] * layer.w_out[node.index]
+            write = activations[self._row, position, node.index] * layer.w_out[node.index]
+            return self._through(self._captured.mlp_scale[node.layer], position, write)
         site = self._captured.attention[node.layer]
         probability = site.used(self._row)[node.index, position, node.key]
         value = site.values_per_head(self._row)[node.index, node.key]
-        return probability * (value @ layer.w_o[node.index])
+        write = probability * (value @ layer.w_o[node.index])
+        return self._through(self._captured.attn_scale[node.layer], position, write)
+
+    def _through(self, scales: Tensor | None, position: int | None, write: Tensor) -> Tensor:
+        """[d]: a write after the post-norm, if there is one."""
+        return write if scales is None else write / scales[self._row, position]
 
     def directions(self, nodes: Sequence[Address], *, through_key: bool) -> Tensor:
         """[n, d]: gradient of each node's value before its non-linearity, at the residual stream
@@ -124,14 +131,14 @@ class _Reader:
 
     def _of_neurons(self, index: int, nodes: Sequence[Address]) -> Tensor:
         layer = self._architecture.layers[index]
-        norm = layer.norms[1]
+        norm = layer.mlp_norm
         positions = [node.position for node in nodes]
         scale = norm.scale(self._captured.middles[index][self._row, positions].detach())
         return norm.frozen_gradient(layer.w_in[[node.index for node in nodes]], scale)
 
     def _of_pairs(self, index: int, nodes: Sequence[Address], *, through_key: bool) -> Tensor:
         layer = self._architecture.layers[index]
-        norm = layer.norms[0]
+        norm = layer.attn_norm
         site = self._captured.attention[index]
         heads, queries, keys = (
             [getattr(node, part) for node in nodes] for part in ("index", "position", "key")
@@ -139,11 +146,20 @@ class _Reader:
         if through_key:
             other = site.query[self._row].detach()[heads, queries]
             groups = len(layer.w_q) // len(layer.w_k)
-            weights, positions = layer.w_k[[head // groups for head in heads]], keys
+            read = [head // groups for head in heads]
+            weights, bias, positions, qk_norm = layer.w_k, layer.b_k, keys, layer.k_norm
         else:
             other = site.keys_per_head(self._row)[heads, keys]
-            weights, positions = layer.w_q[heads], queries
+            read = heads
+            weights, bias, positions, qk_norm = layer.w_q, layer.b_q, queries, layer.q_norm
+        weights = weights[read]
         unrotated = self._unrotated(index, other, positions) * layer.scaling
+        if qk_norm is not None:
+            attn_in = self._captured.attn_in[index][self._row, positions].detach()
+            projected = torch.einsum("ned,nd->ne", weights, attn_in)
+            if bias is not None:
+                projected = projected + bias[read]
+            unrotated = qk_norm.frozen_gradient(unrotated, qk_norm.scale(projected))
         gradient = torch.einsum("ne,ned->nd", unrotated, weights)
         scale = norm.scale(self._captured.block_inputs[index][self._row, positions].detach())
         return norm.frozen_gradient(gradient, scale)
