@@ -29,6 +29,17 @@ class ModelSource:
     source: str
 
 
+@dataclass(frozen=True)
+class DictionarySource:
+    """A dictionary, or a set of them, for the default model."""
+
+    name: str
+    uri: str
+    """A path, `hf://org/repo/path[@revision]` or `org/repo/path`; `#site=` may end it."""
+    unchecked: bool
+    """Serve it even if its self-test says that it does not fit the model."""
+
+
 # Named in the design, read by nothing yet: setting one is refused rather than ignored.
 NOT_BUILT = {
     "TDB_DATASET_PORT": "the dataset service",

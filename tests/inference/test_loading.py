@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from services.common.errors import FailedPrecondition
-from services.inference.engine import loading
+from services.inference.engine import hub, loading
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
@@ -168,12 +168,18 @@ def test_half_a_cached_snapshot_is_completed_from_the_hub(
     shutil.copy(copy / "tokenizer.json", cached)
     asked: list[bool] = []
 
-    def snapshot(source: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def snapshot(
+        source: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str],
+        local_files_only: bool = False,
+    ) -> str:
         asked.append(local_files_only)
         return str(cached if local_files_only else copy)
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot)
-    monkeypatch.setattr(loading, "_require_hub", lambda source: None)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "_require_hub", lambda source: None)
     assert load("somebody/model").folder == copy
     assert asked == [True, False]
     shutil.copytree(copy, cached, dirs_exist_ok=True)

@@ -6,27 +6,19 @@ refused: transformers would fill them with random numbers and go on.
 """
 
 import hashlib
-import os
 import re
-import socket
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from services.common.errors import FailedPrecondition
-from services.inference.engine import attention, text
+from services.inference.engine import attention, hub, text
 from services.inference.engine.families import family_of
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_OFFLINE_PROBE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -54,14 +46,14 @@ def load(
     name: str, source: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype
 ) -> Loaded:
     """Loads `source` (a folder or Hub id), served as `name`. Raises FailedPrecondition."""
-    folder, revision = _folder(source, _PATTERNS, _has_weights)
+    folder, revision = hub.folder(source, _PATTERNS, _has_weights)
     if not (folder / "config.json").is_file():
         raise FailedPrecondition(f"{folder} holds no config.json, so it is no model folder")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise FailedPrecondition(
-            f"{folder / 'config.json'} is not readable: {_sentence(error)}"
+            f"{folder / 'config.json'} is not readable: {hub.sentence(error)}"
         ) from error
     family_of(config)
     model = _weights(folder, device, dtype)
@@ -80,7 +72,7 @@ def _weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, UnpicklingError) as error:
-        raise FailedPrecondition(f"{folder} does not load: {_sentence(error)}") from error
+        raise FailedPrecondition(f"{folder} does not load: {hub.sentence(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         raise FailedPrecondition(
@@ -95,7 +87,7 @@ def _weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
 def _vocabulary(folder: Path, tokenizer: str | None, size: int) -> text.Vocabulary:
     if tokenizer is not None:
         patterns = [each for each in _PATTERNS if each != "*.safetensors"]
-        folder, _ = _folder(tokenizer, patterns, text.has_tokenizer)
+        folder, _ = hub.folder(tokenizer, patterns, text.has_tokenizer)
         if not text.has_tokenizer(folder):
             raise FailedPrecondition(f"--tokenizer: {folder} holds no tokenizer")
     if not text.has_tokenizer(folder):
@@ -103,46 +95,8 @@ def _vocabulary(folder: Path, tokenizer: str | None, size: int) -> text.Vocabula
     return text.Vocabulary.load(size, folder)
 
 
-def _folder(source: str, patterns: list[str], complete: Callable[[Path], bool]) -> tuple[Path, str]:
-    """The local folder of a source and its Hub revision; downloads only where the Hub answers.
-
-    The cache may hold a part of a snapshot, a tokenizer without its weights for instance:
-    `complete` says whether a cached folder is enough.
-    """
-    if Path(source).is_dir():
-        return Path(source), ""
-    with suppress(LocalEntryNotFoundError, OSError, ValueError):
-        folder = Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
-        if complete(folder):
-            return folder, folder.name
-    _require_hub(source)
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise FailedPrecondition(
-            f"{source!r} could not be fetched from the Hub: {_sentence(error)}"
-        ) from error
-    return folder, folder.name
-
-
 def _has_weights(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _require_hub(source: str) -> None:
-    address = urlsplit(constants.ENDPOINT)
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-    if not reason and not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
-        try:
-            port = address.port or (443 if address.scheme == "https" else 80)
-            socket.create_connection((address.hostname or "", port), _OFFLINE_PROBE_S).close()
-        except OSError:
-            reason = f"{address.hostname} does not answer"
-    if reason:
-        raise FailedPrecondition(
-            f"{source!r} is neither a folder nor whole in the local Hub cache, and {reason}",
-            reason="MODEL_NOT_AVAILABLE",
-        )
 
 
 def _hash(folder: Path) -> str:
@@ -157,8 +111,3 @@ def _hash(folder: Path) -> str:
         with (folder / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of another library's message, without its trailing full stop."""
-    return str(error).strip().partition("\n")[0].rstrip(".")

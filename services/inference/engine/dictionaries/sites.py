@@ -1,5 +1,6 @@
 """Where a dictionary reads and writes, and what is known of it before its weights are read."""
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,7 +36,7 @@ class Site:
     `mlp_act`, always False at `resid_*` and `mlp_in`; at `attn_out` and `mlp_out` the file's format
     decides, and the same file read at the other side gives other numbers.
 
-    `before_gain` marks an `mlp_in` taken before the input norm's gain and bias, as TransformerLens's
+    `before_gain` marks an `mlp_in` taken before the norm's gain and bias, as TransformerLens's
     `ln2.hook_normalized` and Gemma Scope's transcoders do. `Dictionary.through_gain` folds the gain
     into the weights, after which the site is `mlp_in` itself.
     """
@@ -89,6 +90,12 @@ class Provenance:
     format: str
     files: tuple[tuple[str, str], ...]
     """Name and SHA-256 in hex of every file that was read."""
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256, in hex, over all of them."""
+        lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(self.files))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

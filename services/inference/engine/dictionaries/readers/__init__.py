@@ -1,0 +1,1 @@
+"""One module per family of files. Each has `matches(folder)` and `read(folder, origin)`."""
