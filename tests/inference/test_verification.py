@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.common.addresses import Address, parse
-from services.inference.engine import estimates, verification
+from services.common.addresses import Address, Kind, parse
+from services.inference.engine import estimates, resuming, verification
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
 from services.inference.engine.objectives import LogitDiff, LogProb, Objective
+from services.inference.engine.resuming import Stage
 from services.inference.engine.verification import Ablation, Verified
 from tests.inference import plain
 from tests.inference.helpers import (
@@ -82,8 +83,11 @@ def of_base() -> list[tuple[str, int | None, Any, Any]]:
     ]
 
 
-def verify(engine: Engine, run: ExplainedRun, *ablations: Ablation) -> dict[Address, Verified]:
-    begun = verification.begin(engine.hooks, run, ablations, CancelToken())
+def verify(
+    engine: Engine, run: ExplainedRun, *ablations: Ablation, tokens: int | None = None
+) -> dict[Address, Verified]:
+    """`tokens`: how many a chunk may have; 1 gives every node one of its own."""
+    begun = verification.begin(engine.hooks, run, ablations, CancelToken(), tokens)
     numbers = range(len(begun.chunks))
     found = [each for number in numbers for each in begun.chunk(number, CancelToken())]
     return {each.node: each for each in found}
@@ -96,16 +100,17 @@ def zeroed(engine: Engine, *names: str, tokens: int = len(IDS)) -> list[Ablation
     ]
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 4000])
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("family", FAMILIES[:2])
 def test_effects_are_those_of_a_pass_with_the_value_zeroed_by_hand(
-    family: str, edited: bool
+    family: str, edited: bool, tokens: int
 ) -> None:
     engine = random_engine(family)
     base = of_base() if edited else []
     edits = engine.edits(*(each for each, _ in BASE), tokens=len(IDS)) if edited else ()
     run = ExplainedRun(IDS, edits, OBJECTIVE)
-    found = verify(engine, run, *zeroed(engine, *TARGETS))
+    found = verify(engine, run, *zeroed(engine, *TARGETS), tokens=tokens)
     untouched = by_hand(family, base, OBJECTIVE)
     largest = max(abs(each.effect) for each in found.values())
     for name, place in TARGETS.items():
@@ -114,6 +119,16 @@ def test_effects_are_those_of_a_pass_with_the_value_zeroed_by_hand(
         assert got.effect == pytest.approx(untouched - expected, abs=2e-5 * largest), name
         assert got.value == pytest.approx(expected, abs=2e-5 * largest), name
     assert sum(abs(each.effect) > 1e-3 * largest for each in found.values()) > len(TARGETS) // 2
+
+
+def test_a_start_too_late_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = random_engine()
+    ablation = zeroed(engine, "head.1.2~6-3")
+    (right,) = verify(engine, explained(IDS), *ablation).values()
+    monkeypatch.setitem(resuming._STAGES, Kind.HEAD, Stage.ATTENTION)
+    (wrong,) = verify(engine, explained(IDS), *ablation).values()
+    assert abs(right.effect) > 1e-4
+    assert wrong.effect == pytest.approx(0, abs=1e-6)
 
 
 def test_a_pair_goes_alone_and_its_row_is_not_renormalised() -> None:
@@ -140,6 +155,37 @@ def test_nodes_after_the_position_of_j_have_no_effect_at_all() -> None:
     effects = [each.effect for each in found.values()]
     assert max(map(abs, effects[:-1])) < 1e-6
     assert abs(effects[-1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_run"),
+    [
+        ("embed~5", [3, 3, 3]),
+        ("head.0.1", [0, 8, 8]),
+        ("neuron.1.7~6", [0, 0, 2]),
+        (f"head.2.1~{LAST}-0", [0, 0, 0]),
+        ("resid_post.0~4", [0, 4, 4]),
+        ("attn.1~7", [0, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_attention_runs_only_from_the_first_layer_and_token_changed(
+    family: str, name: str, tokens_run: list[int]
+) -> None:
+    engine = random_engine(family)
+    begun = verification.begin(
+        engine.hooks, explained(IDS), zeroed(engine, name), CancelToken(), 4000
+    )
+    counts = [0] * LAYERS
+    for number, layer in enumerate(engine.architecture.layers):
+
+        def count(module: object, args: tuple[Tensor], number: int = number) -> None:
+            counts[number] += args[0].shape[1]
+
+        projection = next(iter(layer.attention.children()))  # of the queries, or fused
+        projection.register_forward_pre_hook(count)
+    begun.chunk(0, CancelToken())
+    assert counts == tokens_run
 
 
 @pytest.mark.parametrize("mode", NormMode)

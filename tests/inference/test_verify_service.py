@@ -188,7 +188,7 @@ def slow_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return chunk(self, number, cancel)
 
     monkeypatch.setattr(Verification, "chunk", slow)
-    monkeypatch.setattr(verification, "TOKENS_PER_CHUNK", 1)
+    monkeypatch.setattr(verification, "TOKENS_PER_CHUNK", {"cpu": 1})
     return begun
 
 

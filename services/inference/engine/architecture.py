@@ -31,6 +31,7 @@ class Layer:
 
     block: nn.Module
     attention: nn.Module
+    attention_out: nn.Module
     mlp: nn.Module
     """Its output is the MLP's, before a post-norm."""
     mlp_gate: nn.Module
@@ -213,6 +214,7 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
     return Layer(
         block=block,
         attention=attention,
+        attention_out=attn_out,
         mlp=down if holder is block else holder,
         mlp_gate=gate,
         mlp_up=up,

@@ -153,6 +153,10 @@ class Pass:
         """What each of the row's edits did, in order. Raises KeyError if one was never applied."""
         return tuple(self._receipts[row, number] for number in range(len(self.rows[row].edits)))
 
+    def skips(self, layer: int) -> bool:
+        """Whether the layer is not run, because the pass goes on from a later one."""
+        return False
+
     def keep(self, name: str, layer: int | None, values: Tensor) -> None:
         """Keeps [B, T, ...] if that point was asked for."""
         point = Point(name, layer)

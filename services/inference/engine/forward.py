@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
-from services.inference.engine import attention, norms
+from services.inference.engine import attention, norms, resuming
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.points import Point
+from services.inference.engine.resuming import Recording, Resumed
 
 _ALWAYS = (
     "block_inputs",
@@ -62,6 +63,7 @@ class Hooks:
         self._model = model
         self._architecture = architecture
         self.current: Pass | None = None
+        resuming.install(architecture, lambda: self.current)
         self._taps = [_LayerTap(self, index) for index in range(len(architecture.layers))]
         for index, layer in enumerate(architecture.layers):
             attention.tap(layer.attention, self._taps[index])
@@ -106,8 +108,34 @@ class Hooks:
         Raises FailedPrecondition (reason NON_FINITE) where a value is not finite, Cancelled and
         DeadlineExceeded from the token.
         """
-        started = time.perf_counter()
         current = Pass(rows, gradients, cancel or CancelToken(), wanted=keep)
+        self._run(current, positions)
+        return current
+
+    def record(
+        self, row: Row, positions: Sequence[int], *, cancel: CancelToken, gradients: bool = False
+    ) -> Recording:
+        """Like `run` of one row, remembering what `resume` starts from."""
+        current = Recording([row], gradients, cancel)
+        self._run(current, positions)
+        return current
+
+    def resume(self, current: Resumed) -> Tensor:
+        """Runs what is left of a resumed pass; its logits [B, V] at its last token.
+
+        Raises Cancelled and DeadlineExceeded from its token.
+        """
+        device = self._architecture.final_norm.gain.device
+        ids = torch.tensor(current.token_ids, device=device).expand(len(current.rows), -1)
+        last = torch.tensor([len(current.token_ids) - 1], device=device)
+        with self._running(current), torch.set_grad_enabled(current.gradients):
+            output = self._model(input_ids=ids, logits_to_keep=last, use_cache=False)
+        current.logits = output.logits
+        return current.logits[:, 0]
+
+    def _run(self, current: Pass, positions: Sequence[int]) -> None:
+        started = time.perf_counter()
+        rows, gradients = current.rows, current.gradients
         device = self._architecture.final_norm.gain.device
         longest = max(len(row.token_ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -122,7 +150,6 @@ class Hooks:
         current.logits = output.logits
         self._check_captured(current)
         current.forward_ms = (time.perf_counter() - started) * 1e3
-        return current
 
     @contextmanager
     def _running(self, current: Pass) -> Iterator[None]:
@@ -169,7 +196,7 @@ class Hooks:
         self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         current = self.current
-        if current is None:
+        if current is None or current.skips(layer):
             return None
         current.cancel.check()
         if layer == 0:

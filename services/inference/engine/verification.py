@@ -1,25 +1,28 @@
 """Exact effects by real ablation: J(run) - J(run with the node at its baseline).
 
 Every node is one forward pass with one edit more than the run's own; all norms are live and the
-run's interventions stay. Passes are rows of batches. `begin` runs the model once as it is;
-`Verification.chunk` measures some nodes, so that a caller can let others in between two chunks.
+run's interventions stay. `begin` runs the model once as it is. The other passes are rows of batches
+that go on from that one where the first of their nodes changes something; `Verification.chunk` runs
+one batch, so that a caller can let others in between two of them.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from services.common.addresses import Address
 from services.common.errors import FailedPrecondition
 from services.inference.engine.attribution import ExplainedRun
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Pass, Row
+from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 
-TOKENS_PER_CHUNK = 512
+TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
+"""Rows times tokens of a batch: few enough that others do not wait long."""
+FULL_ENOUGH = 0.4
+"""Share of that from which a batch no longer takes in nodes that start in a later layer."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,48 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Ablations run as one batch, from the first layer, stage and token that any of them changes.
+
+    Without a start, none of them can reach J.
+    """
+
+    start: Start | None
+    first: int
+    ablations: tuple[Ablation, ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """One run and the nodes to verify in it, in chunks."""
 
     value: float
     """J of the run."""
     receipts: tuple[Receipt, ...]
-    chunks: tuple[tuple[Ablation, ...], ...]
+    chunks: tuple[Chunk, ...]
     _hooks: Hooks
     _run: ExplainedRun
+    _recording: Recording
 
     def chunk(self, number: int, cancel: CancelToken) -> list[Verified]:
         """Measures one chunk.
 
         Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
         """
-        ablations = self.chunks[number]
+        chunk = self.chunks[number]
+        if chunk.start is None:
+            return [Verified(each.node, 0.0, self.value) for each in chunk.ablations]
         run = self._run
-        rows = [Row(run.token_ids, (*run.edits, each.edit)) for each in ablations]
-        current = self._hooks.run(rows, [run.objective.position], gradients=False, cancel=cancel)
+        current = Resumed(
+            self._recording,
+            chunk.start,
+            (chunk.first, run.objective.position),
+            [(*run.edits, each.edit) for each in chunk.ablations],
+            cancel,
+        )
         found = []
-        for row, ablation in enumerate(ablations):
-            value = float(_objective(run, current, row))
+        for ablation, logits in zip(chunk.ablations, self._hooks.resume(current), strict=True):
+            value = float(run.objective.value(logits))
             if not math.isfinite(value):
                 raise FailedPrecondition(
                     f"the objective is not finite once {ablation.node} is at its baseline",
@@ -74,24 +97,65 @@ class Verification:
 
 
 def begin(
-    hooks: Hooks, run: ExplainedRun, ablations: Sequence[Ablation], cancel: CancelToken
+    hooks: Hooks,
+    run: ExplainedRun,
+    ablations: Sequence[Ablation],
+    cancel: CancelToken,
+    tokens_per_chunk: int | None = None,
 ) -> Verification:
-    """Runs the model as it is.
+    """Runs the model as it is, and plans the rest.
 
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
-    current = hooks.run(
-        [Row(run.token_ids, run.edits)], [run.objective.position], gradients=False, cancel=cancel
-    )
-    value = float(_objective(run, current, 0))
+    position = run.objective.position
+    recording = hooks.record(Row(run.token_ids, run.edits), [position], cancel=cancel)
+    value = float(run.objective.value(recording.logits[0, 0]))
     if not math.isfinite(value):
         raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
-    size = max(1, TOKENS_PER_CHUNK // len(run.token_ids))
-    chunks = tuple(
-        tuple(ablations[start : start + size]) for start in range(0, len(ablations), size)
-    )
-    return Verification(value, current.receipts(0), chunks, hooks, run)
+    budget = tokens_per_chunk or TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
+    chunks = _chunks(ablations, position, len(recording.neurons), budget)
+    return Verification(value, recording.receipts(0), chunks, hooks, run, recording)
 
 
-def _objective(run: ExplainedRun, current: Pass, row: int) -> Tensor:
-    return run.objective.value(current.logits[row, 0])
+def _chunks(
+    ablations: Sequence[Ablation], position: int, layers: int, budget: int
+) -> tuple[Chunk, ...]:
+    """Batches of nodes that start close to each other, earlier layers first.
+
+    J is read at `position`; whatever changes only later tokens, or only others after the last
+    attention, does not reach it.
+    """
+    placed: list[tuple[Start, int, Ablation]] = []
+    unreached: list[Ablation] = []
+    for ablation in ablations:
+        start = start_of(ablation.edit.target)
+        positions = ablation.edit.positions
+        if start >= Start(layers - 1, Stage.HEADS):
+            positions = tuple(each for each in positions if each == position)
+        first = min(positions, default=position + 1)
+        if first > position:
+            unreached.append(ablation)
+        else:
+            placed.append((start, first, ablation))
+    placed.sort(key=lambda each: each[:2])
+    chunks = [Chunk(None, position, tuple(unreached))] if unreached else []
+    batch: list[tuple[Start, int, Ablation]] = []
+    for each in placed:
+        if batch and _is_full([*batch, each], position, budget):
+            chunks.append(_chunk(batch))
+            batch = []
+        batch.append(each)
+    return (*chunks, *([_chunk(batch)] if batch else []))
+
+
+def _is_full(batch: Sequence[tuple[Start, int, Ablation]], position: int, budget: int) -> bool:
+    """Whether the last of the batch would better begin another."""
+    *others, (start, _, _) = batch
+    width = position + 1 - min(first for _, first, _ in batch)
+    if len(batch) * width > budget:
+        return True
+    return others[-1][0].layer != start.layer and len(others) * width >= FULL_ENOUGH * budget
+
+
+def _chunk(batch: Sequence[tuple[Start, int, Ablation]]) -> Chunk:
+    return Chunk(batch[0][0], min(first for _, first, _ in batch), tuple(each[2] for each in batch))
