@@ -2,47 +2,62 @@
 
     #site=mlp_out.3                 reads and writes there
     #site=mlp_in.3:mlp_out.3        a transcoder
-    #site=mlp_out                   the layer, as the file names say it
+    #site=mlp_out                   the layer as the files say it
+    #site=mlp_out.3.before          before a post-norm (or `.after` it), where the model has one
 
 It beats what the files say, and the load-time self-test still has to agree.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.common.errors import FailedPrecondition
 from services.inference.engine.dictionaries.sites import Point, Site
 
-_SITE = re.compile(r"([a-z_]+)(?:\.(\d+))?\Z")
+_SITE = re.compile(r"([a-z_]+)(?:\.(\d+))?(?:\.(before|after))?\Z")
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a dictionary as a URI names it; None leaves what the files or formats say."""
+
+    point: Point
+    layer: int | None
+    before_post_norm: bool | None
+
+    def in_place_of(self, site: Site) -> Site:
+        """The named site. A point that stays keeps its side of the post-norm unless told."""
+        layer = site.layer if self.layer is None else self.layer
+        stays = self.point is site.point and site.before_post_norm
+        return Site(self.point, layer, self._before(stays))
+
+    def site(self, layer: int | None, before_post_norm: bool) -> Site | None:
+        """The site for a file that names none; None if its layer is not known either."""
+        layer = layer if self.layer is None else self.layer
+        return None if layer is None else Site(self.point, layer, self._before(before_post_norm))
+
+    def _before(self, otherwise: bool) -> bool:
+        return otherwise if self.before_post_norm is None else self.before_post_norm
 
 
 @dataclass(frozen=True)
 class Override:
-    """Points in place of the files'; a layer of None leaves the files' layer."""
+    """Both ends; the same end twice where the URI names one."""
 
-    point_in: Point
-    point_out: Point
-    layer: int | None
+    reads: End
+    writes: End
 
-    def apply(self, site_in: Site, site_out: Site) -> tuple[Site, Site]:
-        """The sites in place of these. A point that stays keeps its side of the post-norm."""
-        return self._moved(site_in, self.point_in), self._moved(site_out, self.point_out)
 
-    def sites(self, layer: int | None, before_post_norm: bool) -> tuple[Site, Site] | None:
-        """The sites of a file that names none; None where the layer is not known either."""
-        layer = self.layer if self.layer is not None else layer
-        if layer is None:
-            return None
-        return (
-            Site(self.point_in, layer, before_post_norm),
-            Site(self.point_out, layer, before_post_norm),
-        )
+def spelled(site_in: Site, site_out: Site) -> str:
+    """The suffix that names these sites, the side of a post-norm included."""
+    ends = [site_in] if site_in == site_out else [site_in, site_out]
+    return "#site=" + ":".join(map(_end, ends))
 
-    def _moved(self, site: Site, point: Point) -> Site:
-        layer = site.layer if self.layer is None else self.layer
-        if point is site.point:
-            return replace(site, layer=layer, before_gain=False)
-        return Site(point, layer)
+
+def _end(site: Site) -> str:
+    if site.point not in (Point.ATTN_OUT, Point.MLP_OUT):
+        return str(site)
+    return f"{site}.{'before' if site.before_post_norm else 'after'}"
 
 
 def split(uri: str) -> tuple[str, Override | None]:
@@ -58,15 +73,15 @@ def split(uri: str) -> tuple[str, Override | None]:
             f"{uri!r} ends in #{fragment}, but only #site=POINT.LAYER or "
             "#site=POINT.LAYER:POINT.LAYER is understood"
         )
-    points, layers = [], set()
+    ends = []
     for match in matches:
         assert match is not None
         if match[1] not in set(Point):
             raise FailedPrecondition(
                 f"{uri!r}: {match[1]!r} is no point; the points are {', '.join(Point)}"
             )
-        points.append(Point(match[1]))
-        layers.add(int(match[2]) if match[2] else None)
-    if len(layers) != 1:
+        layer = int(match[2]) if match[2] else None
+        ends.append(End(Point(match[1]), layer, match[3] == "before" if match[3] else None))
+    if ends[0].layer != ends[-1].layer:
         raise FailedPrecondition(f"{uri!r}: both sites need the same layer")
-    return location, Override(points[0], points[-1], layers.pop())
+    return location, Override(ends[0], ends[-1])

@@ -30,25 +30,26 @@ class Origin:
         override = self.override
         if override is None:
             return site_in, site_out
-        if site_in != site_out and override.point_in is override.point_out:
+        if site_in != site_out and override.reads.point is override.writes.point:
             raise FailedPrecondition(
                 f"{path} is a transcoder from {site_in} to {site_out}: "
                 "#site=POINT.LAYER:POINT.LAYER names both ends"
             )
-        return override.apply(site_in, site_out)
+        return override.reads.in_place_of(site_in), override.writes.in_place_of(site_out)
 
     def place_unnamed(
         self, path: Path, layer: int | None, *, before_post_norm: bool, looked: str
     ) -> tuple[Site, Site]:
         """The sites of a file that does not say where it belongs, from the URI alone."""
-        sites = self.override.sites(layer, before_post_norm) if self.override else None
-        if sites is None:
+        ends = (self.override.reads, self.override.writes) if self.override else ()
+        sites = [site for end in ends if (site := end.site(layer, before_post_norm))]
+        if len(sites) < 2:
             raise FailedPrecondition(
                 f"{path} does not say which site of which layer it was trained on ({looked}): end "
                 "its URI in #site=POINT.LAYER, for example #site=mlp_out.3; the points are "
                 f"{', '.join(Point)}"
             )
-        return sites
+        return sites[0], sites[1]
 
     def provenance(self, format: str, *paths: Path) -> Provenance:
         return Provenance(

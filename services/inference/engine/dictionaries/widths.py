@@ -47,6 +47,14 @@ class Widths:
         if header.site_in.before_gain:
             self.mlp_norm(header)
 
+    def fits(self, header: Header) -> bool:
+        """Whether `check` finds no fault."""
+        try:
+            self.check(header)
+        except FailedPrecondition:
+            return False
+        return True
+
     def mlp_norm(self, header: Header) -> tuple[Tensor, Tensor]:
         """Gain and bias of the norm that lies before the dictionary's input."""
         if self.mlp_norms is None:
