@@ -69,7 +69,26 @@ def test_the_hash_follows_weights_and_configuration(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "gptj"}, "models of type 'gptj' are not supported; supported: gpt2"),
+        ({"model_type": "gptj"}, "models of type 'gptj' are not supported; supported: gpt2, gpt_n"),
+        ({"model_type": "bloom"}, "they bypass the attention interface.*; supported: gpt2"),
+        ({"model_type": "falcon"}, "they bypass the attention interface"),
+        ({"model_type": "opt", "do_layer_norm_before": False}, "as in OPT-350m"),
+        ({"model_type": "opt", "word_embed_proj_dim": 8}, "word_embed_proj_dim differs"),
+        ({"model_type": "opt", "_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "later tokens"),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+            "longrope embedding depends on the longest prompt",
+        ),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn bypasses"),
         ({"add_cross_attention": True}, "cross-attention"),
         ({"model_type": "no-such-thing"}, "config.json is not readable"),

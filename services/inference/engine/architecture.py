@@ -211,6 +211,10 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
     holder = arch.mlp_projection_holder(index)
     up = getattr(holder, "up_proj", None)
     query, key, value = _query_key_value(attention, head_width)
+    scaling = _scaling(attention)
+    if family.scales_queries:
+        query = (query[0] * scaling, None if query[1] is None else query[1] * scaling)
+        scaling = 1.0
     return Layer(
         block=block,
         attention=attention,
@@ -227,8 +231,8 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
         q_norm=norm(attention, "q_norm" if has_qk_norm else None, head_width),
         k_norm=norm(attention, "k_norm" if has_qk_norm else None, head_width),
         window=arch.sliding_window_for_layer(index),
-        scaling=_scaling(attention),
-        attn_softcap=None,
+        scaling=scaling,
+        attn_softcap=config.attn_logit_softcapping if family.softcaps_attention else None,
         w_q=query[0],
         b_q=query[1],
         w_k=key[0],
@@ -263,22 +267,36 @@ Projection = tuple[Tensor, Tensor | None]
 
 def _query_key_value(attention: nn.Module, head_width: int) -> tuple[Projection, ...]:
     """Projections of q, k and v per head, of a fused or a separate layout."""
+    interleaved = getattr(attention, "query_key_value", None)
     fused = getattr(attention, "c_attn", None)
-    if isinstance(fused, nn.Module):
+    if isinstance(interleaved, nn.Module):
+        # Rows are ordered by head, then q, k, v.
+        weights = _interleaved(_weight(interleaved), head_width)
+        bias = _bias(interleaved)
+        biases: Sequence[Tensor | None] = (
+            (None,) * 3 if bias is None else _interleaved(bias, head_width)
+        )
+    elif isinstance(fused, nn.Module):
         weights = _write_weight(fused).T.chunk(3)
         bias = _bias(fused)
-        biases: Sequence[Tensor | None] = (None,) * 3 if bias is None else bias.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
     else:
         projections = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
         weights = tuple(_weight(projection) for projection in projections)
         biases = [_bias(projection) for projection in projections]
     return tuple(
         (
-            weight.reshape(-1, head_width, weight.shape[1]),
+            weight.reshape(-1, head_width, weight.shape[-1]),
             None if of_weight is None else of_weight.reshape(-1, head_width),
         )
         for weight, of_weight in zip(weights, biases, strict=True)
     )
+
+
+def _interleaved(fused: Tensor, head_width: int) -> tuple[Tensor, ...]:
+    """[H * 3 * dh, ...] -> three of [H, dh, ...]."""
+    by_head = fused.view(-1, 3, head_width, *fused.shape[1:])
+    return by_head[:, 0], by_head[:, 1], by_head[:, 2]
 
 
 def _activation(holder: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -5,7 +5,7 @@ list is explicit; everything else is refused by name, from the configuration alo
 are read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -15,22 +15,122 @@ from services.common.errors import FailedPrecondition
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps the norms of a block, and what of it is not served."""
+    """Where a family keeps the norms of a block, what is peculiar to it and what is not served."""
 
     title: str
+    variants: Mapping[str, str]
+    """The shapes of it that every test runs on: a name, and what is peculiar about that shape."""
     attn_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     attn_post_norm: str | None = None
     mlp_post_norm: str | None = None
+    softcaps_attention: bool = False
+    """Whether its attention applies the configuration's `attn_logit_softcapping`."""
+    scales_queries: bool = False
+    """Whether queries are scaled rather than scores."""
     refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
     """Why a configuration of this family is not served, None where it is."""
 
 
+def _bidirectional(config: PretrainedConfig) -> str | None:
+    if getattr(config, "use_bidirectional_attention", False):
+        return "use_bidirectional_attention: later tokens would act on earlier ones"
+    return None
+
+
+def _opt(config: PretrainedConfig) -> str | None:
+    if not config.do_layer_norm_before:
+        return (
+            "do_layer_norm_before is false, as in OPT-350m: norms after each sum leave no residual "
+            "stream that writes add up in"
+        )
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "word_embed_proj_dim differs from hidden_size: embeddings are projected twice"
+    if config._remove_final_layer_norm:
+        return "_remove_final_layer_norm: a model without a norm before the unembedding"
+    return None
+
+
 FAMILIES = {
-    "gpt2": Family("GPT-2", attn_norm="ln_1", mlp_norm="ln_2"),
-    "llama": Family("Llama"),
+    "gpt2": Family(
+        "GPT-2",
+        {"tied": "fused q/k/v, learned positions, biases, tied unembedding"},
+        attn_norm="ln_1",
+        mlp_norm="ln_2",
+    ),
+    "gpt_neox": Family(
+        "GPT-NeoX, Pythia",
+        {
+            "parallel": "attention and MLP side by side; fused q/k/v interleaved by head; rotary "
+            "embedding of a part of each head",
+            "sequential": "the same with attention before the MLP",
+        },
+    ),
+    "llama": Family(
+        "Llama",
+        {
+            "grouped": "gated MLP, grouped-query attention, rotary embedding",
+            "biased": "one key/value head per query head, biases, tied unembedding",
+        },
+    ),
+    "mistral": Family(
+        "Mistral", {"window": "sliding window in every layer, heads wider than their share"}
+    ),
+    "qwen2": Family("Qwen2", {"window": "biases on q/k/v, sliding window in some layers"}),
+    "qwen3": Family("Qwen3", {"qk-norm": "norms on q and k, heads wider than their share"}),
+    "gemma2": Family(
+        "Gemma-2",
+        {
+            "softcap": "norms before and behind each sublayer with gain 1 + weight, soft caps on "
+            "scores and logits, scaled embeddings, sliding window in every second layer"
+        },
+        softcaps_attention=True,
+        mlp_norm="pre_feedforward_layernorm",
+        attn_post_norm="post_attention_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        refuses=_bidirectional,
+    ),
+    "gemma3_text": Family(
+        "Gemma-3, text",
+        {
+            "qk-norm": "as Gemma-2 without soft caps; norms on q and k; rotary embedding of local "
+            "and of global layers"
+        },
+        mlp_norm="pre_feedforward_layernorm",
+        attn_post_norm="post_attention_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        refuses=_bidirectional,
+    ),
+    "opt": Family(
+        "OPT",
+        {"relu": "learned positions, biases, ReLU, MLP without a module of its own"},
+        attn_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        scales_queries=True,
+        refuses=_opt,
+    ),
 }
 """By `config.model_type`."""
+
+FEATURES = {
+    "logits": "logits equal Hugging Face's eager forward, to 1e-5 of the largest",
+    "layout": "every weight and captured value gives the next one: pre-activations, activations, "
+    "scores, probabilities, head outputs, writes",
+    "sums": "direct effects and remainder rows add up to J in every norm mode, with and without "
+    "interventions",
+    "estimates": "estimates equal central differences in float64, with just the scales held that "
+    "the norm mode holds",
+    "norm modes": "they change no forward value by a bit",
+    "ablation": "an ablated neuron, head and pair equal plain PyTorch hooks",
+    "read-outs": "output tokens are the change of the logits, input tokens the gradient of the "
+    "traced value",
+    "visible pairs": "pairs outside causality and window are never listed and never a target",
+    "batches": "rows of a padded batch with edits of their own equal single rows, gradients too",
+}
+"""What `tests/inference/families` proves of every variant of every family, by name."""
+
+_NO_INTERFACE = ("gpt_neo", "bloom", "falcon", "mpt", "xglm")
+"""Families that compute attention where transformers lets nobody in."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -38,8 +138,17 @@ def family_of(config: PretrainedConfig) -> Family:
     model_type = str(config.model_type)
     family = FAMILIES.get(model_type)
     if family is None:
+        why = ""
+        if model_type in _NO_INTERFACE:
+            why = (
+                ", because they bypass the attention interface and attention could not be read or "
+                "edited"
+            )
+        elif model_type == "gemma3":
+            why = " (their text-only checkpoints are of type 'gemma3_text')"
         raise unsupported(
-            f"models of type {model_type!r} are not supported; supported: {', '.join(FAMILIES)}"
+            f"models of type {model_type!r} are not supported{why}; supported: "
+            f"{', '.join(FAMILIES)}"
         )
     reason = _refusal(config) or family.refuses(config)
     if reason is not None:
@@ -60,4 +169,10 @@ def _refusal(config: PretrainedConfig) -> str | None:
         )
     if getattr(config, "add_cross_attention", False):
         return "models with cross-attention are not supported: they read a second prompt"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        return (
+            "a longrope embedding depends on the longest prompt of a batch, so one prompt would "
+            "change another's numbers"
+        )
     return None

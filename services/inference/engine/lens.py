@@ -14,7 +14,9 @@ from services.inference.engine.points import Point
 def lens_logits(architecture: Architecture, residual: Tensor) -> Tensor:
     """Residuals [B, T, d] -> logits [B, T, V]."""
     normed = architecture.final_norm.module(residual)
-    return F.linear(normed, architecture.w_u, architecture.unembed_bias)
+    logits = F.linear(normed, architecture.w_u, architecture.unembed_bias)
+    cap = architecture.logit_softcap
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def default_points(architecture: Architecture) -> tuple[Point, ...]:

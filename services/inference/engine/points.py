@@ -151,6 +151,11 @@ def parse(text: str, architecture: Architecture) -> Point:
         raise InvalidArgument(
             f"{_quote(text)}: layer {layer} does not exist; valid is 0..{layers - 1}"
         )
+    if name == "resid_mid" and architecture.parallel:
+        raise InvalidArgument(
+            f"{_quote(text)}: attention and MLP of this model's layers read the same residual "
+            f"stream, so there is no resid_mid; resid_post.0..{layers - 1} exist"
+        )
     point = Point(name, int(layer))
     if name == "resid_pre":
         return residual_before(int(layer))
