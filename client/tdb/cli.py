@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--tokenizer", metavar="ID_OR_FOLDER", help="for models without one (TDB_TOKENIZER)"
     )
+    up.add_argument(
+        "--dictionary",
+        action="append",
+        metavar="NAME=URI[,unchecked]",
+        help="a sparse autoencoder or transcoder, or a set of them, for the default model: a path "
+        "or hf://org/repo/path[@revision]; repeatable (TDB_DICTIONARIES)",
+    )
     up.add_argument("--host", help="the address to listen on (TDB_HOST)")
     up.add_argument("--data-dir", metavar="DIR", help="where logs are written (TDB_DATA_DIR)")
     commands.add_parser("config", help="print every setting and its value")
@@ -75,6 +82,14 @@ def _check_up(
         parser.error("--demo and --model exclude each other")
     if any("," in model or not model.strip() for model in models):
         parser.error("--model takes one model: repeat it for more")
+    dictionaries: list[str] = options.dictionary or []
+    if any(
+        "," in entry.strip().removesuffix(",unchecked") or not entry.strip()
+        for entry in dictionaries
+    ):
+        parser.error("--dictionary takes one NAME=URI[,unchecked]: repeat it for more")
+    if dictionaries:
+        env["TDB_DICTIONARIES"] = ",".join(dictionaries)
     if options.demo:
         env["TDB_MODEL"] = f"{DEMO_NAME}={_demo_folder()}"
     elif models:

@@ -10,7 +10,7 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,16 @@ NOT_BUILT = {
     "TDB_DATASET_PORT": "the dataset service",
     "TDB_EXPLAINER_PORT": "the explainer service",
     "TDB_REDIS_URL": "the Redis cache",
-    "TDB_DICTIONARIES": "support for dictionaries",
 }
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
+_HUB_PATH = re.compile(
+    r"(hf://)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.+-]+)*(@[\w./-]+)?\Z", re.A
+)
+_DICTIONARY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
 
 
@@ -137,6 +140,36 @@ def _models(text: str) -> tuple[ModelSource, ...]:
     return tuple(models)
 
 
+def _dictionaries(text: str) -> tuple[DictionarySource, ...]:
+    sources: list[DictionarySource] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        if entry == "unchecked" and sources and not sources[-1].unchecked:
+            sources[-1] = replace(sources[-1], unchecked=True)
+            continue
+        name, equals, uri = entry.partition("=")
+        if not (equals and _DICTIONARY_NAME.match(name)):
+            raise ValueError(f"must be NAME=URI or NAME=URI,unchecked entries, not {entry!r}")
+        if any(name == other.name for other in sources):
+            raise ValueError(f"names two dictionaries {name!r}")
+        sources.append(DictionarySource(name, _dictionary_uri(uri), unchecked=False))
+    return tuple(sources)
+
+
+def _dictionary_uri(text: str) -> str:
+    """A path as its absolute path, or a Hub URI as it is; `#site=` stays at the end."""
+    location, hash_, site = text.partition("#")
+    path = Path(location).expanduser()
+    if location and not location.startswith("hf://") and path.exists():
+        return f"{path.absolute()}{hash_}{site}"
+    if location.startswith(("/", ".", "~")):
+        raise ValueError(f"names a path that does not exist: {location}")
+    if not _HUB_PATH.match(location):
+        raise ValueError(
+            f"must name existing paths or hf://org/repo/path[@revision], not {location!r}"
+        )
+    return text
+
+
 def _default_data_dir(env: Mapping[str, str]) -> str:
     return f"{env.get('XDG_DATA_HOME') or '~/.local/share'}/tdb"
 
@@ -175,6 +208,17 @@ class Settings:
         "",
         "The tokenizer's Hub id or folder, for models that come without one.",
         _tokenizer,
+    )
+    dictionaries: tuple[DictionarySource, ...] = _setting(
+        "TDB_DICTIONARIES",
+        "",
+        "Sparse autoencoders and transcoders for the default model, separated by commas, each "
+        "`NAME=URI`. A URI is a local file or folder or `hf://org/repo/path[@revision]`; it may "
+        "end in `#site=mlp_out.3` for files that do not say where they belong. "
+        "`NAME=URI,unchecked` serves one that fails its self-test, and marks results with a "
+        "warning. "
+        "See [dictionaries.md](dictionaries.md).",
+        _dictionaries,
     )
     host: str = _setting(
         "TDB_HOST",

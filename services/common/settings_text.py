@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from services.common.settings import ModelSource, Settings, setting_fields
+from services.common.settings import DictionarySource, ModelSource, Settings, setting_fields
 from services.common.tokens import Tokens
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -55,6 +55,8 @@ def _shown(value: Any) -> str:
         return ",".join(_shown(item) for item in value)
     if isinstance(value, ModelSource):
         return f"{value.name}={value.source}"
+    if isinstance(value, DictionarySource):
+        return f"{value.name}={value.uri}" + (",unchecked" if value.unchecked else "")
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)

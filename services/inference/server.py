@@ -60,6 +60,11 @@ def main() -> int:
     if not settings.models:
         print("No model is named: set TDB_MODEL, or use `tdb up --demo`.", file=sys.stderr)
         return 1
+    if settings.dictionaries:
+        print(
+            "Dictionaries are not served in this version: unset TDB_DICTIONARIES.", file=sys.stderr
+        )
+        return 1
     transformers_logging.disable_progress_bar()
     worker = TorchWorker()
     models: dict[str, Model] = {}

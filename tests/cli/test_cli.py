@@ -25,6 +25,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (("up", "--demo", "--model", "gpt2"), "--demo and --model exclude each other"),
         (("up", "--model", "a,b"), "--model takes one model"),
         (("up", "--model", ""), "--model takes one model"),
+        (("up", "--demo", "--dictionary", "a=x,b=y"), "--dictionary takes one NAME=URI"),
+        (("up", "--demo", "--dictionary", " "), "--dictionary takes one NAME=URI"),
         (("up", "--mod", "gpt2"), "unrecognized arguments"),
         (("up", "--model"), "expected one argument"),
     ],
@@ -45,6 +47,16 @@ def test_wrong_usage_is_exit_2(
         (("up", "--model", "gpt2", "--host", "0.0.0.0"), {}, "set TDB_TOKENS as well"),
         (("up", "--model", "gpt2", "--data-dir", __file__), {}, "TDB_DATA_DIR must be a folder"),
         (("up", "--model", "gpt2"), {"TDB_GATEWAY_PORT": "x"}, "TDB_GATEWAY_PORT must be a port"),
+        (
+            ("up", "--model", "gpt2", "--dictionary", "a=/no/such,unchecked"),
+            {},
+            "TDB_DICTIONARIES names a path that does not exist: /no/such",
+        ),
+        (
+            ("up", "--model", "gpt2", "--dictionary", "a=org/r", "--dictionary", "a=org/s"),
+            {},
+            "TDB_DICTIONARIES names two dictionaries 'a'",
+        ),
         (
             ("up", "--model", "gpt2"),
             {"TDB_INFERENCE_ADDRESS": "a:1"},
@@ -87,3 +99,11 @@ def test_config_prints_every_setting_and_no_token(
     assert "TDB_TOKENS=(tokens of ann)  # environment" in out
     names = [line.partition("=")[0] for line in out.splitlines()]
     assert names == [field.metadata["variable"] for field in setting_fields()]
+
+
+def test_a_flag_beats_its_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TDB_DICTIONARIES", "other=org/repo")
+    assert main(["up", "--model", "gpt2", "--dictionary", "mine=nowhere"]) == 1
+    assert "not 'nowhere'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from services.common import settings_text
 from services.common.settings import (
+    DictionarySource,
     ModelSource,
     Settings,
     SettingsError,
@@ -52,6 +53,34 @@ def test_models_take_the_name_given_or_their_own(tmp_path: Path) -> None:
     assert settings.tokenizer == str(folder)
 
 
+def test_dictionaries_are_paths_or_hub_uris(tmp_path: Path) -> None:
+    settings = read(
+        TDB_DICTIONARIES=f"a={tmp_path}#site=mlp_out.3,unchecked, b.2=hf://org/repo/x/y.pt@v1.0,"
+        "c=org/repo,unchecked"
+    )
+    assert settings.dictionaries == (
+        DictionarySource("a", f"{tmp_path}#site=mlp_out.3", unchecked=True),
+        DictionarySource("b.2", "hf://org/repo/x/y.pt@v1.0", unchecked=False),
+        DictionarySource("c", "org/repo", unchecked=True),
+    )
+    assert read().dictionaries == ()
+
+
+def test_a_path_of_a_dictionary_is_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    (source,) = read(TDB_DICTIONARIES="a=./0.pt").dictionaries
+    assert source.uri == str(tmp_path / "0.pt")
+    line = next(
+        line
+        for line in settings_text.as_lines(read(TDB_DICTIONARIES="a=./0.pt,unchecked"), {})
+        if line.startswith("TDB_DICTIONARIES=")
+    )
+    assert line == f"TDB_DICTIONARIES=a={tmp_path}/0.pt,unchecked  # default"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
@@ -66,6 +95,15 @@ def test_models_take_the_name_given_or_their_own(tmp_path: Path) -> None:
         ("TDB_MODEL", "a b", "must be a Hub id or an existing folder, not 'a b'"),
         ("TDB_MODEL", "gpt2,gpt2", "serves two models as 'gpt2'"),
         ("TDB_TOKENIZER", "./nowhere", "names a folder that does not exist"),
+        ("TDB_DICTIONARIES", "org/repo", "must be NAME=URI or NAME=URI,unchecked entries"),
+        ("TDB_DICTIONARIES", "unchecked", "entries, not 'unchecked'"),
+        ("TDB_DICTIONARIES", "a=org/r,unchecked,unchecked", "entries, not 'unchecked'"),
+        ("TDB_DICTIONARIES", "a b=org/repo", "entries, not 'a b=org/repo'"),
+        ("TDB_DICTIONARIES", "a=org/r,a=org/s", "names two dictionaries 'a'"),
+        ("TDB_DICTIONARIES", "a=/no/such/file", "names a path that does not exist: /no/such/file"),
+        ("TDB_DICTIONARIES", "a=", "must name existing paths or hf://org/repo/path"),
+        ("TDB_DICTIONARIES", "a=word", "must name existing paths or hf://org/repo/path"),
+        ("TDB_DICTIONARIES", "a=https://x/y", "must name existing paths or hf://org/repo/path"),
         ("TDB_LOG_LEVEL", "loud", "must be one of debug, info, warning, error, not 'loud'"),
         ("TDB_LOG_PROMPTS", "yes", "must be 0 or 1, not 'yes'"),
         ("TDB_DRAIN_SECONDS", "soon", "must be a number of seconds"),
