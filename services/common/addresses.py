@@ -12,7 +12,8 @@ says whether an address names something in a given model and prompt.
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from services.common.errors import InvalidArgument
@@ -180,6 +181,14 @@ def _quote(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class DictionaryShape:
+    """What exists in a dictionary."""
+
+    latents: int
+    has_skip: bool
+
+
+@dataclass(frozen=True)
 class Shape:
     """What exists in a model: the ranges that addresses are checked against."""
 
@@ -190,6 +199,9 @@ class Shape:
     """Per layer: how many tokens a query reads at most, itself included; None or no entry: all."""
     parallel: bool = False
     """Attention and MLP of a layer read the same residual stream: no `resid_mid` exists."""
+
+    dictionaries: Mapping[str, "DictionaryShape"] = field(default_factory=dict)
+    """What exists in each dictionary, by id."""
 
     def first_visible(self, layer: int, query: int) -> int:
         """The first key that a query token of the layer reads."""
@@ -202,13 +214,11 @@ class Shape:
         With `tokens`, positions are checked against a prompt of that many tokens.
         """
         if address.dictionary:
-            raise InvalidArgument(
-                f"{address}: no dictionary {address.dictionary!r} is loaded; this model has none"
-            )
+            self._check_dictionary(address)
         self._in_range(address, "layer", address.layer, self.layers)
         if address.kind is Kind.NEURON:
             self._in_range(address, "neuron", address.index, self.neurons)
-        elif address.index is not None:
+        elif address.index is not None and address.kind is not Kind.LATENT:
             self._in_range(address, "head", address.index, self.heads)
         if address.kind is Kind.RESID_MID and self.parallel:
             raise InvalidArgument(
@@ -229,6 +239,19 @@ class Shape:
                 f"{address}: key {key} lies outside layer {layer}'s sliding window of "
                 f"{self.windows[layer]} tokens, so the pair is masked; the key must be in "
                 f"{first}..{query}"
+            )
+
+    def _check_dictionary(self, address: Address) -> None:
+        dictionary = self.dictionaries.get(address.dictionary)
+        if dictionary is None:
+            loaded = ", ".join(sorted(self.dictionaries)) or "none"
+            raise InvalidArgument(
+                f"{address}: no dictionary {address.dictionary!r} is loaded; loaded: {loaded}"
+            )
+        self._in_range(address, "latent", address.index, dictionary.latents)
+        if address.kind is Kind.SKIP and not dictionary.has_skip:
+            raise InvalidArgument(
+                f"{address}: dictionary {address.dictionary!r} has no skip connection"
             )
 
     @staticmethod

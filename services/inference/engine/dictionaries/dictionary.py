@@ -229,6 +229,22 @@ class Dictionary:
             case Gated(b_gate, _, _):
                 return self._traced(pre).relu() * (pre + b_gate > 0)
 
+    def encode_of(self, x: Tensor, latents: Tensor, *, frozen: bool = True) -> Tensor:
+        """[..., d_in], [n] -> [..., n]: `encode` of these latents alone."""
+        match self.activation:
+            case TopK():  # every latent competes
+                return self.encode(x, frozen=frozen)[..., latents]
+            case Relu():
+                return self.pre_activation_of(x, latents, frozen=frozen).relu()
+            case JumpRelu(threshold):
+                pre = self.pre_activation_of(x, latents, frozen=frozen)
+                return pre.relu() * (pre > threshold[latents])
+            case Gated(b_gate, r_mag, b_mag):
+                centred = self.normalise(x, frozen=frozen).x - self.b_in
+                gate = centred @ self.w_enc[:, latents]
+                magnitude = r_mag[latents].exp() * gate + b_mag[latents]
+                return magnitude.relu() * (gate + b_gate[latents] > 0)
+
     def decode(self, f: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
         """f [..., N] and `normalise`'s scale and mean, [..., 1] -> recon [..., d_out]."""
         return (self._mixed(f) + self.b_dec) * scale + mean
