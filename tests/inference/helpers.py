@@ -1,6 +1,7 @@
 """Tiny models with every weight random, the engine on them, and views of what it found."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
+from services.common.addresses import DictionaryShape, Shape
 from services.inference.engine import attention
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, explain
+from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column, EmbedNodes, HeadNodes, NeuronNodes
+from services.inference.engine.dictionaries.dictionary import Dictionary
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Intervention
 from services.inference.engine.interventions import resolve as resolve_edits
@@ -78,9 +82,18 @@ class Engine:
 
     hooks: Hooks
     architecture: Architecture
+    dictionaries: dict[str, Dictionary]
+
+    @property
+    def shape(self) -> Shape:
+        shapes = {
+            name: DictionaryShape(each.latents, each.skip is not None)
+            for name, each in self.dictionaries.items()
+        }
+        return replace(self.architecture.shape, dictionaries=shapes)
 
     def edits(self, *wanted: Intervention, tokens: int) -> tuple[Edit, ...]:
-        return resolve_edits(wanted, self.architecture.shape, self.architecture.widths, tokens)
+        return resolve_edits(wanted, self.shape, self.architecture.widths, tokens)
 
     def explain(
         self,
@@ -90,10 +103,18 @@ class Engine:
         return explain(self.hooks, self.architecture, runs, norm_mode, CancelToken())[0]
 
 
-def random_engine(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> Engine:
+def random_engine(
+    family: str = "gpt2",
+    dtype: torch.dtype = torch.float32,
+    dictionaries: Sequence[Dictionary] = (),
+) -> Engine:
     model = random_model(family, dtype, implementation=attention.IMPLEMENTATION)
     architecture = resolve(model)
-    return Engine(Hooks(model, architecture), architecture)
+    engine = Engine(
+        Hooks(model, architecture), architecture, {each.id: each for each in dictionaries}
+    )
+    engine.hooks.dictionary = lambda name: BoundDictionary(engine.dictionaries[name], architecture)
+    return engine
 
 
 @pytest.fixture

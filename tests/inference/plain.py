@@ -3,7 +3,7 @@
 It shares no code with the engine and none with Hugging Face but the weights, so it is what edits
 and derivatives are compared with. `site(kind, layer, values)` may return other values:
 
-    embed, attn, resid_mid, mlp, resid_post [T, d]     q, k, v [H, T, dh] per query head
+    embed, attn, resid_mid, mlp_in, mlp, resid_post [T, d]     q, k, v [H, T, dh] per query head
     probabilities [H, T, T]                            z [T, H, dh]         neurons [T, F]
 """
 
@@ -96,7 +96,7 @@ def forward(
         out = block.attn.c_proj if gpt2 else block.self_attn.o_proj
         write = site("attn", layer, out(z.reshape(len(ids), -1)))
         x = site("resid_mid", layer, x + write)
-        read = norm(f"mlp.{layer}", second, x)
+        read = site("mlp_in", layer, norm(f"mlp.{layer}", second, x))
         if gpt2:
             neurons, down = block.mlp.act(block.mlp.c_fc(read)), block.mlp.c_proj
         else:

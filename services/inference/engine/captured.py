@@ -8,9 +8,12 @@ from torch import Tensor
 
 from services.common.addresses import Kind
 from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.dictionaries.sites import Point as SitePoint
+from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.norms import FINAL, NormPlace
 from services.inference.engine.points import Point
+from services.inference.engine.splice import Sites
 
 _POINTS = {
     Kind.EMBED: "embed",
@@ -147,6 +150,8 @@ class Pass:
     """Points to keep beyond what every pass captures."""
     kept: dict[Point, Tensor] = field(default_factory=dict)
     """Their values [B, T, ...], after edits; filled by `keep`."""
+    sites: Sites = field(default_factory=lambda: Sites(()))
+    """Dictionaries read or edited in this pass."""
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
 
     def receipts(self, row: int) -> tuple[Receipt, ...]:
@@ -174,6 +179,24 @@ class Pass:
             for number, edit in enumerate(spec.edits):
                 if edit.target.layer == layer and edit.target.kind is kind:
                     yield row, number, edit
+
+    def at_site(
+        self, point: SitePoint, layer: int, values: Tensor, *, before_post_norm: bool = False
+    ) -> Tensor:
+        """Shows dictionaries a site, [B, T, w], and adds what edits of their parts change."""
+        site = Site(point, layer, before_post_norm)
+        if not self.sites.wants(site):
+            return values
+        return self.sites.visit(site, values, self._dictionary_edits, self._record)
+
+    def _dictionary_edits(self, dictionary: str) -> dict[int, list[tuple[int, Edit]]]:
+        """Edits of one dictionary's parts, by row."""
+        found: dict[int, list[tuple[int, Edit]]] = {}
+        for row, spec in enumerate(self.rows):
+            for number, edit in enumerate(spec.edits):
+                if edit.target.dictionary == dictionary:
+                    found.setdefault(row, []).append((number, edit))
+        return found
 
     def edit_residual(self, kind: Kind, layer: int | None, values: Tensor) -> Tensor:
         """Applies edits of a residual-width site to [B, T, d]."""
@@ -237,7 +260,8 @@ class Pass:
         """
         site = AttentionSite(*self._inputs, probabilities, values)
         self.attention.append(site)
-        site.z = self._edited_outputs(layer, site, output)
+        z = self._edited_outputs(layer, site, output)
+        site.z = self.at_site(SitePoint.Z, layer, z.flatten(2)).view_as(z)
         self.keep("z", layer, site.z)
         return site.z
 

@@ -6,7 +6,7 @@ require gradients. Right padding needs no mask: causality keeps pads out of ever
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,10 +18,14 @@ from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine import attention, norms, resuming
 from services.inference.engine.architecture import Architecture
+from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
+from services.inference.engine.dictionaries.sites import Point as SitePoint
+from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.points import Point
 from services.inference.engine.resuming import Recording, Resumed
+from services.inference.engine.splice import Sites
 
 _ALWAYS = (
     "block_inputs",
@@ -64,6 +68,8 @@ class Hooks:
         self._architecture = architecture
         self.current: Pass | None = None
         resuming.install(architecture, lambda: self.current)
+        self.dictionary: Callable[[str], BoundDictionary] = _no_dictionary
+        """The dictionary of an id, on the device."""
         self._taps = [_LayerTap(self, index) for index in range(len(architecture.layers))]
         for index, layer in enumerate(architecture.layers):
             attention.tap(layer.attention, self._taps[index])
@@ -81,6 +87,8 @@ class Hooks:
                 layer.mlp_up.register_forward_hook(partial(self._capture, "ups"))
             layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
             attn, mlp = layer.attn_post_norm, layer.mlp_post_norm
+            layer.attention.register_forward_hook(partial(self._before_attn_post_norm, index))
+            layer.mlp.register_forward_hook(partial(self._before_mlp_post_norm, index))
             (attn.module if attn else layer.attention).register_forward_hook(
                 partial(self._leave_attention, index)
             )
@@ -100,16 +108,18 @@ class Hooks:
         gradients: bool,
         cancel: CancelToken | None = None,
         keep: frozenset[Point] = frozenset(),
+        dictionaries: Sequence[str] = (),
     ) -> Pass:
         """Runs the model over the rows; logits at `positions` (of every row).
 
-        `keep` names points to keep beyond what every pass captures.
+        `keep` names points to keep beyond what every pass captures, `dictionaries` the ids of
+        those to be read; the ones that edits name are read besides.
 
         Raises FailedPrecondition (reason NON_FINITE) where a value is not finite, Cancelled and
         DeadlineExceeded from the token.
         """
         current = Pass(rows, gradients, cancel or CancelToken(), wanted=keep)
-        self._run(current, positions)
+        self._run(current, positions, dictionaries)
         return current
 
     def record(
@@ -125,6 +135,7 @@ class Hooks:
 
         Raises Cancelled and DeadlineExceeded from its token.
         """
+        self._attach(current)
         device = self._architecture.final_norm.gain.device
         ids = torch.tensor(current.token_ids, device=device).expand(len(current.rows), -1)
         last = torch.tensor([len(current.token_ids) - 1], device=device)
@@ -133,9 +144,18 @@ class Hooks:
         current.logits = output.logits
         return current.logits[:, 0]
 
-    def _run(self, current: Pass, positions: Sequence[int]) -> None:
+    def _attach(self, current: Pass, dictionaries: Sequence[str] = ()) -> None:
+        """Puts the dictionaries named, and those that edits name, in a pass."""
+        edited = [edit.target.dictionary for row in current.rows for edit in row.edits]
+        named = dict.fromkeys(name for name in (*dictionaries, *edited) if name)
+        current.sites = Sites([self.dictionary(name) for name in named])
+
+    def _run(
+        self, current: Pass, positions: Sequence[int], dictionaries: Sequence[str] = ()
+    ) -> None:
         started = time.perf_counter()
         rows, gradients = current.rows, current.gradients
+        self._attach(current, dictionaries)
         device = self._architecture.final_norm.gain.device
         longest = max(len(row.token_ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -201,7 +221,11 @@ class Hooks:
         current.cancel.check()
         if layer == 0:
             current.embed_before = args[0].detach()
-            edited = current.edit_residual(Kind.EMBED, None, current.embed_before)
+            start = current.embed_before
+            if current.sites.wants(Site(SitePoint.RESID_PRE, 0)):
+                start = start.clone().requires_grad_(current.gradients)
+                start = current.at_site(SitePoint.RESID_PRE, 0, start)
+            edited = current.edit_residual(Kind.EMBED, None, start)
             # An edit may have a graph of its own, which must not be cut.
             current.embed = (
                 edited
@@ -210,7 +234,7 @@ class Hooks:
             )
             read = current.embed
         else:
-            after = self._after_block(args[0])
+            after = current.at_site(SitePoint.RESID_POST, layer - 1, self._after_block(args[0]))
             read = current.edit_residual(Kind.RESID_POST, layer - 1, after)
             if read.requires_grad:
                 read.register_hook(  # type: ignore[no-untyped-call]
@@ -257,6 +281,29 @@ class Hooks:
         assert self.current is not None
         return x.view(len(self.current.rows), -1, x.shape[-1]) if x.dim() == 2 else x
 
+    def _before_attn_post_norm(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        args: object,
+        output: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...] | None:
+        current = self.current
+        if current is None:
+            return None
+        write = current.at_site(SitePoint.ATTN_OUT, layer, output[0], before_post_norm=True)
+        return (write, *output[1:])
+
+    def _before_mlp_post_norm(
+        self, layer: int, module: torch.nn.Module, args: object, output: Tensor
+    ) -> Tensor | None:
+        current = self.current
+        if current is None:
+            return None
+        write = self._per_token(output)
+        write = current.at_site(SitePoint.MLP_OUT, layer, write, before_post_norm=True)
+        return write.view_as(output)
+
     def _leave_attention(
         self,
         layer: int,
@@ -271,13 +318,16 @@ class Hooks:
         write = output if isinstance(output, Tensor) else output[0]
         post_norm = self._architecture.layers[layer].attn_post_norm
         current.attn_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
+        write = current.at_site(SitePoint.ATTN_OUT, layer, write)
         write = current.edit_residual(Kind.ATTN, layer, write)
         if current.gradients:
             current.attn_write.append(write)
-        if next(current.edits_at(Kind.RESID_MID, layer), None):
+        is_read = current.sites.wants(Site(SitePoint.RESID_MID, layer))
+        if is_read or next(current.edits_at(Kind.RESID_MID, layer), None):
             # The block adds this to its input itself: hand it what makes the sum the edited one.
             # That difference rounds, so what reads the sum gets the edited stream itself.
             middle = current.block_inputs[layer] + write
+            middle = current.at_site(SitePoint.RESID_MID, layer, middle)
             current.edited_middle = current.edit_residual(Kind.RESID_MID, layer, middle)
             write = current.edited_middle - current.block_inputs[layer]
         return write if isinstance(output, Tensor) else (write, *output[1:])
@@ -286,7 +336,9 @@ class Hooks:
         self, layer: int, module: torch.nn.Module, args: object, output: Tensor
     ) -> None:
         if self.current is not None:
-            self.current.keep("mlp_in", layer, self._per_token(output))
+            read = self._per_token(output)
+            self.current.keep("mlp_in", layer, read)
+            self.current.at_site(SitePoint.MLP_IN, layer, read)
 
     def _leave_mlp(
         self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -297,7 +349,8 @@ class Hooks:
             return None
         post_norm = self._architecture.layers[layer].mlp_post_norm
         current.mlp_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
-        write = current.edit_residual(Kind.MLP, layer, self._per_token(output))
+        write = current.at_site(SitePoint.MLP_OUT, layer, self._per_token(output))
+        write = current.edit_residual(Kind.MLP, layer, write)
         current.last_write = write
         if current.gradients:
             current.mlp_write.append(write)
@@ -309,6 +362,7 @@ class Hooks:
         if self.current is None:
             return None
         neurons = self.current.edit_neurons(layer, self._per_token(args[0]))
+        neurons = self.current.at_site(SitePoint.MLP_ACT, layer, neurons)
         return (neurons.view_as(args[0]), *args[1:])
 
     def _leave_norm(
@@ -335,7 +389,7 @@ class Hooks:
         if current is None:
             return None
         last = len(self._architecture.layers) - 1
-        after = self._after_block(args[0])
+        after = current.at_site(SitePoint.RESID_POST, last, self._after_block(args[0]))
         current.final_input = current.edit_residual(Kind.RESID_POST, last, after)
         return (current.final_input, *args[1:])
 
@@ -348,3 +402,7 @@ class Hooks:
 
 def _check_cancel(cancel: CancelToken, gradient: Tensor) -> None:
     cancel.check()
+
+
+def _no_dictionary(name: str) -> BoundDictionary:
+    raise KeyError(name)

@@ -45,12 +45,13 @@ class Add:
 Operation = Zero | SetTo | Scale | Add
 
 RESIDUAL_KINDS = (Kind.EMBED, Kind.ATTN, Kind.MLP, Kind.RESID_MID, Kind.RESID_POST)
+DICTIONARY_KINDS = (Kind.LATENT, Kind.ERROR, Kind.SKIP, Kind.BIAS)
 HEAD_KINDS = (Kind.HEAD, Kind.QUERY, Kind.KEY, Kind.VALUE)
 
 
 def is_scalar(target: Address) -> bool:
     """Whether the target's value is one number rather than a vector."""
-    return target.kind is Kind.NEURON or target.key is not None
+    return target.kind in (Kind.NEURON, Kind.LATENT) or target.key is not None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def check_target(target: Address, shape: Shape, tokens: int) -> None:
     shape.check(target, tokens)
     if target.kind in (Kind.BIAS_ATTN, Kind.BIAS_MLP):
         raise Unimplemented(f"{target}: biases cannot be edited in this version")
-    if target.kind not in (Kind.NEURON, *HEAD_KINDS, *RESIDUAL_KINDS):
+    if target.kind not in (Kind.NEURON, *DICTIONARY_KINDS, *HEAD_KINDS, *RESIDUAL_KINDS):
         raise InvalidArgument(f"{target} cannot be edited")
 
 

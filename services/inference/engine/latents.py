@@ -116,7 +116,9 @@ class LatentNodes(NodeGroup):
         if self.active > _DENSE * self.nodes:
             met = (gradient @ decoder.T)[self._where]
         else:
-            parts = zip(tokens.split(_GATHERED), latents.split(_GATHERED), strict=True)
+            parts = zip(
+                torch.split(tokens, _GATHERED), torch.split(latents, _GATHERED), strict=True
+            )
             met = torch.cat(
                 [torch.einsum("nd,nd->n", decoder[those], gradient[here]) for here, those in parts]
                 or [self._values]

@@ -25,6 +25,7 @@ from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Architecture, Layer
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
+from services.inference.engine.dictionaries.sites import Point, Site
 from services.inference.engine.interventions import Edit
 
 
@@ -60,8 +61,25 @@ _STAGES = {
 }
 
 
-def start_of(target: Address) -> Start:
-    """Where an edit of the target first changes anything; the beginning where that is unknown."""
+_SITE_STAGES = {
+    Point.Z: Stage.HEADS,
+    Point.ATTN_OUT: Stage.ATTENTION,
+    Point.RESID_MID: Stage.ATTENTION,
+    Point.MLP_ACT: Stage.NEURONS,
+    Point.MLP_OUT: Stage.MLP,
+}
+
+
+def start_of(target: Address, site_of: Callable[[str], Site]) -> Start:
+    """Where an edit of the target first changes anything; the beginning where that is unknown.
+
+    `site_of` gives the site that a dictionary writes at.
+    """
+    if target.dictionary:
+        site = site_of(target.dictionary)
+        if site.point is Point.RESID_POST:
+            return Start(site.layer + 1, Stage.BLOCK)
+        return Start(site.layer, _SITE_STAGES.get(site.point, Stage.BLOCK))
     if target.layer is None:
         return Start(0, Stage.BLOCK)
     if target.kind is Kind.RESID_POST:

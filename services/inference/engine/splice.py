@@ -172,4 +172,3 @@ class Sites:
             latents.after = after
             self.found[latents.bound.id] = latents
         return after
-
