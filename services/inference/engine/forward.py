@@ -144,6 +144,10 @@ class Hooks:
         current.logits = output.logits
         return current.logits[:, 0]
 
+    def site_of(self, dictionary: str) -> Site:
+        """Where a dictionary writes."""
+        return self.dictionary(dictionary).site
+
     def _attach(self, current: Pass, dictionaries: Sequence[str] = ()) -> None:
         """Puts the dictionaries named, and those that edits name, in a pass."""
         edited = [edit.target.dictionary for row in current.rows for edit in row.edits]

@@ -113,12 +113,17 @@ def begin(
     if not math.isfinite(value):
         raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
     budget = tokens_per_chunk or TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
-    chunks = _chunks(ablations, position, len(recording.neurons), budget)
+    starts = [start_of(each.edit.target, hooks.site_of) for each in ablations]
+    chunks = _chunks(ablations, starts, position, len(recording.neurons), budget)
     return Verification(value, recording.receipts(0), chunks, hooks, run, recording)
 
 
 def _chunks(
-    ablations: Sequence[Ablation], position: int, layers: int, budget: int
+    ablations: Sequence[Ablation],
+    starts: Sequence[Start],
+    position: int,
+    layers: int,
+    budget: int,
 ) -> tuple[Chunk, ...]:
     """Batches of nodes that start close to each other, earlier layers first.
 
@@ -127,8 +132,7 @@ def _chunks(
     """
     placed: list[tuple[Start, int, Ablation]] = []
     unreached: list[Ablation] = []
-    for ablation in ablations:
-        start = start_of(ablation.edit.target)
+    for ablation, start in zip(ablations, starts, strict=True):
         positions = ablation.edit.positions
         if start >= Start(layers - 1, Stage.HEADS):
             positions = tuple(each for each in positions if each == position)
