@@ -1,7 +1,7 @@
 """Tiny models with every weight random, the engine on them, and views of what it found."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -82,7 +82,7 @@ class Engine:
 
     hooks: Hooks
     architecture: Architecture
-    dictionaries: dict[str, Dictionary]
+    dictionaries: dict[str, Dictionary] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:
