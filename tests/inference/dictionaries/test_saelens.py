@@ -315,7 +315,11 @@ def test_a_transcoder_before_the_gain_needs_the_model_s_norm(tmp_path: Path) -> 
         (V6, {"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input is 'yes'"),
         (V6, {"d_sae": 31}, "d_sae is 31, but only 30"),
         (V6, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm is True"),
-        (V6, {"architecture": "topk", "k": None}, "k is None, but only a positive"),
+        (
+            V6,
+            {"architecture": "topk", "k": None},
+            "k is None, but only a whole number from 1 to its 30",
+        ),
         (
             V6,
             {"metadata": {"hook_name": "blocks.2.hook_q"}},

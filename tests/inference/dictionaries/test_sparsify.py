@@ -130,6 +130,7 @@ def test_a_repository_of_hookpoints_is_a_set(tmp_path: Path) -> None:
         ({"activation": "groupmax"}, "activation is 'groupmax', but only topk"),
         ({"signed": True}, "signed is True, but only false"),
         ({"k": 0}, "k is 0"),
+        ({"k": 31}, "k is 31, but only a whole number from 1 to its 30 latents is supported"),
         ({"skip_connection": True}, "lacks 'W_skip'"),
         ({"d_in": 13}, "says d_in 13"),
     ],

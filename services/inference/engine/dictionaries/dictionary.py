@@ -223,11 +223,11 @@ class Dictionary:
             case Relu():
                 return pre.relu()
             case JumpRelu(threshold):
-                return pre.relu() * (pre > threshold)
+                return torch.where(pre > threshold.clamp_min(0), pre, 0)
             case TopK(k, signed):
                 return _top_k(pre if signed else pre.relu(), k)
             case Gated(b_gate, _, _):
-                return self._traced(pre).relu() * (pre + b_gate > 0)
+                return torch.where(pre + b_gate > 0, self._traced(pre).relu(), 0)
 
     def encode_of(self, x: Tensor, latents: Tensor, *, frozen: bool = True) -> Tensor:
         """[..., d_in], [n] -> [..., n]: `encode` of these latents alone."""
@@ -348,10 +348,13 @@ class Dictionary:
 
 def _top_k(values: Tensor, k: int) -> Tensor:
     """Keeps the k largest entries of the last axis, the lowest indices among equals, else 0."""
-    last = values.detach().topk(k, dim=-1).values[..., -1:]
+    best = values.topk(k, dim=-1)
+    last = best.values[..., -1:].detach()
+    # Which of several zeros is kept makes no difference; any other tie at the edge does.
+    tied = ((values >= last).sum(-1, keepdim=True) > k) & (last != 0)
+    if not bool(tied.any()):
+        return torch.zeros_like(values).scatter(-1, best.indices, best.values)
     above = values > last
-    level = (values == last) & (last != 0)  # which zeros are kept makes no difference
+    level = values == last
     room = k - above.sum(-1, keepdim=True)
-    if bool((level.sum(-1, keepdim=True) > room).any()):
-        level = level & (level.cumsum(-1) <= room)
-    return values * (above | level)
+    return torch.where(above | (level & (level.cumsum(-1) <= room)), values, 0)

@@ -110,6 +110,13 @@ def matrix(file: TensorFile, name: str, rows: int, columns: int, *, turned: bool
     return Matrix(file, name, rows, columns, turned)
 
 
+def checked_k(path: Path, key: str, k: object, latents: int) -> int:
+    """How many latents a token keeps. Raises FailedPrecondition unless 1 <= k <= latents."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= latents:
+        raise refuse_option(path, key, k, f"a whole number from 1 to its {latents} latents")
+    return k
+
+
 def refuse_option(path: Path, key: str, value: object, supported: str) -> FailedPrecondition:
     """The refusal of a configuration key whose value this version cannot honour."""
     return FailedPrecondition(f"{path}: {key} is {value!r}, but only {supported} is supported")

@@ -31,6 +31,7 @@ from services.inference.engine.dictionaries.readers import gemma_scope
 from services.inference.engine.dictionaries.readings import (
     Origin,
     Reading,
+    checked_k,
     encoder,
     matrix,
     refuse_option,
@@ -148,9 +149,9 @@ def _read_file(
     k = int(file.number("k")) if "k" in optional else None
     match function:
         case "topk":
-            said = config.get("k", k)
-            if not isinstance(said, int) or said < 1 or k not in (None, said):
-                raise refuse_option(path, "k", said, f"{k or 'a positive whole number'}")
+            said = checked_k(path, "k", config.get("k", k), latents)
+            if k not in (None, said):
+                raise refuse_option(path, "k", said, f"{k}, as in {file.path},")
             k = said
         case "jumprelu":
             if THRESHOLD not in optional:

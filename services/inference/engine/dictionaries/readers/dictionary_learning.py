@@ -35,6 +35,7 @@ from services.inference.engine.dictionaries.files import TensorFile, read_json
 from services.inference.engine.dictionaries.readings import (
     Origin,
     Reading,
+    checked_k,
     encoder,
     matrix,
     refuse_option,
@@ -144,7 +145,8 @@ def read(folder: Path, origin: Origin) -> list[Reading]:
     for key, size in (("activation_dim", width), ("dict_size", latents)):
         if trainer.get(key, size) != size:
             raise refuse_option(path, f"trainer.{key}", trainer[key], f"{size}, as in {file.path},")
-    k = _k(path, trainer, file) if kind.activation in ("topk", "batchtopk") else 0
+    counted = kind.activation in ("topk", "batchtopk")
+    k = _k(path, trainer, file, latents) if counted else 0
     evaluation = folder / EVALUATION
     header = Header(
         id="",
@@ -219,12 +221,12 @@ def _in_units_of_writes(d: Dictionary) -> Dictionary:
     )
 
 
-def _k(path: Path, trainer: dict[str, Any], file: TensorFile) -> int:
+def _k(path: Path, trainer: dict[str, Any], file: TensorFile, latents: int) -> int:
     k = trainer.get("k")
     held = int(file.number("k")) if "k" in file.shapes else None
-    k = held if k is None else k
-    if not isinstance(k, int) or k < 1 or held not in (None, k):
-        raise refuse_option(path, "trainer.k", k, f"{held or 'a positive whole number'}")
+    k = checked_k(path, "trainer.k", held if k is None else k, latents)
+    if held not in (None, k):
+        raise refuse_option(path, "trainer.k", k, f"{held}, as in {file.path},")
     return k
 
 

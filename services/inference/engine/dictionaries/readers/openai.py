@@ -24,6 +24,7 @@ from services.inference.engine.dictionaries.files import TensorFile
 from services.inference.engine.dictionaries.readings import (
     Origin,
     Reading,
+    checked_k,
     encoder,
     matrix,
     refuse_option,
@@ -58,8 +59,8 @@ def read_file(path: Path, origin: Origin) -> Reading:
     tied = "decoder.weight" not in file.shapes
     required = ["pre_bias", "latent_bias", "encoder.weight"]
     file.require(required if tied else [*required, "decoder.weight"], _STATISTICS)
-    activation, norm = _activation(file)
     latents, width = file.length("latent_bias"), file.length("pre_bias")
+    activation, norm = _activation(file, latents)
     w_enc = encoder(file, "encoder.weight", latents, turned=True)
     matrix(file, "encoder.weight", width, latents, turned=True)
     w_dec = None if tied else matrix(file, "decoder.weight", latents, width, turned=True)
@@ -107,7 +108,7 @@ def _sites(path: Path, origin: Origin) -> tuple[Site, Site]:
     )
 
 
-def _activation(file: TensorFile) -> tuple[Activation, InputNorm]:
+def _activation(file: TensorFile, latents: int) -> tuple[Activation, InputNorm]:
     name = file.notes.get("activation", "ReLU")
     state = file.notes.get("activation_state_dict", {})
     unknown = sorted(set(file.notes) - {"activation", "activation_state_dict"})
@@ -120,10 +121,7 @@ def _activation(file: TensorFile) -> tuple[Activation, InputNorm]:
             k, after = state.get("k"), state.get("postact_fn", "ReLU")
             if isinstance(k, torch.Tensor) and k.numel() == 1:
                 k = int(k)
-            if not isinstance(k, int) or k < 1:
-                raise refuse_option(
-                    file.path, "activation_state_dict.k", k, "a positive whole number"
-                )
+            k = checked_k(file.path, "activation_state_dict.k", k, latents)
             if after != "ReLU":
                 raise refuse_option(file.path, "activation_state_dict.postact_fn", after, "ReLU")
             return TopK(k), InputNorm(NormKind.LAYER_NORM, eps=1e-5)

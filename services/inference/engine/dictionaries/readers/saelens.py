@@ -31,6 +31,7 @@ from services.inference.engine.dictionaries.files import TensorFile, read_json
 from services.inference.engine.dictionaries.readings import (
     Origin,
     Reading,
+    checked_k,
     encoder,
     matrix,
     refuse_option,
@@ -154,6 +155,8 @@ def read(folder: Path, origin: Origin) -> list[Reading]:
     for name in ("b_enc", "b_gate", "r_mag", "b_mag", "threshold", "log_threshold"):
         if name in file.shapes:
             file.expect(name, latents, f"W_enc {list(file.shapes['W_enc'])}")
+    if config.activation == "topk":
+        checked_k(config.path, "k", config.options.get("k"), latents)
     subtracts = not config.transcodes and config.flag("apply_b_dec_to_input", True)
     norm = _norm(config, folder, site_in)
     slice_ = config.metadata.get("seqpos_slice") or [None]
@@ -230,9 +233,6 @@ def _config(path: Path) -> _Config:
         raise refuse_option(path, "rescale_acts_by_decoder_norm", True, "false outside topk")
     if config.transcodes and config.options.get("apply_b_dec_to_input") is True:
         raise refuse_option(path, "apply_b_dec_to_input", True, "false in a transcoder")
-    k = options.get("k")
-    if architecture == "topk" and (not isinstance(k, int) or k < 1):
-        raise refuse_option(path, "k", k, "a positive whole number")
     return config
 
 

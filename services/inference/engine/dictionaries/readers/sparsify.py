@@ -19,6 +19,7 @@ from services.inference.engine.dictionaries.files import TensorFile, read_json
 from services.inference.engine.dictionaries.readings import (
     Origin,
     Reading,
+    checked_k,
     encoder,
     matrix,
     refuse_option,
@@ -49,9 +50,6 @@ def read(folder: Path, origin: Origin) -> list[Reading]:
         raise refuse_option(path, "activation", function, "topk")
     if config.get("signed"):
         raise refuse_option(path, "signed", config["signed"], "false")
-    k = config.get("k")
-    if not isinstance(k, int) or k < 1:
-        raise refuse_option(path, "k", k, "a positive whole number")
     transcodes, skips = (_flag(path, config, key) for key in ("transcode", "skip_connection"))
     site_in, site_out = _sites(folder, transcodes or skips, origin)
 
@@ -59,6 +57,7 @@ def read(folder: Path, origin: Origin) -> list[Reading]:
     required = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"]
     file.require([*required, "W_skip"] if skips else required)
     latents, width = file.length("encoder.bias"), file.length("b_dec")
+    k = checked_k(path, "k", config.get("k"), latents)
     w_enc = encoder(file, "encoder.weight", latents, turned=True)
     w_dec = matrix(file, "W_dec", latents, width, turned=False)
     skip = matrix(file, "W_skip", w_enc.rows, width, turned=True) if skips else None
