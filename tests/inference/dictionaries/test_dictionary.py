@@ -194,3 +194,12 @@ def test_moving_it_moves_everything(activation: str) -> None:
     assert double.nbytes == 2 * d.nbytes == 2 * d.header.nbytes
     assert double.encode(tokens()).dtype is torch.float64
     assert double.to(torch.device("cpu")) is double
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sparse_decoding_in_other_precisions(dtype: torch.dtype) -> None:
+    d = example("topk", latents=400).to(torch.device("cpu"), dtype)
+    f = d.encode(tokens())
+    assert (f != 0).float().mean() < 1 / 16
+    near = 1e-10 if dtype is torch.float64 else 0.3
+    assert_close(d.write(f, torch.ones(2, 7, 1, dtype=dtype)), f @ d.w_dec, atol=near, rtol=0)

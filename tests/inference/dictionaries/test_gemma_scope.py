@@ -101,6 +101,11 @@ def test_the_first_s_transcoders_read_before_the_gain(tmp_path: Path) -> None:
     assert not agrees(d, unweighted, f, recon)
     with pytest.raises(FailedPrecondition, match="before the norm's gain"):
         opened(folder, widths=WIDTHS)
+    after = registered.at(Site(Point.MLP_IN, 3), Site(Point.MLP_OUT, 3)).load()
+    check(after, unweighted, f, recon)
+    for end, weights in ((".before", d), (".after", after), ("", after)):
+        named = one(f"{folder}#site=mlp_in.3{end}:mlp_out.3", widths=widths)
+        assert torch.equal(named.w_enc, weights.w_enc)
 
 
 def test_embedding_dictionaries_read_the_first_residual(tmp_path: Path) -> None:

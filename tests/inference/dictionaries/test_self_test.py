@@ -152,6 +152,7 @@ def test_the_refusal_names_both_numbers_what_was_tried_and_the_site_that_fits() 
 def test_the_suffix_that_is_suggested_is_understood() -> None:
     for site_in, site_out in (
         (Site(Point.MLP_IN, 2), Site(Point.MLP_OUT, 2, before_post_norm=True)),
+        (Site(Point.MLP_IN, 2, before_gain=True), Site(Point.MLP_OUT, 2)),
         (Site(Point.ATTN_OUT, 0), Site(Point.ATTN_OUT, 0)),
         (Site(Point.Z, 1), Site(Point.Z, 1)),
     ):

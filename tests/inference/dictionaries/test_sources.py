@@ -83,6 +83,7 @@ def test_a_site_in_the_uri_beats_the_files(tmp_path: Path) -> None:
         ("site=a.1:b.1:c.1", "only #site=POINT.LAYER or"),
         ("site=mlp.3", "'mlp' is no point; the points are resid_pre, resid_mid"),
         ("site=mlp_in.3:mlp_out.4", "both sites need the same layer"),
+        ("site=resid_post.3.before", ".before means something at attn_out, mlp_out, mlp_in only"),
         ("site=mlp_act.3", "reads 12 channels at mlp_act.3, but the model's mlp_act is 20 wide"),
         ("site=mlp_out.6", "reads layer 6, but the model has layers 0 to 5"),
     ],
@@ -92,6 +93,15 @@ def test_a_suffix_that_is_not_understood(tmp_path: Path, fragment: str, says: st
     with pytest.raises(FailedPrecondition) as caught:
         opened(f"{tmp_path}#{fragment}")
     assert says in caught.value.message
+
+
+def test_the_same_weights_can_be_tried_elsewhere(tmp_path: Path) -> None:
+    (registered,) = opened(write(tmp_path))
+    elsewhere = Site(Point.RESID_POST, 4)
+    moved = registered.at(elsewhere, elsewhere).load()
+    assert moved.header.site_in == moved.header.site_out == elsewhere
+    assert moved.id == registered.id
+    assert torch.equal(moved.w_enc, registered.load().w_enc)
 
 
 def test_points_that_the_model_does_not_have(tmp_path: Path) -> None:

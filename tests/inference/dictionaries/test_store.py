@@ -7,6 +7,7 @@ import torch
 
 from services.common.errors import FailedPrecondition, NotFound
 from services.inference.engine.dictionaries.dictionary import Dictionary
+from services.inference.engine.dictionaries.sites import Header
 from services.inference.engine.dictionaries.sources import Registered
 from services.inference.engine.dictionaries.store import Store
 from tests.inference.dictionaries.examples import example
@@ -25,11 +26,11 @@ class Shelf:
         return [self._one(id) for id in "abc"]
 
     def _one(self, id: str) -> Registered:
-        def load() -> Dictionary:
+        def read(_: Header) -> Dictionary:
             self.reads[id] += 1
             return example("relu", seed=ord(id))
 
-        return Registered(example("relu").header, id, False, load)
+        return Registered(example("relu").header, id, False, read)
 
     def store(self, budget: int) -> Store:
         store = Store([], CPU, budget)
@@ -87,7 +88,7 @@ def test_those_in_use_stay() -> None:
 def test_a_failed_load_leaves_the_store_as_it_was() -> None:
     store = Shelf().store(SIZE)
 
-    def fail() -> Dictionary:
+    def fail(_: Header) -> Dictionary:
         raise FailedPrecondition("the file has changed")
 
     store.registered["bad"] = Registered(example("relu").header, "bad", False, fail)

@@ -4,6 +4,7 @@
     #site=mlp_in.3:mlp_out.3        a transcoder
     #site=mlp_out                   the layer as the files say it
     #site=mlp_out.3.before          before a post-norm (or `.after` it), where the model has one
+    #site=mlp_in.3.before:mlp_out.3 before the gain of the MLP's norm (or `.after` it)
 
 It beats what the files say, and the load-time self-test still has to agree.
 """
@@ -15,6 +16,7 @@ from services.common.errors import FailedPrecondition
 from services.inference.engine.dictionaries.sites import Point, Site
 
 _SITE = re.compile(r"([a-z_]+)(?:\.(\d+))?(?:\.(before|after))?\Z")
+_SIDED = (Point.ATTN_OUT, Point.MLP_OUT, Point.MLP_IN)
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,24 @@ class End:
 
     point: Point
     layer: int | None
-    before_post_norm: bool | None
+    before: bool | None
+    """Before the post-norm; of `mlp_in`, before the gain."""
 
     def in_place_of(self, site: Site) -> Site:
         """The named site. A point that stays keeps its side of the post-norm unless told."""
         layer = site.layer if self.layer is None else self.layer
-        stays = self.point is site.point and site.before_post_norm
-        return Site(self.point, layer, self._before(stays))
+        return self._placed(layer, self.point is site.point and site.before_post_norm)
 
     def site(self, layer: int | None, before_post_norm: bool) -> Site | None:
         """The site for a file that names none; None if its layer is not known either."""
         layer = layer if self.layer is None else self.layer
-        return None if layer is None else Site(self.point, layer, self._before(before_post_norm))
+        return None if layer is None else self._placed(layer, before_post_norm)
 
-    def _before(self, otherwise: bool) -> bool:
-        return otherwise if self.before_post_norm is None else self.before_post_norm
+    def _placed(self, layer: int, before_post_norm: bool) -> Site:
+        if self.point is Point.MLP_IN:
+            return Site(self.point, layer, before_gain=bool(self.before))
+        before = before_post_norm if self.before is None else self.before
+        return Site(self.point, layer, before_post_norm=before)
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ def spelled(site_in: Site, site_out: Site) -> str:
 
 
 def _end(site: Site) -> str:
-    if site.point not in (Point.ATTN_OUT, Point.MLP_OUT):
+    if site.point not in _SIDED:
         return str(site)
-    return f"{site}.{'before' if site.before_post_norm else 'after'}"
+    return f"{site}.{'before' if site.before_post_norm or site.before_gain else 'after'}"
 
 
 def split(uri: str) -> tuple[str, Override | None]:
@@ -79,6 +84,10 @@ def split(uri: str) -> tuple[str, Override | None]:
         if match[1] not in set(Point):
             raise FailedPrecondition(
                 f"{uri!r}: {match[1]!r} is no point; the points are {', '.join(Point)}"
+            )
+        if match[3] and match[1] not in _SIDED:
+            raise FailedPrecondition(
+                f"{uri!r}: .{match[3]} means something at {', '.join(_SIDED)} only"
             )
         layer = int(match[2]) if match[2] else None
         ends.append(End(Point(match[1]), layer, match[3] == "before" if match[3] else None))

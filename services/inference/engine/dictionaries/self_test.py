@@ -142,13 +142,16 @@ def faults(header: Header, measured: Measured) -> list[str]:
 def candidates(header: Header, widths: Widths) -> list[tuple[Site, Site]]:
     """Other sites of the same width that its weights may have been meant for.
 
-    The other side of a post-norm, then the other points of the layer, then the neighbouring layers.
+    The other side of a post-norm, then the other points of the layer, then the neighbouring layers;
+    of a transcoder, both sides of the MLP's gain and the residual. `Registered.at` reads weights
+    for them.
     """
     if header.is_transcoder:
         pairs = [
             (site_in, replace(header.site_out, before_post_norm=before))
             for site_in in (
                 Site(Point.MLP_IN, header.site_in.layer),
+                Site(Point.MLP_IN, header.site_in.layer, before_gain=True),
                 Site(Point.RESID_MID, header.site_in.layer),
             )
             for before in (False, True)

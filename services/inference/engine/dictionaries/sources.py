@@ -26,7 +26,7 @@ from services.inference.engine.dictionaries.readers import (
     sparsify,
 )
 from services.inference.engine.dictionaries.readings import Origin, Reading
-from services.inference.engine.dictionaries.sites import Header
+from services.inference.engine.dictionaries.sites import Header, Site
 from services.inference.engine.dictionaries.widths import Widths
 
 _READERS: tuple[ModuleType, ...] = (
@@ -57,12 +57,20 @@ class Registered:
     """The NAME it was given under; its id, unless the URI named a set."""
     unchecked: bool
     """Whether the operator takes it whatever its self-test says."""
-    load: Callable[[], Dictionary]
-    """Reads the weights to the CPU in float32. Raises FailedPrecondition."""
+    read: Callable[[Header], Dictionary]
+    """Reads the weights for the sites of a header."""
 
     @property
     def id(self) -> str:
         return self.header.id
+
+    def load(self) -> Dictionary:
+        """Reads the weights to the CPU in float32. Raises FailedPrecondition."""
+        return self.read(self.header)
+
+    def at(self, site_in: Site, site_out: Site) -> "Registered":
+        """The same weights at other sites, to see whether they fit there."""
+        return replace(self, header=replace(self.header, site_in=site_in, site_out=site_out))
 
 
 def open_dictionaries(sources: Iterable[DictionarySource], widths: Widths) -> list[Registered]:
@@ -98,19 +106,18 @@ def _open(source: DictionarySource, widths: Widths) -> list[Registered]:
         site = reading.header.site_in
         header = replace(reading.header, id=f"{name}-{site.point}-{site.layer}" if is_set else name)
         widths.check(header)
-        load = _loader(reading, header, widths)
-        opened.append(Registered(header, name, source.unchecked, load))
+        opened.append(Registered(header, name, source.unchecked, _reading(reading, widths)))
     return opened
 
 
-def _loader(reading: Reading, header: Header, widths: Widths) -> Callable[[], Dictionary]:
-    def load() -> Dictionary:
+def _reading(reading: Reading, widths: Widths) -> Callable[[Header], Dictionary]:
+    def read(header: Header) -> Dictionary:
         dictionary = replace(reading.load(), header=header)
         if not header.site_in.before_gain:
             return dictionary
         return dictionary.through_gain(*widths.mlp_norm(header))
 
-    return load
+    return read
 
 
 def _fetch(location: str) -> tuple[Path, str]:
