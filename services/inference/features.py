@@ -24,6 +24,8 @@ BUILT = (
     "run.activations",
     "verify",
     "stream_activations",
+    "generate",
+    "positions.generated",
 )
 
 NOT_BUILT = {
@@ -33,7 +35,6 @@ NOT_BUILT = {
     "intervention.patch": "the operation patch",
     "intervention.project_out": "the operation project_out",
     "intervention.mask": "the operation mask",
-    "positions.generated": "generation, and so its positions,",
     "attribute.dictionaries": "dictionaries",
     "attribute.verify": "the verified column",
     "attribute.integrated_steps": "the integrated-gradients column",
@@ -42,7 +43,6 @@ NOT_BUILT = {
     "attribute.read_outs.sources": "the sources of attention latents",
     "intervention.add.relative": "relative steering",
     "describe_component": "DescribeComponent",
-    "generate": "Generate",
 }
 
 

@@ -17,8 +17,13 @@ from services.inference.engine.interventions import (
 from services.inference.engine.model import Model
 
 
-def intervention(message: intervention_pb2.Intervention, model: Model, tokens: int) -> Intervention:
-    """One intervention on a prompt of `tokens` tokens; made canonical in place."""
+def intervention(
+    message: intervention_pb2.Intervention, model: Model, tokens: int, prompt: int | None = None
+) -> Intervention:
+    """One intervention on a sequence of `tokens` tokens; made canonical in place.
+
+    During generation `prompt` says how many of them are the prompt's, else None.
+    """
     with inside("target"):
         target = addresses.parse(message.target)
         check_target(target, model.architecture.shape, tokens)
@@ -26,7 +31,7 @@ def intervention(message: intervention_pb2.Intervention, model: Model, tokens: i
     positions = None
     if message.HasField("positions"):
         with inside("positions"):
-            positions = request_tokens.positions(message.positions, tokens)
+            positions = request_tokens.positions(message.positions, tokens, prompt)
     return Intervention(target, _operation(message, model), positions)
 
 

@@ -6,7 +6,6 @@ from tdb.inference.v1 import intervention_pb2
 from tdb.type.v1 import token_pb2
 
 from services.common.errors import InvalidArgument, inside
-from services.inference import features
 from services.inference.engine.model import Model
 from services.inference.engine.text import ChatMessage
 
@@ -60,8 +59,14 @@ def _chat_ids(chat: token_pb2.Chat, model: Model) -> tuple[int, ...]:
         return model.vocabulary.encode_chat(messages, answer_follows)
 
 
-def positions(message: intervention_pb2.Positions, tokens: int) -> tuple[int, ...]:
-    """Positions in the order given; raises where one does not exist or stands twice."""
+def positions(
+    message: intervention_pb2.Positions, tokens: int, prompt: int | None = None
+) -> tuple[int, ...]:
+    """Positions in the order given; raises where one does not exist or stands twice.
+
+    `tokens` is how many there are; during generation `prompt` says how many of them are the
+    prompt's, else None.
+    """
     match message.WhichOneof("which"):
         case "all":
             return tuple(range(tokens))
@@ -73,11 +78,25 @@ def positions(message: intervention_pb2.Positions, tokens: int) -> tuple[int, ..
                 )
             return tuple(range(message.start, tokens))
         case "generated":
-            raise features.not_built("positions.generated", "generated")
+            return _generated_positions(tokens, prompt)
         case "list":
             return _listed_positions(message.list.positions, tokens)
         case _:
-            raise InvalidArgument("one of all, list or start is required", field="which")
+            raise InvalidArgument("one of all, list, start or generated is required", field="which")
+
+
+def _generated_positions(tokens: int, prompt: int | None) -> tuple[int, ...]:
+    if prompt is None:
+        raise InvalidArgument(
+            "no positions are generated here, only Generate adds some; name others",
+            field="generated",
+        )
+    if tokens == prompt:
+        raise InvalidArgument(
+            "with max_new_tokens 1 the model reads no generated token: the last one is never run",
+            field="generated",
+        )
+    return tuple(range(prompt, tokens))
 
 
 def _listed_positions(positions: Sequence[int], tokens: int) -> tuple[int, ...]:

@@ -187,12 +187,28 @@ def required_run(request: HasRun, model: Model) -> ReadRun:
 
 
 def _run(run: intervention_pb2.Run, model: Model) -> ReadRun:
+    ids = read_prompt(run, model)
+    return ReadRun(ids, read_edits(run, model, len(ids)))
+
+
+def read_prompt(run: intervention_pb2.Run, model: Model) -> tuple[int, ...]:
+    """Ids of a run's prompt, made canonical in place."""
     if not run.HasField("prompt"):
         raise InvalidArgument("a prompt is required", field="prompt", reason="REQUIRED")
     with inside("prompt"):
         ids = request_tokens.prompt_ids(run.prompt, model)
     run.prompt.Clear()
     run.prompt.token_ids.ids.extend(ids)
+    return ids
+
+
+def read_edits(
+    run: intervention_pb2.Run, model: Model, tokens: int, prompt: int | None = None
+) -> tuple[Edit, ...]:
+    """Edits of a run over `tokens` tokens, made canonical in place.
+
+    During generation `prompt` says how many of them are the prompt's, else None.
+    """
     if len(run.interventions) > MAX_INTERVENTIONS:
         raise InvalidArgument(
             f"{len(run.interventions)} interventions are given; at most {MAX_INTERVENTIONS} are "
@@ -202,12 +218,11 @@ def _run(run: intervention_pb2.Run, model: Model) -> ReadRun:
     read = []
     for number, message in enumerate(run.interventions):
         with inside(f"interventions[{number}]"):
-            read.append(request_interventions.intervention(message, model, len(ids)))
+            read.append(request_interventions.intervention(message, model, tokens, prompt))
     with inside("interventions"):
-        edits = interventions.resolve(
-            read, model.architecture.shape, model.architecture.widths, len(ids)
+        return interventions.resolve(
+            read, model.architecture.shape, model.architecture.widths, tokens
         )
-    return ReadRun(ids, edits)
 
 
 def _count(request: run_pb2.RunRequest | attribute_pb2.AttributeRequest, default: int) -> int:

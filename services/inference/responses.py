@@ -75,7 +75,7 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
 
 
 def tokens(ids: Sequence[int], vocabulary: Vocabulary) -> list[token_pb2.Token]:
-    return [_token(each, vocabulary) for each in ids]
+    return [token(each, vocabulary) for each in ids]
 
 
 def fill_run(
@@ -108,13 +108,13 @@ def fill_attribution(
     for row in table.rows:
         message = _row(row)
         if (read := result.read_outs.get(row.node)) is not None:
-            message.output_tokens.extend(_scores(read.output, vocabulary))
-            message.input_tokens.extend(_scores(read.input, vocabulary))
-            message.key_input_tokens.extend(_scores(read.key_input, vocabulary))
+            message.output_tokens.extend(scores(read.output, vocabulary))
+            message.input_tokens.extend(scores(read.input, vocabulary))
+            message.key_input_tokens.extend(scores(read.key_input, vocabulary))
         response.rows.append(message)
     response.totals.CopyFrom(_totals(table.totals[0]))
     response.tokens.extend(tokens(ids[0], vocabulary))
-    response.top_tokens.extend(_scores(result.top_tokens[0], vocabulary))
+    response.top_tokens.extend(scores(result.top_tokens[0], vocabulary))
     response.receipts.extend(receipt(each) for each in first.receipts)
     response.token_effects.extend(_effects(each, False) for each in table.token_effects[0])
     for name, value in first.remainder.items():
@@ -125,7 +125,7 @@ def fill_attribution(
     response.compare_value = second.value
     response.compare_totals.CopyFrom(_totals(table.totals[1]))
     response.compare_tokens.extend(tokens(ids[1], vocabulary))
-    response.compare_top_tokens.extend(_scores(result.top_tokens[1], vocabulary))
+    response.compare_top_tokens.extend(scores(result.top_tokens[1], vocabulary))
     response.compare_receipts.extend(receipt(each) for each in second.receipts)
     response.token_effects.extend(_effects(each, True) for each in table.token_effects[1])
     for left in response.remainder:
@@ -135,17 +135,17 @@ def fill_attribution(
             response.remainder.add(node=name, compare_direct_effect=value)
 
 
-def _token(token_id: int, vocabulary: Vocabulary) -> token_pb2.Token:
-    token = vocabulary.token(token_id)
-    return token_pb2.Token(id=token.id, text=token.text, raw=token.raw)
+def token(token_id: int, vocabulary: Vocabulary) -> token_pb2.Token:
+    found = vocabulary.token(token_id)
+    return token_pb2.Token(id=found.id, text=found.text, raw=found.raw)
 
 
-def _scores(
-    scores: Sequence[tuple[int, float]], vocabulary: Vocabulary
+def scores(
+    found: Sequence[tuple[int, float]], vocabulary: Vocabulary
 ) -> list[token_pb2.TokenScore]:
     return [
-        token_pb2.TokenScore(token=_token(token_id, vocabulary), score=score)
-        for token_id, score in scores
+        token_pb2.TokenScore(token=token(token_id, vocabulary), score=score)
+        for token_id, score in found
     ]
 
 
@@ -159,7 +159,7 @@ def _next_tokens(result: NextTokens, vocabulary: Vocabulary) -> run_pb2.NextToke
 
 def _prediction(prediction: Prediction, vocabulary: Vocabulary) -> run_pb2.Prediction:
     return run_pb2.Prediction(
-        token=_token(prediction.token_id, vocabulary),
+        token=token(prediction.token_id, vocabulary),
         logit=prediction.logit,
         probability=prediction.probability,
     )

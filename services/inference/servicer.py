@@ -21,6 +21,7 @@ from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
 from services.inference import (
     features,
+    generate,
     manifest,
     request_tokens,
     requests,
@@ -167,8 +168,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: generate_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
-        raise features.not_built("generate", "")
-        yield  # the signature is a stream's
+        model = self._model(request.model)
+        canonical = generate_pb2.GenerateRequest()
+        canonical.CopyFrom(request)
+        canonical.model = model.identity.id
+        wanted = await asyncio.to_thread(generate.read, canonical, model)
+        async for response in generate.stream(canonical, wanted, model, self._on_device):
+            yield response
 
     async def StreamActivations(
         self, request: run_pb2.StreamActivationsRequest, context: Context

@@ -46,6 +46,11 @@ ZERO: dict[str, Any] = {"zero": {}}
 AT = "run.interventions[0]."
 
 MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "generated positions": (
+        edited({"target": "neuron.0.1", "positions": {"generated": {}}, **ZERO}),
+        AT + "positions.generated",
+        "only Generate adds some",
+    ),
     "no run": ({"run": None}, "run", "a prompt is required"),
     "no prompt": ({"run": {}}, "run.prompt", "a prompt is required"),
     "no source": ({"run": {"prompt": {}}}, "run.prompt.source", "one of text, token_ids or chat"),
@@ -270,7 +275,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
     "positions unset": (
         edited({"target": "neuron.1.3", "positions": {}, **ZERO}),
         AT + "positions.which",
-        "one of all, list or start",
+        "one of all, list, start or generated",
     ),
     "empty position list": (
         edited({"target": "neuron.1.3", "positions": {"list": {}}, **ZERO}),
@@ -320,10 +325,6 @@ NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "project out": (edited({"target": "attn.1", "projectOut": {}}), AT + "project_out"),
     "mask": (edited({"target": "head.0.1~2-1", "mask": {}}), AT + "mask"),
     "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
-    "generated positions": (
-        edited({"target": "neuron.0.1", "positions": {"generated": {}}, **ZERO}),
-        AT + "positions.generated",
-    ),
 }
 
 

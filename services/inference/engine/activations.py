@@ -58,6 +58,7 @@ def _values(point: Point, architecture: Architecture, current: Pass, row: int) -
             return site.values_per_head(row).transpose(0, 1)
         case "attn_probs":
             return site.used(row)
+        case "z":
+            return site.z[row]
         case _:
-            scaling = architecture.layers[point.layer].scaling
-            return site.query[row].detach() @ site.keys_per_head(row).transpose(1, 2) * scaling
+            return site.scores(row, architecture.layers[point.layer].scaling)

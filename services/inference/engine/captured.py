@@ -262,7 +262,6 @@ class Pass:
         self.attention.append(site)
         z = self._edited_outputs(layer, site, output)
         site.z = self.at_site(SitePoint.Z, layer, z.flatten(2)).view_as(z)
-        self.keep("z", layer, site.z)
         return site.z
 
     def _edited_outputs(self, layer: int, site: AttentionSite, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
@@ -109,17 +109,19 @@ class Hooks:
         cancel: CancelToken | None = None,
         keep: frozenset[Point] = frozenset(),
         dictionaries: Sequence[str] = (),
+        cache: DynamicCache | None = None,
     ) -> Pass:
         """Runs the model over the rows; logits at `positions` (of every row).
 
         `keep` names points to keep beyond what every pass captures, `dictionaries` the ids of
-        those to be read; the ones that edits name are read besides.
+        those to be read; the ones that edits name are read besides. With a `cache` the rows go on
+        from the tokens in it, which it then holds too; positions count from the rows' first.
 
         Raises FailedPrecondition (reason NON_FINITE) where a value is not finite, Cancelled and
         DeadlineExceeded from the token.
         """
         current = Pass(rows, gradients, cancel or CancelToken(), wanted=keep)
-        self._run(current, positions, dictionaries)
+        self._run(current, positions, dictionaries, cache)
         return current
 
     def record(
@@ -155,7 +157,11 @@ class Hooks:
         current.sites = Sites([self.dictionary(name) for name in named])
 
     def _run(
-        self, current: Pass, positions: Sequence[int], dictionaries: Sequence[str] = ()
+        self,
+        current: Pass,
+        positions: Sequence[int],
+        dictionaries: Sequence[str] = (),
+        cache: DynamicCache | None = None,
     ) -> None:
         started = time.perf_counter()
         rows, gradients = current.rows, current.gradients
@@ -169,7 +175,8 @@ class Hooks:
             output = self._model(
                 input_ids=ids.to(device),
                 logits_to_keep=torch.tensor(list(positions), device=device),
-                use_cache=False,
+                use_cache=cache is not None,
+                cache=cache,
             )
         current.logits = output.logits
         self._check_captured(current)

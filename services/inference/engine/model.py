@@ -28,11 +28,13 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
 from services.inference.engine.forward import Hooks
+from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.lens import lens_logits
 from services.inference.engine.objectives import LogitDiff
 from services.inference.engine.points import Point
 from services.inference.engine.readouts import ReadOut, read_out
+from services.inference.engine.sampling import Sampling
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation, Verification
 
@@ -208,6 +210,17 @@ class Model:
         )
         return Captured(current, self.architecture)
 
+    def generate(
+        self,
+        prompt: Sequence[int],
+        edits: tuple[Edit, ...],
+        sampling: Sampling,
+        ending: Ending,
+        top: int = 0,
+    ) -> Continuation:
+        """A continuation to be taken step by step; nothing runs yet."""
+        return Continuation(self.hooks, self.vocabulary, prompt, edits, sampling, ending, top)
+
     def attribute(
         self,
         runs: Sequence[ExplainedRun],
@@ -265,15 +278,9 @@ class Model:
             ]
             if nodes:
                 found |= read_out(
-                    self.architecture, explanation, nodes, tokens, self._listed_tokens
+                    self.architecture, explanation, nodes, tokens, self.vocabulary.listed
                 )
         return found
-
-    @property
-    def _listed_tokens(self) -> int:
-        """How many ids the tokenizer can decode; only those are ever listed."""
-        facts = self.vocabulary.facts
-        return self.vocabulary.size if facts is None else facts.vocabulary
 
     def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
         """[d]: mean unembedding column of the targets minus that of the distractors."""
@@ -304,7 +311,7 @@ class Model:
 
     def _top(self, logits: Tensor, k: int) -> tuple[tuple[int, float], ...]:
         """(id, logit) of the k largest; ids the tokenizer cannot decode are never listed."""
-        listed = logits[: self._listed_tokens]
+        listed = logits[: self.vocabulary.listed]
         top = torch.topk(listed, min(k, listed.numel()))
         return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 

@@ -152,9 +152,14 @@ class Vocabulary:
             )
         return token_id
 
+    @property
+    def listed(self) -> int:
+        """How many ids the tokenizer can decode; only those are ever listed or chosen."""
+        return self.size if self.facts is None else self.facts.vocabulary
+
     def is_listed(self, token_id: int) -> bool:
         """Whether the tokenizer can decode the id; it cannot where the vocabulary is padded."""
-        return self.facts is None or token_id < self.facts.vocabulary
+        return token_id < self.listed
 
     def token(self, token_id: int) -> Token:
         """Display text and bytes of an id; `<17>` where nothing is known."""
