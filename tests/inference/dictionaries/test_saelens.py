@@ -97,6 +97,19 @@ def test_standard(tmp_path: Path, config: dict[str, Any]) -> None:
     assert not agrees(registered.load(), x, *relu(x, t, subtract=False))
 
 
+def test_what_it_declares(tmp_path: Path) -> None:
+    figures = {"l0": 15.98, "fvu": 0.0521, "dataset_path": "sample.txt", "seqpos_slice": [2, None]}
+    folder = write(tmp_path / "release" / "first", V6, plain(), metadata=figures)
+    declared = opened(folder)[0].header.declared
+    assert (declared.l0, declared.fvu, declared.leave_out_first) == (15.98, 0.0521, 2)
+    assert (declared.sample, declared.sample_file) == ("sample.txt", None)
+    (folder.parent / "sample.txt").write_text("a text")
+    assert opened(folder)[0].header.declared.sample_file == folder.parent / "sample.txt"
+    for elsewhere in ("../release/sample.txt", str(folder.parent / "sample.txt")):
+        write(folder, V6, plain(), metadata={"dataset_path": elsewhere})
+        assert opened(folder)[0].header.declared.sample_file is None
+
+
 def test_without_subtracting_b_dec(tmp_path: Path) -> None:
     t = plain()
     d = one(write(tmp_path, V6, t, apply_b_dec_to_input=False))
@@ -335,6 +348,18 @@ def test_a_transcoder_before_the_gain_needs_the_model_s_norm(tmp_path: Path) -> 
         (V6, {"architecture": "gated"}, "lacks 'b_gate'"),
         (V6, {"architecture": "jumprelu"}, "lacks 'threshold'"),
         (V6, {"architecture": "transcoder"}, "apply_b_dec_to_input is True"),
+        (
+            V6,
+            {
+                "architecture": "transcoder",
+                "apply_b_dec_to_input": False,
+                "metadata": {
+                    "hook_name": "blocks.2.mlp.hook_in",
+                    "hook_name_out": "blocks.3.hook_mlp_out",
+                },
+            },
+            "reads mlp_in.2 and writes mlp_out.3: another layer",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused(

@@ -57,7 +57,9 @@ def test_nothing_is_read_before_it_is_needed(tmp_path: Path) -> None:
 def test_names_that_collide_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     sources = [DictionarySource(name, str(tmp_path), False) for name in ("a.b", "a-b")]
-    with pytest.raises(FailedPrecondition, match=r"two dictionaries would be called 'a-b': one of"):
+    with pytest.raises(
+        FailedPrecondition, match=r"two dictionaries would be called 'a-b': /.* and /"
+    ):
         open_dictionaries(sources, WIDTHS)
     assert [each.id for each in open_dictionaries(sources[:1], WIDTHS)] == ["a-b"]
 
@@ -84,6 +86,8 @@ def test_a_site_in_the_uri_beats_the_files(tmp_path: Path) -> None:
         ("site=mlp.3", "'mlp' is no point; the points are resid_pre, resid_mid"),
         ("site=mlp_in.3:mlp_out.4", "both sites need the same layer"),
         ("site=resid_post.3.before", ".before means something at attn_out, mlp_out, mlp_in only"),
+        ("site=mlp_in.3", "reads and writes mlp_in.3, which is nothing that a layer adds"),
+        ("site=resid_pre.3:resid_post.3", "only transcoders that write mlp_out are supported"),
         ("site=mlp_act.3", "reads 12 channels at mlp_act.3, but the model's mlp_act is 20 wide"),
         ("site=mlp_out.6", "reads layer 6, but the model has layers 0 to 5"),
     ],

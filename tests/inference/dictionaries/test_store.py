@@ -1,6 +1,7 @@
 """The budget, and who leaves first."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class Shelf:
             self.reads[id] += 1
             return example("relu", seed=ord(id))
 
-        return Registered(example("relu").header, id, False, read)
+        return Registered(example("relu").header, id, False, Path(id), read)
 
     def store(self, budget: int) -> Store:
         store = Store([], CPU, budget)
@@ -91,7 +92,7 @@ def test_a_failed_load_leaves_the_store_as_it_was() -> None:
     def fail(_: Header) -> Dictionary:
         raise FailedPrecondition("the file has changed")
 
-    store.registered["bad"] = Registered(example("relu").header, "bad", False, fail)
+    store.registered["bad"] = Registered(example("relu").header, "bad", False, Path("bad"), fail)
     store.get("a")
     with pytest.raises(FailedPrecondition, match="has changed"):
         store.get("bad")

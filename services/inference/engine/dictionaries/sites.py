@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 
 class Point(StrEnum):
@@ -76,6 +77,8 @@ class Declared:
     """Fraction of variance unexplained."""
     sample: str = ""
     """The corpus it was trained or measured on."""
+    sample_file: Path | None = None
+    """A text beside the dictionary that its figures were measured on."""
     leave_out_first: int = 0
     """Leading positions that training left out (attention sinks), to be left out of statistics."""
 

@@ -57,6 +57,8 @@ class Registered:
     """The NAME it was given under; its id, unless the URI named a set."""
     unchecked: bool
     """Whether the operator takes it whatever its self-test says."""
+    path: Path
+    """The folder or file it was found in."""
     read: Callable[[Header], Dictionary]
     """Reads the weights for the sites of a header."""
 
@@ -86,10 +88,8 @@ def open_dictionaries(sources: Iterable[DictionarySource], widths: Widths) -> li
     for each in registered:
         if each.id in taken:
             raise FailedPrecondition(
-                f"two dictionaries would be called {each.id!r}: one of "
-                f"{taken[each.id].header.provenance.files[0][0]} under {taken[each.id].set_name!r} "
-                f"and one of {each.header.provenance.files[0][0]} under {each.set_name!r}; give "
-                "them different names, or URIs that name less"
+                f"two dictionaries would be called {each.id!r}: {taken[each.id].path} and "
+                f"{each.path}; give them different names, or URIs that name less"
             )
         taken[each.id] = each
     return registered
@@ -106,7 +106,8 @@ def _open(source: DictionarySource, widths: Widths) -> list[Registered]:
         site = reading.header.site_in
         header = replace(reading.header, id=f"{name}-{site.point}-{site.layer}" if is_set else name)
         widths.check(header)
-        opened.append(Registered(header, name, source.unchecked, _reading(reading, widths)))
+        read = _reading(reading, widths)
+        opened.append(Registered(header, name, source.unchecked, reading.path, read))
     return opened
 
 

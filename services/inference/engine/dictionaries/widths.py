@@ -44,6 +44,20 @@ class Widths:
                     f"{header.id} {verb} {width} channels at {site}, but the model's {site.point} "
                     f"is {expected} wide"
                 )
+        if header.is_transcoder and header.site_out.point is not Point.MLP_OUT:
+            raise FailedPrecondition(
+                f"{header.id} reads {header.site_in} and writes {header.site_out}, but only "
+                "transcoders that write mlp_out are supported"
+            )
+        if header.site_out.layer != header.site_in.layer:
+            raise FailedPrecondition(
+                f"{header.id} reads {header.site_in} and writes {header.site_out}: another layer"
+            )
+        if not header.is_transcoder and header.site_in.point is Point.MLP_IN:
+            raise FailedPrecondition(
+                f"{header.id} reads and writes {header.site_in}, which is nothing that a layer "
+                "adds to the residual stream; only transcoders read there"
+            )
         if header.site_in.before_gain:
             self.mlp_norm(header)
 

@@ -159,7 +159,6 @@ def read(folder: Path, origin: Origin) -> list[Reading]:
         checked_k(config.path, "k", config.options.get("k"), latents)
     subtracts = not config.transcodes and config.flag("apply_b_dec_to_input", True)
     norm = _norm(config, folder, site_in)
-    slice_ = config.metadata.get("seqpos_slice") or [None]
     header = Header(
         id="",
         site_in=site_in,
@@ -168,10 +167,7 @@ def read(folder: Path, origin: Origin) -> list[Reading]:
         d_out=d_out,
         latents=latents,
         activation=config.activation,
-        declared=Declared(
-            sample=str(config.metadata.get("dataset_path") or ""),
-            leave_out_first=slice(*slice_).start or 0,
-        ),
+        declared=_declared(config, folder),
         provenance=origin.provenance("saelens", config.path, file.path),
         has_skip=skip is not None,
     )
@@ -307,6 +303,21 @@ def _norm(config: _Config, folder: Path, site_in: Site) -> InputNorm:
                 value,
                 "none, expected_average_only_in, constant_norm_rescale or layer_norm",
             )
+
+
+def _declared(config: _Config, folder: Path) -> Declared:
+    """`metadata` is the publisher's own: `l0` and `fvu` are taken for what they are called, and
+    `dataset_path` for a file's name where there is one beside the dictionary or its folder."""
+    sample = str(config.metadata.get("dataset_path") or "")
+    beside = [place / sample for place in (folder, folder.parent)] if sample else []
+    l0, fvu = (config.metadata.get(key) for key in ("l0", "fvu"))
+    return Declared(
+        l0=float(l0) if isinstance(l0, int | float) else None,
+        fvu=float(fvu) if isinstance(fvu, int | float) else None,
+        sample=sample,
+        sample_file=next((p for p in beside if p.is_file() and Path(sample).name == sample), None),
+        leave_out_first=slice(*(config.metadata.get("seqpos_slice") or [None])).start or 0,
+    )
 
 
 def _is_centred(config: _Config, site_in: Site) -> bool:
