@@ -126,6 +126,10 @@ FEATURES = {
     "traced value",
     "visible pairs": "pairs outside causality and window are never listed and never a target",
     "batches": "rows of a padded batch with edits of their own equal single rows, gradients too",
+    "points": "activations by name are what plain PyTorch hooks see; the logit lens ends at the "
+    "model's logits",
+    "generation": "every token over a cache, under edits of prompt and continuation, has the "
+    "probabilities of a pass over the whole sequence",
 }
 """What `tests/inference/families` proves of every variant of every family, by name."""
 

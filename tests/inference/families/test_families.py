@@ -18,6 +18,7 @@ from services.inference.engine.families import FAMILIES, FEATURES
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
 from services.inference.engine.objectives import LogitDiff, LogProb
 from services.inference.engine.readouts import read_out
+from tests.inference.families import test_running
 from tests.inference.families.models import (
     HEADS,
     IDS,
@@ -519,5 +520,5 @@ def test_a_parallel_block_has_no_stream_between_attention_and_mlp() -> None:
 def test_every_feature_has_its_test_on_every_variant() -> None:
     for feature in FEATURES:
         name = "test_" + feature.replace(" ", "_").replace("-", "_")
-        marks = globals()[name].pytestmark
+        marks = {**globals(), **vars(test_running)}[name].pytestmark
         assert ("variant", VARIANTS) in [mark.args[:2] for mark in marks], feature
