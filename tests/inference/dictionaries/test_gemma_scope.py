@@ -1,6 +1,7 @@
 """Both Gemma Scopes, written from their layouts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,24 @@ def test_pickled_objects_are_refused(tmp_path: Path) -> None:
     folder = first(tmp_path, "res", tensors())
     save_npz(folder / "params.npz", {"W_enc": np.array([{"a": 1}], dtype=object)})
     with pytest.raises(FailedPrecondition, match="holds pickled objects, which could run code"):
+        opened(folder)
+
+
+def test_a_damaged_or_missing_array_is_one_sentence(tmp_path: Path) -> None:
+    folder = first(tmp_path, "res", tensors())
+    (registered,) = opened(folder)
+    path = folder / "params.npz"
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(FailedPrecondition, match="is not readable"):
+        registered.load()
+    path.unlink()
+    with pytest.raises(FailedPrecondition, match="is not readable"):
+        registered.load()
+    path.write_bytes(b"no zip")
+    with pytest.raises(FailedPrecondition, match="is no npz file"):
         opened(folder)
 
 

@@ -169,6 +169,19 @@ def test_a_pickle_that_runs_something_is_refused_and_does_not_run(tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
+def test_nor_does_one_of_torch_s_old_layout(tmp_path: Path) -> None:
+    path = write(tmp_path / "resid_delta_mlp", state())
+    content = {**state(), "pre_bias": Runs(tmp_path / "ran")}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(FailedPrecondition, match="not a file of tensors alone"):
+        opened(path)
+    assert not (tmp_path / "ran").exists()
+    t = state()
+    torch.save(t, path, _use_new_zipfile_serialization=False)
+    x = tokens()
+    check(one(path), x, *relu(x, t))
+
+
 def test_something_that_is_no_file_of_tensors(tmp_path: Path) -> None:
     path = write(tmp_path / "resid_delta_mlp", [1, 2])
     with pytest.raises(FailedPrecondition, match="holds no state dict"):

@@ -7,6 +7,7 @@ safetensors hold nothing but tensors. `.npz` is read with `allow_pickle=False` a
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,8 +45,19 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor in float32 on the CPU. Raises FailedPrecondition if a value is not finite."""
-        if _stamp(self.path) != self._stamp:
-            raise FailedPrecondition(f"{self.path} has changed since the service started")
+        try:
+            if _stamp(self.path) != self._stamp:
+                raise FailedPrecondition(f"{self.path} has changed since the service started")
+            tensor = self._read(name).detach().to(torch.float32, copy=True)
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise FailedPrecondition(
+                f"{self.path}: tensor {name!r} is not readable: {hub.sentence(error)}"
+            ) from error
+        if not tensor.isfinite().all():
+            raise FailedPrecondition(f"{self.path}: tensor {name!r} holds a NaN or an infinity")
+        return tensor
+
+    def _read(self, name: str) -> Tensor:
         match self.path.suffix:
             case ".safetensors":
                 with safe_open(self.path, framework="pt") as file:
@@ -55,9 +67,6 @@ class TensorFile:
                     tensor = torch.from_numpy(arrays[name])
             case _:
                 tensor = self._torch()[name]
-        tensor = tensor.detach().to(torch.float32, copy=True)
-        if not tensor.isfinite().all():
-            raise FailedPrecondition(f"{self.path}: tensor {name!r} holds a NaN or an infinity")
         return tensor
 
     def number(self, name: str) -> float:

@@ -70,6 +70,7 @@ _MEANINGFUL = {
     "metadata",
 }
 _TRAINING = {
+    "sae_lens_version",
     "dtype",
     "device",
     "l1_coefficient",
