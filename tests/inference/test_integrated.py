@@ -1,0 +1,144 @@
+"""Integrated effects against the same sums written out over a forward pass by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.common.addresses import Address, Kind, parse
+from services.inference.engine import integrated
+from services.inference.engine.attribution import ExplainedRun
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.integrated import Sublayer
+from services.inference.engine.objectives import LogitDiff
+from tests.inference import plain
+from tests.inference.helpers import HEADS, NEURONS, Engine, random_engine, random_model
+from tests.inference.test_verification import BASE, IDS, of_base
+
+POSITION = 6
+OBJECTIVE = LogitDiff((5,), (9, 11), POSITION)
+SITES: dict[str, tuple[Sublayer, str, int | None]] = {
+    "embeddings": (Sublayer(Kind.EMBED, None), "embed", None),
+    "heads": (Sublayer(Kind.HEAD, 1), "probabilities", 1),
+    "neurons": (Sublayer(Kind.NEURON, 0), "neurons", 0),
+    "last neurons": (Sublayer(Kind.NEURON, 2), "neurons", 2),
+}
+
+
+def nodes_of(sublayer: Sublayer) -> list[Address]:
+    tokens = range(len(IDS))
+    match sublayer.kind:
+        case Kind.EMBED:
+            return [Address(Kind.EMBED, position=token) for token in tokens]
+        case Kind.HEAD:
+            return [
+                Address(Kind.HEAD, sublayer.layer, head, position=query, key=key)
+                for head in range(HEADS)
+                for query in tokens
+                for key in range(query + 1)
+            ]
+        case _:
+            return [
+                Address(Kind.NEURON, sublayer.layer, neuron, position=token)
+                for token in tokens
+                for neuron in range(NEURONS)
+            ]
+
+
+def by_hand(
+    family: str, name: str, shares: list[float], base: list[tuple[str, int | None, Any, Any]]
+) -> tuple[Tensor, Tensor, list[float]]:
+    """x, the mean of G over the shares of the way from 0, and J at each."""
+    _, kind, layer = SITES[name]
+    edited: plain.Site = plain.edited(*base)
+    values: list[Tensor] = []
+    gradients, objectives = [], []
+    for share in shares:
+        leaf: list[Tensor] = []
+
+        def site(
+            at: str,
+            at_layer: int | None,
+            x: Tensor,
+            share: float = share,
+            leaf: list[Tensor] = leaf,
+        ) -> Tensor:
+            x = edited(at, at_layer, x)
+            if (at, at_layer) != (kind, layer):
+                return x
+            values.append(x.detach())
+            leaf.append((share * x).detach().requires_grad_())
+            return leaf[0]
+
+        objective = OBJECTIVE.value(plain.forward(random_model(family), IDS, site)[POSITION])
+        gradients.append(torch.autograd.grad(objective, leaf)[0])
+        objectives.append(float(objective.detach()))
+    return values[0], torch.stack(gradients).mean(0), objectives
+
+
+def integrate(engine: Engine, run: ExplainedRun, nodes: list[Address], steps: int) -> list[float]:
+    begun = integrated.begin(engine.hooks, run, nodes, steps, CancelToken())
+    for number in range(len(begun.chunks)):
+        begun.chunk(number, CancelToken())
+    return begun.effects(nodes)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_effects_are_the_sum_over_midpoints_written_out(
+    family: str, name: str, edited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integrated, "TOKENS_PER_CHUNK", {"cpu": 15})  # two rows a batch
+    engine = random_engine(family)
+    base = of_base() if edited else []
+    edits = engine.edits(*(each for each, _ in BASE), tokens=len(IDS)) if edited else ()
+    sublayer = SITES[name][0]
+    nodes = nodes_of(sublayer)
+    got = torch.tensor(integrate(engine, ExplainedRun(IDS, edits, OBJECTIVE), nodes, 5))
+    x, gradient, _ = by_hand(family, name, [0.1, 0.3, 0.5, 0.7, 0.9], base)
+    effects = x * gradient
+    if sublayer.kind is Kind.EMBED:
+        expected = effects.sum(-1)
+    elif sublayer.kind is Kind.HEAD:
+        queries, keys = torch.tril_indices(len(IDS), len(IDS))
+        expected = effects[:, queries, keys].flatten()
+    else:
+        expected = effects.flatten()
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+    other, wrong, _ = by_hand(family, name, [0.2, 0.4, 0.6, 0.8, 1.0], base)
+    assert (effects - other * wrong).abs().max() > 1e-3 * expected.abs().max()
+
+
+# Not the embeddings from 0: the first norm makes J jump there, within a thousandth of the way.
+@pytest.mark.parametrize("name", ["heads", "neurons", "last neurons"])
+def test_rows_of_a_sublayer_add_up_to_what_removing_it_does(name: str) -> None:
+    engine = random_engine("llama")
+    run = ExplainedRun(IDS, (), OBJECTIVE)
+    nodes = nodes_of(SITES[name][0])
+    _, _, (without, whole) = by_hand("llama", name, [0.0, 1.0], [])
+    sums = {steps: sum(integrate(engine, run, nodes, steps)) for steps in (2, 16, 128)}
+    errors = {steps: abs(total - (whole - without)) for steps, total in sums.items()}
+    assert errors[128] < 1e-2 * abs(whole - without)
+    assert errors[128] < errors[16] < errors[2]
+
+
+def test_only_sublayers_of_the_nodes_are_run() -> None:
+    engine = random_engine()
+    nodes = [parse("neuron.1.3~2"), parse("neuron.1.4~6"), parse("head.0.1~3-2")]
+    begun = integrated.begin(
+        engine.hooks, ExplainedRun(IDS, (), OBJECTIVE), nodes, 4, CancelToken()
+    )
+    assert {moving for moving, _ in begun.chunks} == {
+        Sublayer(Kind.NEURON, 1),
+        Sublayer(Kind.HEAD, 0),
+    }
+
+
+def test_nodes_after_the_position_of_j_have_none() -> None:
+    engine = random_engine()
+    nodes = [parse("neuron.1.3~7"), parse("head.0.1~7-2"), parse("embed~7"), parse("embed~6")]
+    effects = integrate(engine, ExplainedRun(IDS, (), OBJECTIVE), nodes, 4)
+    assert effects[:3] == [0.0, 0.0, 0.0]
+    assert effects[3] != 0
