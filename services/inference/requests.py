@@ -27,6 +27,8 @@ MAX_ROWS = 100_000
 MAX_INTERVENTIONS = 1_000
 MAX_READ_OUT_TOKENS = 100
 MAX_READ_OUT_ROWS = 1_000
+MAX_VERIFIED_ROWS = 1_000
+MAX_INTEGRATED_STEPS = 256
 DEFAULT_ROWS = 50
 DEFAULT_TOP_TOKENS = 10
 
@@ -75,6 +77,10 @@ class Attribution:
     ranking: tables.Ranking
     read_out_tokens: int
     """Tokens read out of each listed node; 0: none."""
+    verify: bool = False
+    """Whether listed nodes are ablated for the verified column."""
+    integrated_steps: int = 0
+    """Midpoints of the integrated column; 0: no such column."""
 
 
 def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
@@ -128,7 +134,33 @@ def read_attribution(request: attribute_pb2.AttributeRequest, model: Model) -> A
     request.top_k = _count(request, DEFAULT_ROWS)
     ranking = tables.Ranking(_COLUMNS[request.rank_by], request.top_k, request.per_kind)
     tokens = _read_out_tokens(request) if request.HasField("read_outs") else 0
-    return Attribution(tuple(runs), _NORM_MODES[request.norm_mode], ranking, tokens)
+    if request.verify and request.top_k > MAX_VERIFIED_ROWS:
+        raise InvalidArgument(
+            f"at most {MAX_VERIFIED_ROWS} rows are verified; top_k is {request.top_k}",
+            field="verify",
+        )
+    return Attribution(
+        tuple(runs),
+        _NORM_MODES[request.norm_mode],
+        ranking,
+        tokens,
+        request.verify,
+        _integrated_steps(request),
+    )
+
+
+def _integrated_steps(request: attribute_pb2.AttributeRequest) -> int:
+    if not request.HasField("integrated_steps"):
+        return 0
+    steps = request.integrated_steps
+    if not 1 <= steps <= MAX_INTEGRATED_STEPS:
+        raise InvalidArgument(
+            f"integrated_steps is {steps}; valid is 1..{MAX_INTEGRATED_STEPS}",
+            field="integrated_steps",
+        )
+    if request.dictionaries:
+        raise features.not_built("attribute.integrated_steps.latents", "integrated_steps")
+    return steps
 
 
 def _read_out_tokens(request: attribute_pb2.AttributeRequest) -> int:
@@ -149,10 +181,6 @@ def _read_out_tokens(request: attribute_pb2.AttributeRequest) -> int:
 def _refuse_unbuilt(request: attribute_pb2.AttributeRequest) -> None:
     if request.dictionaries:
         raise features.not_built("attribute.dictionaries", "dictionaries")
-    if request.verify:
-        raise features.not_built("attribute.verify", "verify")
-    if request.HasField("integrated_steps"):
-        raise features.not_built("attribute.integrated_steps", "integrated_steps")
     if request.HasField("baseline"):
         raise features.not_built("attribute.baseline", "baseline")
     if request.integrated_path:

@@ -23,6 +23,7 @@ from services.inference import (
     features,
     generate,
     manifest,
+    measured,
     request_tokens,
     requests,
     responses,
@@ -128,11 +129,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
             )
         )
         result, device_ms = finished.result
+        effects = await measured.measure(wanted, result, model, self._on_device)
         ids = [run.token_ids for run in wanted.runs]
 
         def answer() -> attribute_pb2.AttributeResponse:
             response = attribute_pb2.AttributeResponse()
             responses.fill_attribution(response, result, ids, model.vocabulary)
+            measured.fill(response, result, effects)
             times = result.times
             timings = manifest_pb2.Timings(
                 queue_ms=finished.queue_ms,

@@ -314,10 +314,26 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
 }
 
+MALFORMED |= {
+    "no integrated steps": (
+        {"integratedSteps": 0},
+        "integrated_steps",
+        "integrated_steps is 0; valid is 1..256",
+    ),
+    "too many integrated steps": (
+        {"integratedSteps": 257},
+        "integrated_steps",
+        "integrated_steps is 257; valid is 1..256",
+    ),
+    "too many rows to verify": (
+        {"verify": True, "topK": 1001},
+        "verify",
+        "at most 1000 rows are verified; top_k is 1001",
+    ),
+}
+
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
-    "verify": ({"verify": True}, "verify"),
-    "integrated steps": ({"integratedSteps": 4}, "integrated_steps"),
     "along": ({"objective": {"along": {"point": "embed"}}}, "objective.along"),
     "trace": ({"objective": {"tracedNode": {"node": "neuron.0.1~2"}}}, "objective.traced_node"),
     "mean": (edited({"target": "neuron.0.1", "mean": {}}), AT + "mean"),

@@ -18,6 +18,7 @@ from services.inference.engine import (
     activations,
     attribution,
     estimates,
+    integrated,
     loading,
     tables,
     verification,
@@ -29,6 +30,7 @@ from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
 from services.inference.engine.forward import Hooks
 from services.inference.engine.generation import Continuation, Ending
+from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.lens import lens_logits
 from services.inference.engine.objectives import LogitDiff
@@ -263,6 +265,12 @@ class Model:
     ) -> Verification:
         """The run as it is, and the chunks in which its nodes can be verified."""
         return verification.begin(self.hooks, run, ablations, cancel)
+
+    def integrate(
+        self, run: ExplainedRun, nodes: Sequence[Address], steps: int, cancel: CancelToken
+    ) -> Integration:
+        """The run as it is, and the chunks in which its nodes' effects can be integrated."""
+        return integrated.begin(self.hooks, run, nodes, steps, cancel)
 
     def _read_outs(
         self, explanations: Sequence[Explanation], table: tables.Table, tokens: int
