@@ -1,6 +1,8 @@
 """Reading interventions out of request messages."""
 
-from tdb.inference.v1 import intervention_pb2
+import torch
+from tdb.inference.v1 import intervention_pb2, objective_pb2
+from torch import Tensor
 
 from services.common import addresses
 from services.common.errors import InvalidArgument, inside
@@ -8,13 +10,16 @@ from services.inference import features, request_objectives, request_tokens, ten
 from services.inference.engine.interventions import (
     Add,
     Intervention,
+    Mask,
     Operation,
+    ProjectOut,
     Scale,
     SetTo,
     Zero,
-    check_target,
 )
 from services.inference.engine.model import Model
+from services.inference.engine.resolution import check_target
+from services.inference.engine.targets import check_operation
 
 
 def intervention(
@@ -28,6 +33,11 @@ def intervention(
         target = addresses.parse(message.target)
         check_target(target, model.architecture.shape, tokens)
     message.target = str(target)
+    if (name := message.WhichOneof("op")) is None:
+        raise InvalidArgument(
+            "an operation is required, for example zero: {}", field="op", reason="REQUIRED"
+        )
+    check_operation(target, name)
     positions = None
     if message.HasField("positions"):
         with inside("positions"):
@@ -47,12 +57,13 @@ def _operation(message: intervention_pb2.Intervention, model: Model) -> Operatio
         case "add":
             with inside("add"):
                 return _add(message.add, model)
-        case None:
-            raise InvalidArgument(
-                "an operation is required, for example zero: {}", field="op", reason="REQUIRED"
-            )
+        case "project_out":
+            with inside("project_out"):
+                return _project_out(message.project_out, model)
+        case "mask":
+            return Mask()
         case operation:
-            raise features.not_built(f"intervention.{operation}", operation)
+            raise features.not_built(f"intervention.{operation}", operation or "op")
 
 
 def _set(message: intervention_pb2.Intervention.Set) -> SetTo:
@@ -67,8 +78,6 @@ def _set(message: intervention_pb2.Intervention.Set) -> SetTo:
 
 
 def _add(message: intervention_pb2.Intervention.Add, model: Model) -> Add:
-    if message.relative:
-        raise features.not_built("intervention.add.relative", "relative")
     match message.WhichOneof("addend"):
         case "value":
             if message.HasField("strength"):
@@ -76,13 +85,38 @@ def _add(message: intervention_pb2.Intervention.Add, model: Model) -> Add:
                     "strength multiplies a direction; with value it means nothing",
                     field="strength",
                 )
+            if message.relative:
+                raise InvalidArgument(
+                    "relative scales a direction; with value it means nothing", field="relative"
+                )
             return Add(message.value)
         case "direction":
+            strength = message.strength if message.HasField("strength") else 1.0
+            if message.relative:
+                return Add(strength * _unit(message.direction, model), relative=True)
             with inside("direction"):
-                vector = request_objectives.direction(message.direction, model)
-            return Add(vector * (message.strength if message.HasField("strength") else 1.0))
+                return Add(strength * request_objectives.direction(message.direction, model))
         case _:
             raise InvalidArgument(
                 "one of value or direction is required, for example add: {value: 0.5}",
                 field="addend",
             )
+
+
+def _project_out(message: intervention_pb2.Intervention.ProjectOut, model: Model) -> ProjectOut:
+    if not message.HasField("direction"):
+        raise InvalidArgument("a direction is required", field="direction", reason="REQUIRED")
+    return ProjectOut(_unit(message.direction, model))
+
+
+def _unit(message: objective_pb2.Direction, model: Model) -> Tensor:
+    """A direction whose own length does not count, as a vector [w] of length 1."""
+    with inside("direction"):
+        if message.unit:
+            raise InvalidArgument(
+                "only where the direction points counts here, so unit means nothing; leave it out",
+                field="unit",
+            )
+        vector = request_objectives.direction(message, model)
+    length: Tensor = torch.linalg.vector_norm(vector)
+    return vector / length

@@ -17,7 +17,7 @@ from services.inference import (
     request_points,
     request_tokens,
 )
-from services.inference.engine import interventions, tables
+from services.inference.engine import resolution, tables
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Edit
@@ -248,9 +248,7 @@ def read_edits(
         with inside(f"interventions[{number}]"):
             read.append(request_interventions.intervention(message, model, tokens, prompt))
     with inside("interventions"):
-        return interventions.resolve(
-            read, model.architecture.shape, model.architecture.widths, tokens
-        )
+        return resolution.resolve(read, model.architecture.shape, model.architecture.widths, tokens)
 
 
 def _count(request: run_pb2.RunRequest | attribute_pb2.AttributeRequest, default: int) -> int:

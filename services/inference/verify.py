@@ -13,8 +13,9 @@ from services.common.errors import InvalidArgument, inside
 from services.inference import manifest, requests, responses
 from services.inference.engine import correlation
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.interventions import Intervention, Zero, check_target, resolve
+from services.inference.engine.interventions import Intervention, Zero
 from services.inference.engine.model import Model
+from services.inference.engine.resolution import check_target, resolve
 from services.inference.engine.verification import Ablation, Verification, Verified
 from services.inference.requests import Attribution
 from services.inference.worker import OnDevice

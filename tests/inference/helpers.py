@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ from services.inference.engine.columns import Column, EmbedNodes, HeadNodes, Neu
 from services.inference.engine.dictionaries.dictionary import Dictionary
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Intervention
-from services.inference.engine.interventions import resolve as resolve_edits
 from services.inference.engine.objectives import LogitDiff, Objective
+from services.inference.engine.resolution import resolve as resolve_edits
 
 VOCABULARY = 61
 LAYERS, HEADS, WIDTH, HEAD_WIDTH, NEURONS = 3, 4, 16, 4, 64
@@ -117,6 +118,10 @@ def random_engine(
     return engine
 
 
+shared_engine = cache(random_engine)
+"""One engine for many tests; only for those that leave it as it is."""
+
+
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lifts the casts to float32 inside Hugging Face's RMSNorm and softmax."""
@@ -163,3 +168,12 @@ def matrices(explanation: Explanation, column: Column) -> list[Tensor]:
             case NeuronNodes():
                 found.append(values.view(tokens, -1))
     return found
+
+
+def direct_sums(explanation: Explanation) -> tuple[float, float]:
+    """Sum of all direct effects and remainder rows, and the sum of their absolute values."""
+    columns = [group.column(Column.DIRECT_EFFECT).double() for group in explanation.groups]
+    remainder = explanation.remainder.values()
+    total = sum(float(column.sum()) for column in columns) + sum(remainder)
+    size = sum(float(column.abs().sum()) for column in columns) + sum(map(abs, remainder))
+    return total, size

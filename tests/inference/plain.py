@@ -4,7 +4,7 @@ It shares no code with the engine and none with Hugging Face but the weights, so
 and derivatives are compared with. `site(kind, layer, values)` may return other values:
 
     embed, attn, resid_mid, mlp_in, mlp, resid_post [T, d]     q, k, v [H, T, dh] per query head
-    probabilities [H, T, T]                            z [T, H, dh]         neurons [T, F]
+    scores, probabilities [H, T, T]                    z [T, H, dh]         neurons [T, F]
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.inference.engine.interventions import Add, Operation, Scale, SetTo, Zero
+from services.inference.engine.interventions import (
+    Add,
+    Mask,
+    Operation,
+    ProjectOut,
+    Scale,
+    SetTo,
+    Zero,
+)
 
 Site = Callable[[str, int | None, Tensor], Tensor]
 Scales = dict[str, Tensor]
@@ -45,8 +53,14 @@ def apply(operation: Operation, x: Tensor) -> Tensor:
             return torch.zeros_like(x) + torch.as_tensor(value).to(x)
         case Scale(factor):
             return factor * x
-        case Add(value):
-            return x + torch.as_tensor(value).to(x)
+        case Add(value, relative):
+            length = x.norm(dim=-1, keepdim=True) if relative else 1
+            return x + length * torch.as_tensor(value).to(x)
+        case ProjectOut(direction):
+            along = direction.to(x)
+            return x - (x @ along / along.square().sum())[..., None] * along
+        case Mask():
+            return torch.full_like(x, float("-inf"))
 
 
 def forward(
@@ -88,7 +102,7 @@ def forward(
         query = site("q", layer, query)
         key = site("k", layer, key)
         value = site("v", layer, value)
-        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        scores = site("scores", layer, query @ key.transpose(1, 2) / query.shape[-1] ** 0.5)
         future = tokens[None, :] > tokens[:, None]
         probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
         probabilities = site("probabilities", layer, probabilities)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from services.common.addresses import parse
-from services.inference.engine.attribution import Explanation, NormMode
+from services.inference.engine.attribution import NormMode
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
 from services.inference.engine.objectives import LogitDiff, LogitMinusMean, LogProb, Objective, Prob
@@ -17,6 +17,7 @@ from tests.inference.helpers import (
     HEAD_WIDTH,
     LAYERS,
     WIDTH,
+    direct_sums,
     explained,
     in_float64,
     matrices,
@@ -60,15 +61,6 @@ def plain_objective(objective: Objective, logits: torch.Tensor) -> float:
         case Prob():
             value = targets.exp().sum() / here.exp().sum()
     return float(value)
-
-
-def direct_sums(explanation: Explanation) -> tuple[float, float]:
-    """Sum of all direct effects and remainder rows, and the sum of their absolute values."""
-    columns = [group.column(Column.DIRECT_EFFECT).double() for group in explanation.groups]
-    remainder = explanation.remainder.values()
-    total = sum(float(column.sum()) for column in columns) + sum(remainder)
-    size = sum(float(column.abs().sum()) for column in columns) + sum(map(abs, remainder))
-    return total, size
 
 
 EDITED: dict[str, list[Intervention]] = {

@@ -22,9 +22,10 @@ from services.inference.engine.attribution import (
 )
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
-from services.inference.engine.interventions import Intervention, SetTo, Zero, resolve
+from services.inference.engine.interventions import Intervention, SetTo, Zero
 from services.inference.engine.model import Model
 from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.resolution import resolve
 from tests.inference.helpers import matrices
 
 pytestmark = pytest.mark.shared

@@ -227,6 +227,57 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
         AT + "add.strength",
         "strength multiplies a direction",
     ),
+    "relative to a number": (
+        edited({"target": "neuron.1.3", "add": {"value": 1, "relative": True}}),
+        AT + "add.relative",
+        "relative scales a direction",
+    ),
+    "unit where only the direction counts": (
+        edited(
+            {
+                "target": "mlp.1",
+                "add": {"direction": {"writeOf": "neuron.0.1", "unit": True}, "relative": True},
+            }
+        ),
+        AT + "add.direction.unit",
+        "unit means nothing",
+    ),
+    "a direction projected out of a neuron": (
+        edited({"target": "neuron.1.3", "projectOut": {"direction": {"vector": tensor(1.0)}}}),
+        AT + "project_out",
+        "what fits: zero, set, scale, add, mean or patch; project_out fits vectors",
+    ),
+    "a direction projected out of a pair": (
+        edited({"target": "head.1.0~3-1", "projectOut": {"direction": {"vector": tensor(1.0)}}}),
+        AT + "project_out",
+        "what fits: zero, set, scale, add, mean, patch or mask",
+    ),
+    "nothing projected out": (
+        edited({"target": "mlp.1", "projectOut": {}}),
+        AT + "project_out.direction",
+        "a direction is required",
+    ),
+    "a projected direction of the wrong width": (
+        edited({"target": "head.1.0", "projectOut": {"direction": {"writeOf": "neuron.0.1"}}}),
+        AT + "project_out.direction",
+        "its value has width 8, the vector has shape [16]",
+    ),
+    "a masked head": (
+        edited({"target": "head.1.0", "mask": {}}),
+        AT + "mask",
+        "mask fits a pair, for example head.1.0~0-0",
+    ),
+    "a masked neuron": (edited({"target": "neuron.1.3", "mask": {}}), AT + "mask", "what fits"),
+    "the last visible pair masked": (
+        edited({"target": "head.1.0~1-1", "mask": {}}, {"target": "head.1.0~1-0", "mask": {}}),
+        "run.interventions[1].target",
+        "the row has nothing to attend to",
+    ),
+    "a pair masked twice": (
+        edited({"target": "head.1.0~2-1", "mask": {}}, {"target": "head.1.0~2-1", "mask": {}}),
+        "run.interventions[1].target",
+        "already masked by interventions[0]",
+    ),
     "a number added to a sublayer": (
         edited({"target": "mlp.1", "add": {"value": 1}}),
         AT + "add.value",
@@ -338,8 +389,6 @@ NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "trace": ({"objective": {"tracedNode": {"node": "neuron.0.1~2"}}}, "objective.traced_node"),
     "mean": (edited({"target": "neuron.0.1", "mean": {}}), AT + "mean"),
     "patch": (edited({"target": "neuron.0.1", "patch": {}}), AT + "patch"),
-    "project out": (edited({"target": "attn.1", "projectOut": {}}), AT + "project_out"),
-    "mask": (edited({"target": "head.0.1~2-1", "mask": {}}), AT + "mask"),
     "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
 }
 

@@ -11,7 +11,8 @@ from services.common.addresses import Address, parse
 from services.inference.engine import tables
 from services.inference.engine.attribution import Explanation
 from services.inference.engine.columns import COLUMNS, Column
-from services.inference.engine.interventions import Intervention, Zero, resolve
+from services.inference.engine.interventions import Intervention, Zero
+from services.inference.engine.resolution import resolve
 from services.inference.engine.tables import NodeValues, Ranking
 from tests.inference.helpers import explained, random_engine
 

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from services.common.addresses import Shape
 from services.inference.engine.families import Family, family_of, unsupported
-from services.inference.engine.interventions import Widths
 from services.inference.engine.norms import Norm, NormPlace, probe_norm
+from services.inference.engine.targets import Widths
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ fused projections, QK-norm, rotary embedding and scaling are as the model has th
 both registries: without the mask entry transformers passes no mask and attention becomes
 bidirectional, silently. The probabilities handed to the pass are the very tensor that the values
 are summed with, so gradients and edits are of the same object; where a row of the batch is edited,
-its sum is taken again with the edited probabilities.
+its sum is taken again with the edited probabilities. Masked pairs go into the additive mask.
 """
 
 import sys
@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -27,8 +28,16 @@ class AttentionTap(Protocol):
     def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v to go on with; k and v may come back per query head [B, H, T, dh]."""
 
-    def outputs(self, value: Tensor, output: Tensor, probabilities: Tensor) -> Tensor:
-        """Output [B, T, H, dh] to go on with, of probabilities [B, H, T, T]."""
+    def mask(self, mask: Tensor) -> Tensor:
+        """Additive mask [B or 1, 1, T, T] to go on with; may come back per head [B, H, T, T]."""
+
+    def outputs(
+        self, value: Tensor, output: Tensor, probabilities: Tensor, unmasked: Tensor | None
+    ) -> Tensor:
+        """Output [B, T, H, dh] to go on with, of probabilities [B, H, T, T].
+
+        `unmasked` are the probabilities under the model's own mask, where `mask` changed it.
+        """
 
 
 _taps: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
@@ -54,11 +63,17 @@ def _captured_attention(
             module, query, key, value, attention_mask, **kwargs
         )
         return untouched
+    assert attention_mask is not None
     heads = key.shape[1]
     query, key, value = listener.inputs(query, key, value)
+    mask = listener.mask(attention_mask)
+    unmasked = None
     with _one_head_per_group(module) if key.shape[1] != heads else nullcontext():
-        output, probabilities = eager(module, query, key, value, attention_mask, **kwargs)
-    return listener.outputs(value, output, probabilities), probabilities
+        output, probabilities = eager(module, query, key, value, mask, **kwargs)
+        if mask is not attention_mask:
+            with torch.no_grad():
+                _, unmasked = eager(module, query, key, value, attention_mask, **kwargs)
+    return listener.outputs(value, output, probabilities, unmasked), probabilities
 
 
 @contextmanager

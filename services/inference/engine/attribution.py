@@ -155,7 +155,8 @@ def _explanation(
     reads = (run.objective.position,)
     reference = current.final_input[row, :length].detach()
     gradient = gradients.final_input[row, :length]
-    path = direct_path(gradient, run.edits, len(architecture.layers))
+    applied = current.applied(row)
+    path = direct_path(gradient, applied, len(architecture.layers))
     groups: list[NodeGroup] = [
         EmbedNodes(
             current.embed[row, :length].detach(),
@@ -167,7 +168,7 @@ def _explanation(
     for index, (layer, site) in enumerate(zip(architecture.layers, current.attention, strict=True)):
         probabilities = site.used(row)[:, :length, :length]
         values = site.values_per_head(row)[:, :length]
-        edits = [edit for edit in run.edits if edit.target.layer == index]
+        edits = [edit for edit in applied if edit.target.layer == index]
         scale = _scale_of(current.attn_scale[index], row, length)
         met = path.attention[index] if scale is None else path.attention[index] / scale
         heads = head_path(met, reads, layer.w_o, values, probabilities, edits, path.edits)

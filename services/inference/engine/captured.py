@@ -1,6 +1,7 @@
 """One forward pass: what was captured at every site, and the edits applied on the way."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -153,6 +154,14 @@ class Pass:
     sites: Sites = field(default_factory=lambda: Sites(()))
     """Dictionaries read or edited in this pass."""
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
+    _applied: dict[tuple[int, int], Edit] = field(default_factory=dict)
+    _at_site: dict[tuple[Kind, int | None], list[tuple[int, int, Edit]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._at_site = defaultdict(list)
+        for row, spec in enumerate(self.rows):
+            for number, edit in enumerate(spec.edits):
+                self._at_site[edit.target.kind, edit.target.layer].append((row, number, edit))
 
     def receipts(self, row: int) -> tuple[Receipt, ...]:
         """What each of the row's edits did, in order. Raises KeyError if one was never applied."""
@@ -173,12 +182,13 @@ class Pass:
         later = self.block_inputs[layer + 1 :]
         return later[0] if later else self.final_input
 
-    def edits_at(self, kind: Kind, layer: int | None) -> Iterator[tuple[int, int, Edit]]:
+    def applied(self, row: int) -> tuple[Edit, ...]:
+        """The row's edits in order, as they were applied: every constant is known."""
+        return tuple(self._applied[row, number] for number in range(len(self.rows[row].edits)))
+
+    def edits_at(self, kind: Kind, layer: int | None) -> Sequence[tuple[int, int, Edit]]:
         """(row, number within the row, edit) of every edit of this kind in the layer."""
-        for row, spec in enumerate(self.rows):
-            for number, edit in enumerate(spec.edits):
-                if edit.target.layer == layer and edit.target.kind is kind:
-                    yield row, number, edit
+        return self._at_site.get((kind, layer), ())
 
     def at_site(
         self, point: SitePoint, layer: int, values: Tensor, *, before_post_norm: bool = False
@@ -187,7 +197,7 @@ class Pass:
         site = Site(point, layer, before_post_norm)
         if not self.sites.wants(site):
             return values
-        return self.sites.visit(site, values, self._dictionary_edits, self._record)
+        return self.sites.visit(site, values, self._dictionary_edits, self._apply)
 
     def _dictionary_edits(self, dictionary: str) -> dict[int, list[tuple[int, Edit]]]:
         """Edits of one dictionary's parts, by row."""
@@ -200,28 +210,24 @@ class Pass:
 
     def edit_residual(self, kind: Kind, layer: int | None, values: Tensor) -> Tensor:
         """Applies edits of a residual-width site to [B, T, d]."""
-        edits = list(self.edits_at(kind, layer))
+        edits = self.edits_at(kind, layer)
         if edits:
             values = values.clone()
         for row, number, edit in edits:
-            positions = list(edit.positions)
-            before = values[row, positions]
-            values[row, positions] = after = edit.apply(before)
-            self._record(row, number, edit, before, after)
+            where = (row, list(edit.positions))
+            values[where] = self._apply(row, number, edit, values[where])
         if kind in _POINTS:
             self.keep(_POINTS[kind], layer, values)
         return values
 
     def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
         """Applies the layer's neuron edits to [B, T, F] and captures the result."""
-        edits = list(self.edits_at(Kind.NEURON, layer))
+        edits = self.edits_at(Kind.NEURON, layer)
         if edits:
             activations = activations.clone()
         for row, number, edit in edits:
             where = (row, list(edit.positions), edit.target.index)
-            before = activations[where]
-            activations[where] = after = edit.apply(before)
-            self._record(row, number, edit, before, after)
+            activations[where] = self._apply(row, number, edit, activations[where])
         self.neurons.append(activations)
         return activations
 
@@ -230,7 +236,7 @@ class Pass:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Applies edits of q, k and v [B, H or Hk, T, dh]; edited k and v become one per head."""
         heads = query.shape[1]
-        shared = any(next(self.edits_at(kind, layer), None) for kind in (Kind.KEY, Kind.VALUE))
+        shared = any(self.edits_at(kind, layer) for kind in (Kind.KEY, Kind.VALUE))
         if shared and key.shape[1] != heads:
             key = key.repeat_interleave(heads // key.shape[1], dim=1)
             value = value.repeat_interleave(heads // value.shape[1], dim=1)
@@ -241,33 +247,53 @@ class Pass:
 
     def _edit_heads(self, kind: Kind, layer: int, vectors: Tensor) -> Tensor:
         """Edits of one vector per head, [B, H, T, dh]."""
-        edits = list(self.edits_at(kind, layer))
+        edits = self.edits_at(kind, layer)
         if edits:
             vectors = vectors.clone()
         for row, number, edit in edits:
             where = (row, edit.target.index, list(edit.positions))
-            before = vectors[where]
-            vectors[where] = after = edit.apply(before)
-            self._record(row, number, edit, before, after)
+            vectors[where] = self._apply(row, number, edit, vectors[where])
         return vectors
 
+    def edit_attention_mask(self, layer: int, mask: Tensor) -> Tensor:
+        """The additive mask [B or 1, 1, T, T]; per query head where pairs are masked."""
+        edits = [each for each in self.edits_at(Kind.HEAD, layer) if each[2].masks]
+        if not edits:
+            return mask
+        heads = self._inputs[0].shape[1]
+        mask = mask.expand(len(self.rows), heads, -1, -1).clone()
+        for row, _, edit in edits:
+            where = (row, edit.target.index, edit.target.position, edit.target.key)
+            mask[where] = torch.finfo(mask.dtype).min
+        return mask
+
     def edit_attention_outputs(
-        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
+        self,
+        layer: int,
+        values: Tensor,
+        output: Tensor,
+        probabilities: Tensor,
+        unmasked: Tensor | None = None,
     ) -> Tensor:
         """Applies the layer's edits of pairs, then of rows, and captures the attention.
 
         values [B, Hk or H, T, dh], output [B, T, H, dh], probabilities [B, H, T, T] -> output.
+        `unmasked` are the probabilities without the edits of the mask, if there are any.
         """
         site = AttentionSite(*self._inputs, probabilities, values)
         self.attention.append(site)
-        z = self._edited_outputs(layer, site, output)
+        edits = self.edits_at(Kind.HEAD, layer)
+        if unmasked is not None:
+            self._record_masks([each for each in edits if each[2].masks], unmasked)
+        z = self._edited_outputs([each for each in edits if not each[2].masks], site, output)
         site.z = self.at_site(SitePoint.Z, layer, z.flatten(2)).view_as(z)
         return site.z
 
-    def _edited_outputs(self, layer: int, site: AttentionSite, output: Tensor) -> Tensor:
+    def _edited_outputs(
+        self, edits: Sequence[tuple[int, int, Edit]], site: AttentionSite, output: Tensor
+    ) -> Tensor:
         """[B, T, H, dh] -> the same, edited; enters the edited probabilities in the site."""
         values, probabilities = site.values, site.probabilities
-        edits = list(self.edits_at(Kind.HEAD, layer))
         if not edits:
             return output
         site.edited_rows = tuple(sorted({row for row, _, _ in edits}))
@@ -275,24 +301,35 @@ class Pass:
         edited = probabilities[rows]
         for row, number, edit in edits:
             if edit.target.key is not None:
-                where = (rows.index(row), edit.target.index, list(edit.positions), edit.target.key)
-                before = edited[where]
-                edited[where] = after = edit.apply(before)
-                self._record(row, number, edit, before, after)
+                pair = (rows.index(row), edit.target.index, list(edit.positions), edit.target.key)
+                edited[pair] = self._apply(row, number, edit, edited[pair])
         site.edited = edited
         groups = probabilities.shape[1] // values.shape[1]
         summed = edited @ values[rows].repeat_interleave(groups, dim=1)
         summed = summed.transpose(1, 2).to(output.dtype)
         for row, number, edit in edits:
             if edit.target.key is None:
-                here = (rows.index(row), list(edit.positions), edit.target.index)
-                before = summed[here]
+                where = (rows.index(row), list(edit.positions), edit.target.index)
+                after = self._apply(row, number, edit, summed[where])
                 summed = summed.clone()
-                summed[here] = after = edit.apply(before)
-                self._record(row, number, edit, before, after)
+                summed[where] = after
                 if edit.zeroes:
                     site.zeroed.append((row, edit.target.index, edit.positions))
         return output.index_copy(0, torch.tensor(rows, device=output.device), summed)
+
+    def _record_masks(self, edits: Sequence[tuple[int, int, Edit]], unmasked: Tensor) -> None:
+        for row, number, edit in edits:
+            before = unmasked[row, edit.target.index, list(edit.positions), edit.target.key]
+            self._applied[row, number] = edit
+            self._record(row, number, edit, before, torch.zeros_like(before))
+
+    def _apply(self, row: int, number: int, edit: Edit, before: Tensor) -> Tensor:
+        """The values [P] or [P, w] of an edit's sites after it."""
+        edit = edit.fixed(before)
+        self._applied[row, number] = edit
+        after = edit.apply(before)
+        self._record(row, number, edit, before, after)
+        return after
 
     def _record(self, row: int, number: int, edit: Edit, before: Tensor, after: Tensor) -> None:
         single = edit.is_scalar and len(edit.positions) == 1

@@ -56,13 +56,14 @@ def direct_path(reference: Tensor, edits: Sequence[Edit], layers: int) -> Direct
 def through(edit: Edit, target: Address, gradient: Tensor, rows: dict[Address, float]) -> Tensor:
     """The gradient [T, w] before an edit of the vectors at its positions; enters c's rows."""
     positions = list(edit.positions)
-    if isinstance(edit.constant, Tensor):
-        effects = gradient[positions].double() @ edit.constant.to(gradient).double()
+    met = gradient[positions]
+    if edit.constant is not None:
+        effects = (met.double() * edit.constant.to(met).double()).sum(-1)
         for position, effect in zip(positions, effects.tolist(), strict=True):
             if effect:
                 rows[target.component.at(position)] += effect
     changed = gradient.clone()
-    changed[positions] *= edit.factor
+    changed[positions] = edit.linear(met)
     return changed
 
 
@@ -93,17 +94,13 @@ def head_path(
     for edit in reversed(edits):
         if edit.target.kind is not Kind.HEAD or edit.target.key is not None:
             continue
-        head = edit.target.index
         for number, position in enumerate(reads):
-            if position not in edit.positions:
-                continue
-            if isinstance(edit.constant, Tensor):
-                constant = edit.constant.to(z)
-                effect = float(z[number, head].double() @ constant.double())
-                if effect:
-                    rows[edit.target.component.at(position)] += effect
-            z = z.clone()
-            z[number, head] *= edit.factor
+            if position in edit.positions:
+                place = (number, edit.target.index)
+                met = z[place]
+                _enter(edit, position, met, rows)
+                z = z.clone()
+                z[place] = edit.linear(met[None])[0]
     # What a value vector at token k meets: sum over the read tokens of A[q, k] times z's gradient.
     moved = values
     pending: dict[tuple[int, int], Tensor] = {}
@@ -115,14 +112,23 @@ def head_path(
         for position in edit.positions:
             weights = probabilities[head, list(reads), position]
             met = pending.get((head, position), weights @ z[:, head])
-            if isinstance(edit.constant, Tensor):
-                effect = float(met.double() @ edit.constant.to(met).double())
-                if effect:
-                    rows[edit.target.component.at(position)] += effect
-            pending[head, position] = met * edit.factor
+            _enter(edit, position, met, rows)
+            pending[head, position] = edit.linear(met[None])[0]
     if pending:
         moved = _without_constants(values, edits)
     return HeadPath(z, moved)
+
+
+def _enter(edit: Edit, position: int, met: Tensor, rows: dict[Address, float]) -> None:
+    """Enters the row of the constant that the edit writes at a position, met by `met` [w]."""
+    constant = edit.constant
+    if constant is None:
+        return
+    if constant.dim() == 2:
+        constant = constant[edit.positions.index(position)]
+    effect = float(met.double() @ constant.to(met).double())
+    if effect:
+        rows[edit.target.component.at(position)] += effect
 
 
 def _without_constants(values: Tensor, edits: Sequence[Edit]) -> Tensor:
@@ -131,8 +137,5 @@ def _without_constants(values: Tensor, edits: Sequence[Edit]) -> Tensor:
     for edit in edits:
         if edit.target.kind is Kind.VALUE:
             where = (edit.target.index, list(edit.positions))
-            constant = edit.constant
-            if isinstance(constant, Tensor):
-                constant = constant.to(added)
-            added[where] = edit.factor * added[where] + constant
+            added[where] = edit.apply(added[where])
     return values - added

@@ -6,7 +6,7 @@ formula per kind of target: whatever can be edited can be estimated.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class _Weighted(Edit):
 
     weight: Tensor = field(kw_only=True)
     baseline: Edit = field(kw_only=True)
+
+    @property
+    def zeroes(self) -> bool:
+        return False
 
     def apply(self, value: Tensor) -> Tensor:
         start = self.baseline.apply(value)
@@ -45,7 +49,8 @@ def estimate(
         return []
     weights = torch.ones(len(baselines), requires_grad=True)
     moved = [
-        _weighted(edit, weight) for edit, weight in zip(baselines, weights.unbind(), strict=True)
+        _Weighted(edit.target, edit.positions, edit.operation, weight=weight, baseline=edit)
+        for edit, weight in zip(baselines, weights.unbind(), strict=True)
     ]
     row = Row(
         run.token_ids,
@@ -58,8 +63,3 @@ def estimate(
     (gradient,) = torch.autograd.grad(objective, weights)
     found: list[float] = gradient.double().tolist()
     return found
-
-
-def _weighted(edit: Edit, weight: Tensor) -> _Weighted:
-    values = {each.name: getattr(edit, each.name) for each in fields(edit)}
-    return _Weighted(**{**values, "sets_value": False}, weight=weight, baseline=edit)

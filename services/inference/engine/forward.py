@@ -53,11 +53,17 @@ class _LayerTap:
             return query, key, value
         return current.edit_attention_inputs(self._layer, query, key, value)
 
-    def outputs(self, value: Tensor, output: Tensor, probabilities: Tensor) -> Tensor:
+    def mask(self, mask: Tensor) -> Tensor:
+        current = self._hooks.current
+        return mask if current is None else current.edit_attention_mask(self._layer, mask)
+
+    def outputs(
+        self, value: Tensor, output: Tensor, probabilities: Tensor, unmasked: Tensor | None
+    ) -> Tensor:
         current = self._hooks.current
         if current is None:
             return output
-        return current.edit_attention_outputs(self._layer, value, output, probabilities)
+        return current.edit_attention_outputs(self._layer, value, output, probabilities, unmasked)
 
 
 class Hooks:
@@ -334,7 +340,7 @@ class Hooks:
         if current.gradients:
             current.attn_write.append(write)
         is_read = current.sites.wants(Site(SitePoint.RESID_MID, layer))
-        if is_read or next(current.edits_at(Kind.RESID_MID, layer), None):
+        if is_read or current.edits_at(Kind.RESID_MID, layer):
             # The block adds this to its input itself: hand it what makes the sum the edited one.
             # That difference rounds, so what reads the sum gets the edited stream itself.
             middle = current.block_inputs[layer] + write

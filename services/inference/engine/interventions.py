@@ -1,19 +1,18 @@
-"""Interventions: what is edited, checked against the model and prompt before anything runs.
+"""Interventions: what a user asks to be edited, and the edits of concrete sites it comes down to.
 
-Every operation built so far is affine: value -> factor * value + constant. `resolve` turns what a
-user asked for into `Edit`s on concrete sites, and refuses what matches nothing, what does not fit
-its target, and two value-setting operations that reach the same scalar. The forward pass then only
-writes numbers into places that are known to exist.
+An edit of a value x is affine, x -> M x + c, except for MASK, which acts on a score before the
+softmax. `resolution.resolve` turns interventions into `Edit`s on sites that are known to exist, so
+the forward pass only writes numbers into places.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from services.common.addresses import Address, Kind, Shape
-from services.common.errors import InvalidArgument, Unimplemented, inside
+from services.common.addresses import Address
+from services.inference.engine.targets import is_scalar
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,10 @@ class Zero:
 
 @dataclass(frozen=True)
 class SetTo:
-    """A scalar becomes a number, a vector becomes a vector [w]."""
+    """A scalar becomes a number, a vector becomes a vector [w].
+
+    In an `Edit`, also one number [P] or one vector [P, w] for each of its positions.
+    """
 
     value: float | Tensor
 
@@ -37,21 +39,39 @@ class Scale:
 
 @dataclass(frozen=True)
 class Add:
-    """A number is added to a scalar, a vector [w] to a vector."""
+    """A number is added to a scalar, a vector [w] to a vector.
+
+    `relative`: the vector counts in lengths of the value it is added to, token by token. In an
+    `Edit` that was applied, one vector [P, w] for each of its positions.
+    """
 
     value: float | Tensor
+    relative: bool = False
 
 
-Operation = Zero | SetTo | Scale | Add
+@dataclass(frozen=True)
+class ProjectOut:
+    """The part of a vector along `direction` [w], of any length, is removed."""
 
-RESIDUAL_KINDS = (Kind.EMBED, Kind.ATTN, Kind.MLP, Kind.RESID_MID, Kind.RESID_POST)
-DICTIONARY_KINDS = (Kind.LATENT, Kind.ERROR, Kind.SKIP, Kind.BIAS)
-HEAD_KINDS = (Kind.HEAD, Kind.QUERY, Kind.KEY, Kind.VALUE)
+    direction: Tensor
 
 
-def is_scalar(target: Address) -> bool:
-    """Whether the target's value is one number rather than a vector."""
-    return target.kind in (Kind.NEURON, Kind.LATENT) or target.key is not None
+@dataclass(frozen=True)
+class Mask:
+    """A pair's score becomes minus infinity before the softmax, so that its row renormalises."""
+
+
+Operation = Zero | SetTo | Scale | Add | ProjectOut | Mask
+
+NAMES: dict[type[Operation], str] = {
+    Zero: "zero",
+    SetTo: "set",
+    Scale: "scale",
+    Add: "add",
+    ProjectOut: "project_out",
+    Mask: "mask",
+}
+"""What requests and refusals call each operation."""
 
 
 @dataclass(frozen=True)
@@ -65,39 +85,97 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Edit:
-    """An intervention on concrete sites of one prompt: value -> factor * value + constant.
-
-    `constant` is a number for scalar targets and for 0, else a vector of the target's width.
-    """
+    """An intervention on concrete sites of one prompt: P positions, ascending."""
 
     target: Address
     positions: tuple[int, ...]
-    factor: float
-    constant: float | Tensor
-    sets_value: bool
-    """Whether the value before does not matter (ZERO and SET; not SCALE by 0)."""
+    operation: Operation
 
     @property
     def is_scalar(self) -> bool:
         return is_scalar(self.target)
 
     @property
+    def sets_value(self) -> bool:
+        """Whether the value before does not matter (not so for SCALE by 0)."""
+        return isinstance(self.operation, Zero | SetTo)
+
+    @property
     def zeroes(self) -> bool:
-        return self.sets_value and isinstance(self.constant, float) and self.constant == 0.0
+        return isinstance(self.operation, Zero)
+
+    @property
+    def masks(self) -> bool:
+        return isinstance(self.operation, Mask)
+
+    @property
+    def constant(self) -> Tensor | None:
+        """c of a vector target, [w] or [P, w]; None where it is 0 or not yet known."""
+        match self.operation:
+            case SetTo(Tensor() as value) | Add(Tensor() as value, relative=False):
+                return value
+            case _:
+                return None
+
+    def only(self, positions: Sequence[int]) -> "Edit":
+        """The edit at some of its positions, ascending."""
+        operation = self.operation
+        if isinstance(operation, SetTo | Add) and isinstance(operation.value, Tensor):
+            each = operation.value.dim() == 2 or self.is_scalar
+            if each:
+                kept = [self.positions.index(position) for position in positions]
+                operation = replace(operation, value=operation.value[kept])
+        return replace(self, positions=tuple(positions), operation=operation)
+
+    def fixed(self, value: Tensor) -> "Edit":
+        """The edit of just these values [P, w], with a c that does not depend on them any more."""
+        match self.operation:
+            case Add(Tensor() as addend, relative=True):
+                lengths = torch.linalg.vector_norm(value.detach(), dim=-1, keepdim=True)
+                return replace(self, operation=Add(lengths * addend.to(value)))
+            case _:
+                return self
 
     def apply(self, value: Tensor) -> Tensor:
-        """Scalars [...] or vectors [..., w] -> the same, edited."""
-        constant = self.constant
-        if isinstance(constant, Tensor):
-            constant = constant.to(value)
-        if self.sets_value:
-            return torch.zeros_like(value) + constant
-        return self.factor * value + constant
+        """M x + c of scalars [P] or vectors [P, w]."""
+        match self.operation:
+            case Zero():
+                return torch.zeros_like(value)
+            case SetTo(constant):
+                return torch.zeros_like(value) + _like(constant, value)
+            case Scale(factor):
+                return factor * value
+            case Add(addend):
+                return value + _like(addend, value)
+            case ProjectOut():
+                return self.linear(value)
+            case Mask():
+                raise TypeError("a mask acts on a score, not on a probability")
+
+    def linear(self, vectors: Tensor) -> Tensor:
+        """M x of vectors [P, w]; as M is symmetric, also the gradient before the edit."""
+        match self.operation:
+            case Zero() | SetTo():
+                return torch.zeros_like(vectors)
+            case Scale(factor):
+                return vectors * factor
+            case ProjectOut(direction):
+                unit: Tensor = (direction / torch.linalg.vector_norm(direction)).to(vectors)
+                return vectors - (vectors @ unit)[..., None] * unit
+            case _:
+                return vectors
+
+
+def _like(constant: float | Tensor, value: Tensor) -> float | Tensor:
+    return constant.to(value) if isinstance(constant, Tensor) else constant
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an edit really did: sites matched, norm of the change, value before and after."""
+    """What an edit really did: sites matched, norm of the change, value before and after.
+
+    A masked pair's value is its probability: `before` without any mask, `after` 0.
+    """
 
     target: Address
     sites: int
@@ -106,124 +184,3 @@ class Receipt:
     delta_norm: float
     before: float | None = None
     after: float | None = None
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Widths of vector targets: the residual stream and a head."""
-
-    residual: int
-    head: int
-
-    def of(self, target: Address) -> int:
-        return self.head if target.kind in HEAD_KINDS else self.residual
-
-
-def resolve(
-    interventions: Sequence[Intervention], shape: Shape, widths: Widths, tokens: int
-) -> tuple[Edit, ...]:
-    """Checks and expands. Refusals carry fields such as `[i].target`."""
-    edits: list[Edit] = []
-    taken: dict[tuple[object, ...], int] = {}
-    for number, intervention in enumerate(interventions):
-        with inside(f"[{number}]"):
-            edit = _edit(intervention, shape, widths, tokens)
-            if edit.sets_value:
-                _claim(edit, number, taken)
-            edits.append(edit)
-    return tuple(edits)
-
-
-def check_target(target: Address, shape: Shape, tokens: int) -> None:
-    """Raises InvalidArgument or Unimplemented unless the address can be edited."""
-    shape.check(target, tokens)
-    if target.kind in (Kind.BIAS_ATTN, Kind.BIAS_MLP):
-        raise Unimplemented(f"{target}: biases cannot be edited in this version")
-    if target.kind not in (Kind.NEURON, *DICTIONARY_KINDS, *HEAD_KINDS, *RESIDUAL_KINDS):
-        raise InvalidArgument(f"{target} cannot be edited")
-
-
-def _claim(edit: Edit, number: int, taken: dict[tuple[object, ...], int]) -> None:
-    """Enters the edit's sites into `taken`; raises if another edit sets one of them already.
-
-    A head's row covers all its pairs, so a pair is entered under its row too.
-    """
-    target = edit.target
-    for position in edit.positions:
-        site = (target.component, position)
-        row_edited, pair_edited = (*site, "row"), (*site, "some pair")
-        edited = row_edited if target.key is None else (*site, str(target.key))
-        conflicts = [edited, pair_edited if target.key is None else row_edited]
-        claims = [edited] if target.key is None else [edited, pair_edited]
-        for conflict in conflicts:
-            if conflict in taken:
-                raise InvalidArgument(
-                    f"{target} at position {position} is already set by "
-                    f"interventions[{taken[conflict]}]; keep one of the two",
-                    field="target",
-                )
-        for claim in claims:
-            taken.setdefault(claim, number)
-
-
-def _edit(intervention: Intervention, shape: Shape, widths: Widths, tokens: int) -> Edit:
-    target = intervention.target
-    with inside("target"):
-        check_target(target, shape, tokens)
-    positions = _positions(intervention, tokens)
-    match intervention.operation:
-        case Zero():
-            return Edit(target, positions, 0.0, 0.0, True)
-        case SetTo(value):
-            _check_width("set", value, target, widths)
-            return Edit(target, positions, 0.0, value, True)
-        case Scale(factor):
-            return Edit(target, positions, factor, 0.0, False)
-        case Add(value):
-            _check_width("add", value, target, widths)
-            return Edit(target, positions, 1.0, value, False)
-
-
-def _check_width(name: str, value: float | Tensor, target: Address, widths: Widths) -> None:
-    """Raises InvalidArgument unless a number meets a scalar, a vector a target of its width."""
-    if isinstance(value, float):
-        if not is_scalar(target):
-            raise InvalidArgument(
-                f"{target}: its value is a vector of width {widths.of(target)}, so it takes no "
-                f"single number; zero or scale it, or give a vector{_pair_hint(target)}",
-                field=f"{name}.value",
-            )
-        return
-    field = "set.vector" if name == "set" else "add.direction"
-    if is_scalar(target):
-        raise InvalidArgument(
-            f"{target}: its value is one number, so it takes no vector; give value", field=field
-        )
-    if value.shape != (widths.of(target),):
-        raise InvalidArgument(
-            f"{target}: its value has width {widths.of(target)}, the vector has shape "
-            f"{list(value.shape)}",
-            field=field,
-        )
-
-
-def _pair_hint(target: Address) -> str:
-    if target.kind is not Kind.HEAD:
-        return ""
-    position = target.position or 0
-    return f", or name one pair, for example {target.component}~{position}-{position}"
-
-
-def _positions(intervention: Intervention, tokens: int) -> tuple[int, ...]:
-    target, positions = intervention.target, intervention.positions
-    if target.position is not None:
-        if positions is not None:
-            raise InvalidArgument(
-                f"{target} names its own position; leave positions out, or target "
-                f"{target.component}",
-                field="positions",
-            )
-        return (target.position,)
-    if positions is None:
-        return tuple(range(tokens))
-    return tuple(sorted(positions))

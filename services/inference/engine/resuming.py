@@ -116,10 +116,15 @@ class Recording(Pass):
         return super().edit_attention_inputs(layer, query, key, value)
 
     def edit_attention_outputs(
-        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
+        self,
+        layer: int,
+        values: Tensor,
+        output: Tensor,
+        probabilities: Tensor,
+        unmasked: Tensor | None = None,
     ) -> Tensor:
         self.sums.append(output.detach())
-        return super().edit_attention_outputs(layer, values, output, probabilities)
+        return super().edit_attention_outputs(layer, values, output, probabilities, unmasked)
 
     def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
         self.activations.append(activations.detach())
@@ -244,6 +249,7 @@ class Resumed(Pass):
 
 def _at(edit: Edit, positions: list[int], start: int) -> Edit:
     """The edit at some of its positions, counted from `start`."""
+    edit = edit.only(positions)
     target = edit.target
     if target.position is not None:
         target = replace(target, position=target.position - start)

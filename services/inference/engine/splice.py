@@ -19,8 +19,8 @@ from services.inference.engine.dictionaries.dictionary import Normalised
 from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.interventions import Edit
 
-Record = Callable[[int, int, Edit, Tensor, Tensor], None]
-"""row, number of the edit in it, the edit, value before, value after."""
+Apply = Callable[[int, int, Edit, Tensor], Tensor]
+"""From row, number of the edit in it, the edit and values before it to the values after it."""
 
 PARTS = (Kind.ERROR, Kind.SKIP, Kind.BIAS)
 
@@ -59,7 +59,7 @@ class LatentSite:
             values[list(edit.positions), edit.target.index] = after
         return values
 
-    def splice(self, row: int, edits: Sequence[tuple[int, Edit]], record: Record) -> Tensor:
+    def splice(self, row: int, edits: Sequence[tuple[int, Edit]], apply: Apply) -> Tensor:
         """[T, d_out]: what the row's edits of this dictionary add at the site."""
         dictionary = self.bound.dictionary
         x = self.x[row]
@@ -85,16 +85,13 @@ class LatentSite:
             positions = list(edit.positions)
             if edit.target.kind is not Kind.LATENT:
                 write = self._part(edit.target.kind, row, scale, mean)[positions]
-                after = edit.apply(write)
-                record(row, number, edit, write, after)
-                add(edit, after - write)
+                add(edit, apply(row, number, edit, write) - write)
                 continue
             assert edit.target.index is not None
             where = (positions, latents.index(edit.target.index))
             before = values[where]
             values = values.clone()
-            values[where] = after = edit.apply(before)
-            record(row, number, edit, before, after)
+            values[where] = after = apply(row, number, edit, before)
             self._edited.setdefault(row, []).append((edit, after.detach()))
             unit = dictionary.w_dec[edit.target.index] * scale[positions]
             add(edit, (after - before)[:, None] * unit)
@@ -152,7 +149,7 @@ class Sites:
         site: Site,
         x: Tensor,
         edits_of: Callable[[str], dict[int, list[tuple[int, Edit]]]],
-        record: Record,
+        apply: Apply,
     ) -> Tensor:
         """Captures what is read here and adds what edits change; [B, T, d] -> [B, T, d].
 
@@ -166,7 +163,7 @@ class Sites:
         after = x
         for latents in here:
             for row, edits in edits_of(latents.bound.id).items():
-                added = latents.splice(row, edits, record)
+                added = latents.splice(row, edits, apply)
                 after = after.index_add(0, torch.tensor([row], device=x.device), added[None])
         for latents in here:
             latents.after = after
