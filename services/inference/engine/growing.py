@@ -78,7 +78,7 @@ class GrowingEdits:
 def _between(edit: Edit, start: int, end: int) -> Edit | None:
     """The edit at its positions in [start, end), None where it has none there."""
     positions = tuple(each for each in edit.positions if start <= each < end)
-    return replace(edit, positions=positions) if positions else None
+    return edit.only(positions) if positions else None
 
 
 def _shifted(edit: Edit, start: int) -> Edit:

@@ -91,13 +91,18 @@ class _Between(Resumed):
         return self.points if self._is(Kind.NEURON, layer) else activations
 
     def edit_attention_outputs(
-        self, layer: int, values: Tensor, output: Tensor, probabilities: Tensor
+        self,
+        layer: int,
+        values: Tensor,
+        output: Tensor,
+        probabilities: Tensor,
+        unmasked: Tensor | None = None,
     ) -> Tensor:
         if self._is(Kind.HEAD, layer):
             probabilities = self.points
             groups = probabilities.shape[1] // values.shape[1]
             output = (probabilities @ values.repeat_interleave(groups, dim=1)).transpose(1, 2)
-        return super().edit_attention_outputs(layer, values, output, probabilities)
+        return super().edit_attention_outputs(layer, values, output, probabilities, unmasked)
 
 
 @dataclass
