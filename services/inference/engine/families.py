@@ -118,9 +118,12 @@ FEATURES = {
     "scores, probabilities, head outputs, writes",
     "sums": "direct effects and remainder rows add up to J in every norm mode, with and without "
     "interventions",
+    "magnitudes": "a write magnitude is the length of what removing the node takes from its "
+    "sublayer's write, the post-norm's scale held",
     "estimates": "estimates equal central differences in float64, with just the scales held that "
     "the norm mode holds",
     "norm modes": "they change no forward value by a bit",
+    "loading": "a saved folder of it loads, warms up and has the same logits",
     "ablation": "an ablated neuron, head and pair equal plain PyTorch hooks",
     "read-outs": "output tokens are the change of the logits, input tokens the gradient of the "
     "traced value",

@@ -89,7 +89,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen3/qk-norm": lambda: Qwen3Config(**_GROUPED, head_dim=12),
     "gemma2/softcap": lambda: Gemma2Config(
-        **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=6.0
+        **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=6.0, attention_bias=True
     ),
     "gemma3_text/qk-norm": lambda: Gemma3TextConfig(**_GEMMA),
     "opt/relu": lambda: OPTConfig(
@@ -155,8 +155,12 @@ class KeepDouble(TorchFunctionMode):
 Site = Callable[[str, int | None, Tensor], Tensor]
 
 
-def edited(*changes: tuple[str, int | None, Any, Callable[[Tensor], Tensor]]) -> Site:
-    """A site callback from (kind, layer, index, function of what stands at the index)."""
+Change = tuple[str, int | None, Any, Callable[[Tensor], Tensor]]
+"""(kind, layer, index, function of what stands at the index)"""
+
+
+def edited(*changes: Change) -> Site:
+    """A site callback that makes changes."""
 
     def site(kind: str, layer: int | None, values: Tensor) -> Tensor:
         for at_kind, at_layer, index, change in changes:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -23,15 +22,14 @@ from tests.inference import plain
 from tests.inference.families.models import (
     IDS,
     LAYERS,
-    VARIANTS,
     VOCABULARY,
     WIDTH,
     edited,
     engine_of,
     reference_of,
 )
+from tests.inference.families.shared import close, every_variant
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 LAST_LAYER = LAYERS - 1
 SITES = {
     "embed": "embed",
@@ -41,10 +39,6 @@ SITES = {
     "mlp_act": "neurons",
     "mlp_out": "mlp",
 }
-
-
-def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
-    return bool((left - right).abs().max() <= tolerance * right.abs().max())
 
 
 @every_variant
