@@ -133,6 +133,9 @@ FEATURES = {
     "model's logits",
     "generation": "every token over a cache, under edits of prompt and continuation, has the "
     "probabilities of a pass over the whole sequence",
+    "verification": "effects of a run resumed at the first changed layer, stage and token equal a "
+    "whole pass with plain PyTorch hooks",
+    "integration": "integrated effects equal the sum over midpoints in Hugging Face's own pass",
 }
 """What `tests/inference/families` proves of every variant of every family, by name."""
 

@@ -12,7 +12,12 @@ from services.common.errors import InvalidArgument
 from services.inference.engine.captured import Row
 from services.inference.engine.families import FEATURES
 from services.inference.engine.interventions import Intervention, Zero
-from tests.inference.families import test_family_numbers, test_family_passes, test_running
+from tests.inference.families import (
+    test_family_numbers,
+    test_family_passes,
+    test_running,
+    test_verifying,
+)
 from tests.inference.families.models import (
     HEADS,
     IDS,
@@ -82,7 +87,8 @@ def test_a_parallel_block_has_no_stream_between_attention_and_mlp() -> None:
 
 
 def test_every_feature_has_its_test_on_every_variant() -> None:
-    tests = {**vars(test_family_passes), **vars(test_family_numbers), **vars(test_running)}
+    files = (test_family_passes, test_family_numbers, test_running, test_verifying)
+    tests = {name: test for file in files for name, test in vars(file).items()}
     for feature in FEATURES:
         name = "test_" + feature.replace(" ", "_").replace("-", "_")
         marks = tests[name].pytestmark
