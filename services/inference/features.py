@@ -31,6 +31,7 @@ BUILT = (
     "stream_activations",
     "generate",
     "positions.generated",
+    "describe_component",
 )
 
 NOT_BUILT = {
@@ -43,7 +44,7 @@ NOT_BUILT = {
     "attribute.baseline": "a baseline",
     "attribute.integrated_path": "the integrated-gradients column",
     "attribute.read_outs.sources": "the sources of attention latents",
-    "describe_component": "DescribeComponent",
+    "describe_component.latents": "describing latents",
 }
 
 

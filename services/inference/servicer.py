@@ -20,7 +20,7 @@ from tdb.inference.v1 import (
 from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
 from services.inference import (
-    features,
+    describe_component,
     generate,
     manifest,
     measured,
@@ -166,7 +166,12 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     async def DescribeComponent(
         self, request: component_pb2.DescribeComponentRequest, context: Context
     ) -> component_pb2.DescribeComponentResponse:
-        raise features.not_built("describe_component", "")
+        model = self._model(request.model)
+        canonical = component_pb2.DescribeComponentRequest()
+        canonical.CopyFrom(request)
+        canonical.model = model.identity.id
+        wanted = await asyncio.to_thread(describe_component.read, canonical, model)
+        return await describe_component.answer(canonical, wanted, model, self._on_device)
 
     async def Generate(
         self, request: generate_pb2.GenerateRequest, context: Context

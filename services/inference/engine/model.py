@@ -28,6 +28,7 @@ from services.inference.engine.attribution import ExplainedRun, Explanation, Nor
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
+from services.inference.engine.components import Describer, Description
 from services.inference.engine.forward import Hooks
 from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.integrated import Integration
@@ -222,6 +223,13 @@ class Model:
     ) -> Continuation:
         """A continuation to be taken step by step; nothing runs yet."""
         return Continuation(self.hooks, self.vocabulary, prompt, edits, sampling, ending, top)
+
+    def describe(
+        self, component: Address, tokens: int, circuits: int, similar: int, cancel: CancelToken
+    ) -> Description:
+        """What a neuron or head writes and reads, without a prompt; see `components`."""
+        describer = Describer(self.architecture, self.vocabulary.listed)
+        return describer.describe(component, tokens, circuits, similar, cancel)
 
     def attribute(
         self,

@@ -42,14 +42,14 @@ def read_out(
     reader = _Reader(architecture, explanation)
     w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
     embed_scale = architecture.embed_scale
-    outputs = _scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
+    outputs = scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
     with_inputs = [node for node in nodes if node.kind is not Kind.EMBED]
     heads = [node for node in nodes if node.kind is Kind.HEAD]
     directions = [
         reader.directions(with_inputs, through_key=False),
         reader.directions(heads, through_key=True),
     ]
-    inputs = _scored(torch.cat(directions) * embed_scale, w_e, tokens)
+    inputs = scored(torch.cat(directions) * embed_scale, w_e, tokens)
     of_input = dict(zip(with_inputs, inputs[: len(with_inputs)], strict=True))
     of_key = dict(zip(heads, inputs[len(with_inputs) :], strict=True))
     return {
@@ -58,10 +58,10 @@ def read_out(
     }
 
 
-def _scored(
+def scored(
     directions: Tensor, weights: Tensor, tokens: int, mean: Tensor | None = None
 ) -> list[Scores]:
-    """directions [n, d] against weights [V, d], less the score of `mean` [d]: top of each."""
+    """Directions [n, d] against weights [V, d], less the score of `mean` [d]: top of each."""
     found: list[Scores] = []
     for chunk in torch.split(directions, _CHUNK):
         # In this order the product is a quarter faster on a CPU than its transpose.

@@ -1,0 +1,321 @@
+"""DescribeComponent equals brute force over whole [d, d] maps, from Hugging Face's own weights."""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.protobuf.json_format import Parse, ParseDict
+from tdb.inference.v1 import component_pb2
+from torch import Tensor
+
+from services.common.addresses import Address, Kind, parse
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.components import ComponentDirection, Describer, Description
+from services.inference.engine.readouts import Scores
+from tests.inference.families.models import (
+    HEADS,
+    LAYERS,
+    NEURONS,
+    VOCABULARY,
+    config_of,
+    engine_of,
+    random_model,
+)
+from tests.inference.test_refusals import refusal_of
+
+if TYPE_CHECKING:  # the stubs name it, the generated module does not
+    from tdb.inference.v1.service_pb2_grpc import InferenceServiceAsyncStub as Stub
+
+FAMILIES = ("gpt2/tied", "llama/grouped", "qwen3/qk-norm", "gemma2/softcap")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer of a model by the formulas of its file, norms' gains included, in float64.
+
+    `ov` [H, d, d] and `qk` [H, d, d] (query, key) are whole maps; `write` [F, d]; `reads` [F, d].
+    """
+
+    ov: Tensor
+    qk: Tensor
+    write: Tensor
+    reads: dict[str, Tensor]
+
+
+class BruteForce:
+    """A model's weights by the names of its own file."""
+
+    def __init__(self, variant: str) -> None:
+        self.kind = variant.partition("/")[0]
+        self.model: Any = random_model(variant, torch.float64, "eager")
+        self.config: Any = config_of(variant)
+        self.groups = HEADS // getattr(self.config, "num_key_value_heads", HEADS)
+        gpt2 = self.kind == "gpt2"
+        self.trunk = self.model.transformer if gpt2 else self.model.model
+        blocks = self.trunk.h if gpt2 else self.trunk.layers
+        self.layers = [self._gpt2(each) if gpt2 else self._llama(each) for each in blocks]
+        embedding = self.trunk.wte if gpt2 else self.trunk.embed_tokens
+        self.embedding = embedding.weight
+        if self.kind == "gemma2":
+            self.embedding = self.embedding * self.config.hidden_size**0.5
+
+    def _gain(self, norm: Any) -> Tensor:
+        gain: Tensor = norm.weight + 1 if self.kind == "gemma2" else norm.weight
+        return gain
+
+    def _gpt2(self, block: Any) -> Weights:
+        width = block.attn.c_proj.weight.shape[0]
+        centre = torch.eye(width, dtype=torch.float64) - 1 / width
+        query, key, value = (
+            (centre * block.ln_1.weight @ part).view(width, HEADS, -1).transpose(0, 1)
+            for part in block.attn.c_attn.weight.chunk(3, dim=1)
+        )
+        out = block.attn.c_proj.weight.view(HEADS, -1, width)
+        return Weights(
+            value @ out,
+            query @ key.transpose(1, 2) / query.shape[-1] ** 0.5,
+            block.mlp.c_proj.weight,
+            {"read": (centre * block.ln_2.weight @ block.mlp.c_fc.weight).T},
+        )
+
+    def _llama(self, block: Any) -> Weights:
+        attention, gemma = block.self_attn, self.kind == "gemma2"
+        gain, width = self._gain(block.input_layernorm), attention.o_proj.weight.shape[0]
+        query, key, value = (
+            (project.weight * gain).view(-1, attention.head_dim, width)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if self.kind == "qwen3":
+            query = query * attention.q_norm.weight[:, None]
+            key = key * attention.k_norm.weight[:, None]
+        key, value = (each.repeat_interleave(self.groups, 0) for each in (key, value))
+        out = attention.o_proj.weight.T.view(HEADS, -1, width)
+        write = block.mlp.down_proj.weight.T
+        norm = block.post_attention_layernorm
+        if gemma:
+            out = out * self._gain(block.post_attention_layernorm)
+            write = write * self._gain(block.post_feedforward_layernorm)
+            norm = block.pre_feedforward_layernorm
+        scaling = self.config.query_pre_attn_scalar if gemma else attention.head_dim
+        return Weights(
+            value.transpose(1, 2) @ out,
+            query.transpose(1, 2) @ key / scaling**0.5,
+            write,
+            {
+                "gate": block.mlp.gate_proj.weight * self._gain(norm),
+                "up": block.mlp.up_proj.weight * self._gain(norm),
+            },
+        )
+
+    def output(self, write: Tensor) -> Tensor:
+        """[V]"""
+        if self.kind == "gpt2":
+            write = (write - write.mean()) * self.trunk.ln_f.weight
+        else:
+            write = write * self._gain(self.trunk.norm)
+        scores: Tensor = self.model.lm_head.weight @ write
+        return scores - scores.mean()
+
+    def input(self, read: Tensor) -> Tensor:
+        """[V]"""
+        scores: Tensor = self.embedding @ read
+        return scores
+
+
+def described(
+    variant: str, component: str, tokens: int = VOCABULARY, circuits: int = 4, similar: int = 500
+) -> Description:
+    describer = Describer(engine_of(variant).architecture, VOCABULARY)
+    return describer.describe(parse(component), tokens, circuits, similar, CancelToken())
+
+
+def as_vector(scores: Scores) -> Tensor:
+    vector = torch.full((VOCABULARY,), torch.nan, dtype=torch.float64)
+    for token_id, score in scores:
+        vector[token_id] = score
+    return vector
+
+
+def close(scores: Scores, expected: Tensor) -> bool:
+    return bool((as_vector(scores) - expected).abs().max() < 1e-4 * expected.abs().max())
+
+
+def by_name(description: Description) -> dict[str, ComponentDirection]:
+    return {each.name: each for each in description.directions}
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_a_neuron_writes_and_reads_what_its_weights_say(variant: str) -> None:
+    brute = BruteForce(variant)
+    weights = brute.layers[1]
+    found = by_name(described(variant, "neuron.1.7"))
+    assert [*found] == ["write", *weights.reads]
+    write = found.pop("write")
+    assert write.norm == pytest.approx(float(weights.write[7].norm()), rel=1e-5)
+    assert close(write.output, brute.output(weights.write[7]))
+    assert not close(write.output, brute.output(weights.write[8]))
+    assert write.input == ()
+    for name, each in found.items():
+        read = weights.reads[name][7]
+        assert each.norm == pytest.approx(float(read.norm()), rel=1e-5)
+        assert close(each.input, brute.input(read))
+        assert each.output == ()
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_a_heads_circuits_are_the_singular_directions_of_the_whole_maps(variant: str) -> None:
+    brute = BruteForce(variant)
+    weights = brute.layers[1]
+    found = by_name(described(variant, "head.1.3"))
+    assert [*found] == [f"{circuit}.{n}" for circuit in ("ov", "qk") for n in range(4)]
+    for circuit, whole in (("ov", weights.ov[3]), ("qk", weights.qk[3])):
+        left, values, right = torch.linalg.svd(whole)
+        for number in range(4):
+            ours = found[f"{circuit}.{number}"]
+            assert ours.norm == pytest.approx(float(values[number]), rel=1e-4)
+            u, v = left[:, number], right[number]
+            sign = float(v[v.abs().argmax()].sign())
+            assert close(ours.input, brute.input(sign * u))
+            if circuit == "ov":
+                assert close(ours.output, brute.output(sign * v * values[number]))
+                assert ours.key_input == ()
+            else:
+                assert close(ours.key_input, brute.input(sign * v))
+                assert ours.output == ()
+    assert float(torch.linalg.svdvals(weights.ov[2])[0]) != pytest.approx(
+        found["ov.0"].norm, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_similar_components_are_those_of_all_layers_by_cosine(variant: str) -> None:
+    layers = BruteForce(variant).layers
+    neurons = torch.cat([each.write for each in layers])
+    maps = torch.cat([each.ov.flatten(1) for each in layers])
+    for component, vectors, kind, width in (
+        ("neuron.1.7", neurons, Kind.NEURON, NEURONS),
+        ("head.1.3", maps, Kind.HEAD, HEADS),
+    ):
+        address = parse(component)
+        own = (address.layer or 0) * width + (address.index or 0)
+        unit = vectors / vectors.norm(dim=1, keepdim=True)
+        cosines = unit @ unit[own]
+        expected = [
+            (Address(kind, place // width, place % width), float(cosines[place]))
+            for place in cosines.argsort(descending=True).tolist()
+            if place != own
+        ]
+        found = described(variant, component, similar=10_000).similar
+        assert len(found) == LAYERS * width - 1
+        ours = dict(found)
+        for each, cosine in expected:
+            assert ours[each] == pytest.approx(cosine, abs=1e-5)
+        values = [cosine for _, cosine in found]
+        assert values == sorted(values, reverse=True)
+        assert found[0][0] == expected[0][0]
+        assert [each for each, _ in described(variant, component, similar=3).similar] == [
+            each for each, _ in found[:3]
+        ]
+
+
+def test_exactly_the_tokens_asked_for_largest_first_and_never_undecodable_ones() -> None:
+    architecture = engine_of("gpt2/tied").architecture
+    few = Describer(architecture, 40).describe(parse("head.0.1"), 5, 2, 0, CancelToken())
+    full = by_name(described("gpt2/tied", "head.0.1"))
+    assert [each.name for each in few.directions] == ["ov.0", "ov.1", "qk.0", "qk.1"]
+    assert few.similar == ()
+    for each in few.directions:
+        for ours, theirs in (
+            (each.output, full[each.name].output),
+            (each.input, full[each.name].input),
+            (each.key_input, full[each.name].key_input),
+        ):
+            assert [token for token, _ in ours] == [token for token, _ in theirs if token < 40][
+                : len(ours)
+            ]
+            assert len(ours) in (0, 5)
+
+
+def test_what_writes_nothing_is_similar_to_nothing() -> None:
+    engine = engine_of("opt/relu")
+    row = engine.architecture.layers[1].w_out[7]
+    kept = row.clone()
+    lengths = engine.architecture.layers[1].w_out_norm
+    try:
+        row.zero_()
+        lengths[7] = 0
+        assert described("opt/relu", "neuron.1.7").similar == ()
+        others = [str(each) for each, _ in described("opt/relu", "neuron.0.3").similar]
+        assert "neuron.1.7" not in others
+        assert len(others) == LAYERS * NEURONS - 2
+    finally:
+        row.copy_(kept)
+        lengths[7] = float(kept.norm())
+
+
+def request(**more: Any) -> component_pb2.DescribeComponentRequest:
+    return ParseDict({"component": "head.1.0", **more}, component_pb2.DescribeComponentRequest())
+
+
+async def test_over_grpc_with_defaults_and_replay(stub: "Stub") -> None:
+    response = await stub.DescribeComponent(request())
+    assert response.component == "head.1.0"
+    assert [each.name for each in response.directions] == [
+        f"{circuit}.{number}" for circuit in ("ov", "qk") for number in range(3)
+    ]
+    norms = np.array([each.norm for each in response.directions]).reshape(2, 3)
+    assert (np.diff(norms) <= 0).all()
+    assert {len(each.input_tokens) for each in response.directions} == {10}
+    assert len(response.similar) == 3  # two layers of two heads, less itself
+    canonical = json.loads(response.manifest.request_json)
+    assert canonical == {
+        "model": "tiny",
+        "component": "head.1.0",
+        "tokens": 10,
+        "similar": 10,
+        "circuits": 3,
+    }
+    replayed = await stub.DescribeComponent(
+        Parse(response.manifest.request_json, component_pb2.DescribeComponentRequest())
+    )
+    assert replayed.manifest.result_id == response.manifest.result_id
+    assert replayed.directions == response.directions
+    neuron = await stub.DescribeComponent(request(component="neuron.0.5", tokens=2, similar=0))
+    assert [each.name for each in neuron.directions] == ["write", "read"]
+    assert [len(each.output_tokens) for each in neuron.directions] == [2, 0]
+    assert [len(each.input_tokens) for each in neuron.directions] == [0, 2]
+    assert not neuron.similar
+
+
+MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "nothing": ({"component": ""}, "component", "an address is required"),
+    "no address": ({"component": "neuron"}, "component", "is not an address"),
+    "no such neuron": ({"component": "neuron.0.64"}, "component", "valid is 0..63"),
+    "a node": ({"component": "head.0.1~3"}, "component", "name head.0.1"),
+    "a part of a head": ({"component": "head.0.1.q"}, "component", "name head.0.1"),
+    "a sublayer": ({"component": "mlp.0"}, "component", "has no direction of its own"),
+    "the stream": ({"component": "resid_post.0"}, "component", "has no direction of its own"),
+    "no dictionary": ({"component": "latent.x.1"}, "component", "no dictionary 'x' is loaded"),
+    "no tokens": ({"tokens": 0}, "tokens", "tokens is 0; valid is 1..100"),
+    "too many tokens": ({"tokens": 101}, "tokens", "valid is 1..100"),
+    "too many similar": ({"similar": 101}, "similar", "valid is 0..100"),
+    "too many circuits": ({"circuits": 9}, "circuits", "valid is 1..8"),
+    "circuits of a neuron": (
+        {"component": "neuron.0.1", "circuits": 2},
+        "circuits",
+        "only heads have circuits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_malformed_requests_are_refused(name: str, stub: "Stub") -> None:
+    change, path, sentence = MALFORMED[name]
+    code, field, message = await refusal_of(stub.DescribeComponent(request(**change)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert field == path
+    assert sentence in message
