@@ -1,7 +1,6 @@
 """Points, lens and generation of every variant of every family, against Hugging Face with hooks."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,16 @@ from services.inference.engine import activations, points
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.generation import Continuation, Ending, Generated
-from services.inference.engine.interventions import Add, Edit, Intervention, Scale, SetTo, Zero
+from services.inference.engine.interventions import (
+    Add,
+    Edit,
+    Intervention,
+    Mask,
+    ProjectOut,
+    Scale,
+    SetTo,
+    Zero,
+)
 from services.inference.engine.lens import lens_logits
 from services.inference.engine.points import Point
 from services.inference.engine.sampling import Sampling
@@ -110,7 +118,11 @@ BY_HAND: list[tuple[Intervention, tuple[str, int | None, Any]]] = [
     (Intervention(parse("head.0.1~9-7"), SetTo(0.9)), ("probabilities", 0, (1, 9, 7))),
 ]
 """Interventions and their places in Hugging Face's pass; positions are put first, but in pairs."""
-VECTORS_OF_HEADS = [
+WITHOUT_A_CACHE = [
+    Intervention(parse("head.0.2~8-6"), Mask()),
+    Intervention(parse("head.0.2~3-2"), Mask()),
+    Intervention(parse("mlp.0"), ProjectOut(VECTOR)),
+    Intervention(parse("resid_post.1"), Add(0.3 * VECTOR, relative=True), (2, 6, 8)),
     Intervention(parse("head.0.3.k"), Scale(-3.0)),
     Intervention(parse("head.1.0.k~1"), Zero()),
     Intervention(parse("head.1.1.v"), Scale(2.0), (2, 6, 7)),
@@ -155,7 +167,7 @@ def test_generation(variant: str) -> None:
         ids.append(step.token_id)
     assert not is_close(step, reference_of(variant).run(ids[:-1], edited())[0, -1])
 
-    edits = engine.edits(*VECTORS_OF_HEADS, tokens=TOKENS)
+    edits = engine.edits(*WITHOUT_A_CACHE, tokens=TOKENS)
     ids = list(PROMPT)
     for step in continued(variant, edits):
         row = Row(tuple(ids), within(edits, len(ids)))
@@ -171,5 +183,5 @@ def within(edits: Sequence[Edit], tokens: int) -> tuple[Edit, ...]:
     for edit in edits:
         positions = tuple(position for position in edit.positions if position < tokens)
         if positions:
-            found.append(replace(edit, positions=positions))
+            found.append(edit.only(positions))
     return tuple(found)
