@@ -1,8 +1,9 @@
 """Tiny models with every weight random, the engine on them, and views of what it found."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +12,18 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from services.common.addresses import DictionaryShape, Shape
+from services.common.addresses import Shape
 from services.inference.engine import attention
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, explain
-from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column, EmbedNodes, HeadNodes, NeuronNodes
 from services.inference.engine.dictionaries.dictionary import Dictionary
+from services.inference.engine.dictionaries.sources import Registered
+from services.inference.engine.dictionaries.store import Store
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Intervention
+from services.inference.engine.shelf import Served, Shelf
 from services.inference.engine.objectives import LogitDiff, Objective
 from services.inference.engine.resolution import resolve as resolve_edits
 
@@ -83,15 +86,10 @@ class Engine:
 
     hooks: Hooks
     architecture: Architecture
-    dictionaries: dict[str, Dictionary] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:
-        shapes = {
-            name: DictionaryShape(each.latents, each.skip is not None)
-            for name, each in self.dictionaries.items()
-        }
-        return replace(self.architecture.shape, dictionaries=shapes)
+        return replace(self.architecture.shape, dictionaries=self.hooks.shelf.shapes)
 
     def edits(self, *wanted: Intervention, tokens: int) -> tuple[Edit, ...]:
         return resolve_edits(wanted, self.shape, self.architecture.widths, tokens)
@@ -111,11 +109,22 @@ def random_engine(
 ) -> Engine:
     model = random_model(family, dtype, implementation=attention.IMPLEMENTATION)
     architecture = resolve(model)
-    engine = Engine(
-        Hooks(model, architecture), architecture, {each.id: each for each in dictionaries}
-    )
-    engine.hooks.dictionary = lambda name: BoundDictionary(engine.dictionaries[name], architecture)
-    return engine
+    hooks = Hooks(model, architecture)
+    hooks.shelf = shelf_of(dictionaries, architecture, dtype)
+    return Engine(hooks, architecture)
+
+
+def shelf_of(
+    dictionaries: Sequence[Dictionary], architecture: Architecture, dtype: torch.dtype
+) -> Shelf:
+    """A shelf of dictionaries that are in memory already."""
+    registered = [
+        Registered(each.header, each.id, True, Path(), lambda _, each=each: each)
+        for each in dictionaries
+    ]
+    store = Store(registered, torch.device("cpu"), 1 << 30, dtype=dtype)
+    served = [Served(each.header, each.id, None) for each in dictionaries]
+    return Shelf(served, store, of=architecture)
 
 
 shared_engine = cache(random_engine)

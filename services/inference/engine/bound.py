@@ -21,24 +21,12 @@ _ROWS = 8192
 _ORDER = (Point.Z, Point.MLP_IN, Point.MLP_ACT, Point.ATTN_OUT, Point.MLP_OUT)
 
 
-class BoundDictionary:
-    """A dictionary on the model's device, with the map from its site to the residual stream."""
+class Place:
+    """Where a dictionary stands in a model, which its header says."""
 
-    def __init__(
-        self,
-        dictionary: Dictionary,
-        architecture: Architecture,
-        norms: dict[str, Tensor] | None = None,
-    ) -> None:
-        """`norms` keeps write norms by id for as long as the caller likes: N numbers that cost a
-        product of decoder and down projection."""
-        self.dictionary = dictionary
+    def __init__(self, header: Header, architecture: Architecture) -> None:
+        self.header = header
         self._architecture = architecture
-        self._norms = {} if norms is None else norms
-
-    @property
-    def header(self) -> Header:
-        return self.dictionary.header
 
     @property
     def id(self) -> str:
@@ -47,12 +35,12 @@ class BoundDictionary:
     @property
     def site_in(self) -> Site:
         """Where it reads."""
-        return _canonical(self.header.site_in)
+        return canonical(self.header.site_in)
 
     @property
     def site(self) -> Site:
         """Where it writes."""
-        return _canonical(self.header.site_out)
+        return canonical(self.header.site_out)
 
     @property
     def layer(self) -> int:
@@ -122,6 +110,22 @@ class BoundDictionary:
             return gradient
         return norm.frozen_gradient(gradient, torch.ones_like(gradient[..., :1]))
 
+
+class BoundDictionary(Place):
+    """A dictionary on the model's device, with the map from its site to the residual stream."""
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        architecture: Architecture,
+        norms: dict[str, Tensor] | None = None,
+    ) -> None:
+        """`norms` keeps write norms by id for as long as the caller likes: N numbers that cost a
+        product of decoder and down projection."""
+        self.dictionary = dictionary
+        self._norms = {} if norms is None else norms
+        super().__init__(dictionary.header, architecture)
+
     @property
     def write_norms(self) -> Tensor:
         """[N]: length of what one unit of each latent adds to the stream, scales omitted."""
@@ -136,7 +140,7 @@ class BoundDictionary:
         return self.to_residual(self.dictionary.w_dec[latents])
 
 
-def _canonical(site: Site) -> Site:
+def canonical(site: Site) -> Site:
     """`resid_pre.L` is `resid_post.(L-1)`; only `resid_pre.0`, the embedding, has no other name."""
     if site.point is Point.RESID_PRE and site.layer:
         return Site(Point.RESID_POST, site.layer - 1)

@@ -14,7 +14,7 @@ from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.norms import FINAL, NormPlace
 from services.inference.engine.points import Point
-from services.inference.engine.splice import Sites
+from services.inference.engine.splice import Probe, Sites
 
 _POINTS = {
     Kind.EMBED: "embed",
@@ -151,7 +151,7 @@ class Pass:
     """Points to keep beyond what every pass captures."""
     kept: dict[Point, Tensor] = field(default_factory=dict)
     """Their values [B, T, ...], after edits; filled by `keep`."""
-    sites: Sites = field(default_factory=lambda: Sites(()))
+    sites: Sites | Probe = field(default_factory=lambda: Sites(()))
     """Dictionaries read or edited in this pass."""
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
     _applied: dict[tuple[int, int], Edit] = field(default_factory=dict)

@@ -18,14 +18,14 @@ from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine import attention, norms, resuming
 from services.inference.engine.architecture import Architecture
-from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.dictionaries.sites import Point as SitePoint
 from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.points import Point
 from services.inference.engine.resuming import Recording, Resumed
-from services.inference.engine.splice import Sites
+from services.inference.engine.shelf import Shelf
+from services.inference.engine.splice import Probe, Sites
 
 _ALWAYS = (
     "block_inputs",
@@ -74,8 +74,8 @@ class Hooks:
         self._architecture = architecture
         self.current: Pass | None = None
         resuming.install(architecture, lambda: self.current)
-        self.dictionary: Callable[[str], BoundDictionary] = _no_dictionary
-        """The dictionary of an id, on the device."""
+        self.shelf = Shelf(of=architecture)
+        """The dictionaries that passes may read and edit."""
         self._taps = [_LayerTap(self, index) for index in range(len(architecture.layers))]
         for index, layer in enumerate(architecture.layers):
             attention.tap(layer.attention, self._taps[index])
@@ -130,6 +130,10 @@ class Hooks:
         self._run(current, positions, dictionaries, cache)
         return current
 
+    def look(self, rows: Sequence[Row], probe: Probe, cancel: CancelToken) -> None:
+        """Runs the model over rows without edits, showing `probe` the sites it wants."""
+        self._run(Pass(rows, False, cancel, sites=probe), [0])
+
     def record(
         self, row: Row, positions: Sequence[int], *, cancel: CancelToken, gradients: bool = False
     ) -> Recording:
@@ -152,15 +156,13 @@ class Hooks:
         current.logits = output.logits
         return current.logits[:, 0]
 
-    def site_of(self, dictionary: str) -> Site:
-        """Where a dictionary writes."""
-        return self.dictionary(dictionary).site
-
     def _attach(self, current: Pass, dictionaries: Sequence[str] = ()) -> None:
         """Puts the dictionaries named, and those that edits name, in a pass."""
+        if isinstance(current.sites, Probe):
+            return
         edited = [edit.target.dictionary for row in current.rows for edit in row.edits]
         named = dict.fromkeys(name for name in (*dictionaries, *edited) if name)
-        current.sites = Sites([self.dictionary(name) for name in named])
+        current.sites = Sites(self.shelf.bind(list(named)))
 
     def _run(
         self,
@@ -419,7 +421,3 @@ class Hooks:
 
 def _check_cancel(cancel: CancelToken, gradient: Tensor) -> None:
     cancel.check()
-
-
-def _no_dictionary(name: str) -> BoundDictionary:
-    raise KeyError(name)

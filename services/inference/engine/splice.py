@@ -7,7 +7,7 @@ after an edit. Without an edit of the dictionary nothing is added and the model'
 they are, to the bit. With one the sum is differentiated as it stands, the encoder included.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ from services.inference.engine.dictionaries.dictionary import Normalised
 from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.interventions import Edit
 
+EditsOf = Callable[[str], dict[int, list[tuple[int, Edit]]]]
+"""The edits of a dictionary by row, numbered within it."""
 Apply = Callable[[int, int, Edit, Tensor], Tensor]
 """From row, number of the edit in it, the edit and values before it to the values after it."""
 
@@ -144,17 +146,8 @@ class Sites:
     def wants(self, site: Site) -> bool:
         return site in self._read or site in self._written
 
-    def visit(
-        self,
-        site: Site,
-        x: Tensor,
-        edits_of: Callable[[str], dict[int, list[tuple[int, Edit]]]],
-        apply: Apply,
-    ) -> Tensor:
-        """Captures what is read here and adds what edits change; [B, T, d] -> [B, T, d].
-
-        `edits_of` gives the edits of a dictionary by row, numbered within it.
-        """
+    def visit(self, site: Site, x: Tensor, edits_of: EditsOf, apply: Apply) -> Tensor:
+        """Captures what is read here and adds what edits change; [B, T, w] -> [B, T, w]."""
         for bound in self._read.get(site, ()):
             self._inputs[bound.id] = x
         here = [
@@ -169,3 +162,20 @@ class Sites:
             latents.after = after
             self.found[latents.bound.id] = latents
         return after
+
+
+class Probe:
+    """Stands in for `Sites` in a pass that only looks: keeps what stands at some sites."""
+
+    def __init__(self, sites: Collection[Site]) -> None:
+        self._sites = frozenset(sites)
+        self.seen: dict[Site, Tensor] = {}
+        """[B, T, w] of the last pass, detached."""
+        self.found: dict[str, LatentSite] = {}
+
+    def wants(self, site: Site) -> bool:
+        return site in self._sites
+
+    def visit(self, site: Site, x: Tensor, edits_of: EditsOf, apply: Apply) -> Tensor:
+        self.seen[site] = x.detach()
+        return x

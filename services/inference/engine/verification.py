@@ -113,7 +113,7 @@ def begin(
     if not math.isfinite(value):
         raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
     budget = tokens_per_chunk or TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
-    starts = [start_of(each.edit.target, hooks.site_of) for each in ablations]
+    starts = [start_of(each.edit.target, hooks.shelf.site_of) for each in ablations]
     chunks = _chunks(ablations, starts, position, len(recording.neurons), budget)
     return Verification(value, recording.receipts(0), chunks, hooks, run, recording)
 
