@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from services.inference.engine.attribution import ExplainedRun, Explanation, Nor
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column, EmbedNodes, HeadNodes, NeuronNodes
 from services.inference.engine.dictionaries.dictionary import Dictionary
+from services.inference.engine.dictionaries.sites import Header
 from services.inference.engine.dictionaries.sources import Registered
 from services.inference.engine.dictionaries.store import Store
 from services.inference.engine.forward import Hooks
@@ -119,7 +120,7 @@ def shelf_of(
 ) -> Shelf:
     """A shelf of dictionaries that are in memory already."""
     registered = [
-        Registered(each.header, each.id, True, Path(), lambda _, each=each: each)
+        Registered(each.header, each.id, True, Path(), partial(_itself, each))
         for each in dictionaries
     ]
     store = Store(registered, torch.device("cpu"), 1 << 30, dtype=dtype)
@@ -186,3 +187,7 @@ def direct_sums(explanation: Explanation) -> tuple[float, float]:
     total = sum(float(column.sum()) for column in columns) + sum(remainder)
     size = sum(float(column.abs().sum()) for column in columns) + sum(map(abs, remainder))
     return total, size
+
+
+def _itself(dictionary: Dictionary, header: Header) -> Dictionary:
+    return replace(dictionary, header=header)

@@ -6,7 +6,7 @@ require gradients. Right padding needs no mask: causality keeps pads out of ever
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
