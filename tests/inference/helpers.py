@@ -24,9 +24,9 @@ from services.inference.engine.dictionaries.sources import Registered
 from services.inference.engine.dictionaries.store import Store
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Intervention
-from services.inference.engine.shelf import Served, Shelf
 from services.inference.engine.objectives import LogitDiff, Objective
 from services.inference.engine.resolution import resolve as resolve_edits
+from services.inference.engine.shelf import Served, Shelf
 
 VOCABULARY = 61
 LAYERS, HEADS, WIDTH, HEAD_WIDTH, NEURONS = 3, 4, 16, 4, 64
