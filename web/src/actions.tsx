@@ -1,7 +1,10 @@
-/** What can be done to a node: ablate it, set its value, scale it. */
+/** The buttons of an open row: ablate it, set its value, scale it, trace it, and all else in a menu. */
 import { useState } from "preact/hooks";
 import { editOf, isAblated, scaleBy, setValue, toggleAblation } from "./editing";
 import { cannot, type Op } from "./features";
+import { traces, verification, type Offer } from "./offers";
+import { valueForm } from "./state";
+import { HEAD_INPUTS } from "./trace";
 
 export function AblateButton({ node }: { node: string }) {
   const ablated = isAblated(node);
@@ -33,7 +36,7 @@ export function readNumber(text: string): number | null {
   return Number.isFinite(x) ? x : null;
 }
 
-type Valued = Exclude<Op, "ablate">;
+type Valued = Extract<Op, "set" | "scale">;
 
 const VALUED = {
   set: { button: "set…", sign: "=", example: "0.5", apply: setValue },
@@ -42,8 +45,9 @@ const VALUED = {
 
 /** All actions of an open row; set and scale unfold a field in the same line. */
 export function Actions({ node }: { node: string }) {
-  const [open, setOpen] = useState<Valued | null>(null);
-  if (open) return <ValueForm key={open} op={open} node={node} done={() => setOpen(null)} />;
+  const open = valueForm.value?.node === node ? valueForm.value.op : null;
+  const done = () => (valueForm.value = null);
+  if (open) return <ValueForm key={open} op={open} node={node} done={done} />;
   return (
     <>
       <AblateButton node={node} />
@@ -62,13 +66,58 @@ export function Actions({ node }: { node: string }) {
                 : "Multiply the node's value by a factor")
             }
             aria-label={`${op === "set" ? "Set" : "Scale"} ${node}`}
-            onClick={() => setOpen(op)}
+            onClick={() => (valueForm.value = { node, op })}
           >
             {VALUED[op].button}
           </button>
         );
       })}
+      <TraceButtons node={node} />
+      <OfferButton offer={verification(node)} node={node} />
     </>
+  );
+}
+
+function OfferButton({ offer, node }: { offer: Offer; node: string }) {
+  const { label, hint, key, why, act } = offer;
+  return (
+    <button
+      type="button"
+      class="small"
+      disabled={why !== undefined}
+      title={why ?? `${label}: ${hint}${key ? ` (${key})` : ""}`}
+      aria-label={`${label[0]?.toUpperCase()}${label.slice(1)} ${node}`}
+      onClick={act}
+    >
+      {label}
+    </button>
+  );
+}
+
+/** One button, or for a head one per input. */
+function TraceButtons({ node }: { node: string }) {
+  const ways = traces(node);
+  const [only] = ways;
+  if (!only) return null;
+  const button = ({ label, hint, why, act }: Offer, text: string) => (
+    <button
+      key={label}
+      type="button"
+      class="small"
+      disabled={why !== undefined}
+      title={why ?? `${label}: ${hint} (t)`}
+      aria-label={label}
+      onClick={act}
+    >
+      {text}
+    </button>
+  );
+  if (ways.length === 1) return button(only, "trace");
+  return (
+    <span class="segments">
+      <span class="quiet-text">trace through</span>
+      {ways.map((way, i) => button(way, Object.values(HEAD_INPUTS)[i] ?? ""))}
+    </span>
   );
 }
 

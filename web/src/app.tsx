@@ -1,9 +1,11 @@
 /** The workbench: the question on top and always in sight, the answer scrolling below it. */
 import { unlock } from "./asking";
 import { bearer } from "./connect";
+import { Crumbs } from "./crumbs";
 import { Header } from "./header";
 import { Interventions } from "./interventions";
 import { Logits } from "./logits";
+import { Menu } from "./menu";
 import { ObjectiveCard } from "./objective";
 import { PromptBar } from "./prompt";
 import { answer, loading, locked, model, modelProblem, stale } from "./state";
@@ -24,6 +26,7 @@ export function App() {
       <div class="question">
         <PromptBar />
         <Interventions />
+        <Crumbs />
       </div>
       <main data-scroller aria-busy={loading.value} data-stale={stale.value ? "" : undefined}>
         {answer.value ? (
@@ -38,6 +41,7 @@ export function App() {
           <Blank />
         )}
       </main>
+      <Menu />
     </>
   );
 }

@@ -7,6 +7,7 @@
  */
 import { batch } from "@preact/signals";
 import { bearer, ConnectError } from "./connect";
+import type { AttributeResponseJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
 import { supports } from "./features";
@@ -16,11 +17,13 @@ import { problems } from "./problems";
 import { attributeRequest, likelyIds, predictionRequest } from "./requests";
 import * as state from "./state";
 import { tokens } from "./tokenise";
-import { decode, DEFAULT_ROWS, encode, type Question } from "./url";
+import { beside, decode, encode, USUAL, type Question } from "./url";
+import { cancelVerify, stillVerified } from "./verifying";
 import { leavePlaces, writeAddress } from "./view";
 
 const REMEMBERED = 50;
 const RESTART_MS = 3_000;
+const LIKELIEST = 10;
 let flight = new AbortController();
 
 /** Loads the model, then asks what the address asks, or the model's first example. */
@@ -95,9 +98,7 @@ export function exampleQuestion(example: ExampleJson): Question {
     prompt: example.prompt ?? "",
     targets: example.target ? [example.target] : [],
     distractors: example.distractor ? [example.distractor] : [],
-    interventions: [],
-    rankBy: "total",
-    rows: DEFAULT_ROWS,
+    ...USUAL,
   };
 }
 
@@ -108,8 +109,14 @@ export async function open(question: Question): Promise<void> {
   await ask(named);
 }
 
-function fill({ prompt, targets, distractors }: Question): void {
-  state.draft.value = { prompt, targets, distractors, pending: { targets: "", distractors: "" } };
+function fill({ prompt, targets, distractors, compare }: Question): void {
+  state.draft.value = {
+    prompt,
+    targets,
+    distractors,
+    compare: compare === "" ? null : compare,
+    pending: { targets: "", distractors: "" },
+  };
 }
 
 /** Asks what stands in the fields; what is typed beside the chips becomes a chip if it is one token. */
@@ -117,8 +124,7 @@ export async function askDraft(): Promise<void> {
   for (const side of ["targets", "distractors"] as const) {
     if (!(await settle(side))) return;
   }
-  const { prompt, targets, distractors } = state.draft.value;
-  const { interventions = [], rankBy = "total", rows = DEFAULT_ROWS } = state.asked.value ?? {};
+  const { prompt, targets, distractors, compare } = state.draft.value;
   const missing = [
     ...(prompt === ""
       ? [
@@ -137,7 +143,15 @@ export async function askDraft(): Promise<void> {
     return;
   }
   if (prompt !== state.asked.value?.prompt) leavePlaces();
-  await ask({ model: currentModel(), prompt, targets, distractors, interventions, rankBy, rows });
+  await ask({
+    ...USUAL,
+    ...state.asked.value,
+    model: currentModel(),
+    prompt,
+    targets,
+    distractors,
+    compare: compare ?? "",
+  });
 }
 
 /** Turns the pending text of a side into a chip; false if it is not one token. */
@@ -165,6 +179,7 @@ export function addChoice(side: state.Side, text: string): void {
 /** Asks a question. Resolves when it is answered, refused, or overtaken by another. */
 export async function ask(question: Question): Promise<void> {
   flight.abort();
+  cancelVerify();
   const own = (flight = new AbortController());
   batch(() => {
     state.asked.value = question;
@@ -183,17 +198,47 @@ export async function ask(question: Question): Promise<void> {
       if (before && encode(before.question) !== encode(question))
         state.past.value = [...state.past.value, before].slice(-REMEMBERED);
       if (before?.question.prompt !== question.prompt) state.selected.value = null;
-      if (!before || before.question.interventions.length > 0 !== question.interventions.length > 0)
-        state.sort.value = null;
-      state.answer.value = { question, response, outlooks: null };
+      if (!before || beside(before.question) !== beside(question)) state.sort.value = null;
+      const outlooks = before && sameForward(before.question, question) ? before.outlooks : null;
+      const verified = stillVerified(before, question);
+      state.answer.value = { question, response, outlooks, verified, b: null };
     });
-    await look(question, own.signal);
+    void readB(question, response, own.signal);
+    if (!state.answer.value?.outlooks) await look(question, own.signal);
   } catch (error) {
     if (own.signal.aborted) return;
     if (!needsToken(error)) state.found.value = problems(error);
   } finally {
     if (own === flight) state.loading.value = false;
   }
+}
+
+/** The tokens of prompt B, which say whether anything can be patched from it by position. */
+async function readB(
+  { model, compare }: Question,
+  response: AttributeResponseJson,
+  signal: AbortSignal,
+): Promise<void> {
+  if (compare === "") return;
+  try {
+    const b = await tokens(model, compare, { signal });
+    state.amend(response, () => ({ b }));
+  } catch {
+    // the prompt bar, which reads the same text, says what is wrong with it
+  }
+}
+
+/** Whether two questions ask the same of the model's last layer, however it is explained. */
+function sameForward(one: Question, other: Question): boolean {
+  const asks = (question: Question) =>
+    JSON.stringify([
+      predictionRequest(question, [], false),
+      predictionRequest(question, [], true),
+      question.targets,
+      question.distractors,
+      beside(question),
+    ]);
+  return asks(one) === asks(other);
 }
 
 /** Exact logits and probabilities: targets, distractors, and what either run finds likely. */
@@ -208,14 +253,18 @@ async function look(question: Question, signal: AbortSignal): Promise<void> {
     (await Promise.all(texts.map(idOf))).flat();
   try {
     const [targets, distractors] = [await ids(question.targets), await ids(question.distractors)];
-    const all = [...new Set([...targets, ...distractors, ...likelyIds(shown.response)])];
+    const likely =
+      question.trace.length > 0 // the table's tokens are those at the traced node
+        ? await likeliest(question, signal)
+        : likelyIds(shown.response);
+    const all = [...new Set([...targets, ...distractors, ...likely])];
     const named = async (base: boolean): Promise<PredictionJson[]> => {
       const answer = await run(predictionRequest(question, all, base), { signal });
       return answer.nextTokens?.at(-1)?.named ?? [];
     };
     const [now, base] = await Promise.all([
       named(false),
-      question.interventions.length > 0 ? named(true) : [],
+      beside(question) === null ? [] : named(true),
     ]);
     const outlooks = now.map((prediction, i): state.Outlook => {
       const id = all[i]!;
@@ -226,11 +275,17 @@ async function look(question: Question, signal: AbortSignal): Promise<void> {
           : "likely";
       return { role, now: prediction, ...(base[i] ? { base: base[i] } : {}) };
     });
-    if (!signal.aborted) state.answer.value = { ...shown, outlooks };
+    if (!signal.aborted) state.amend(shown.response, () => ({ outlooks }));
   } catch (error) {
     if (signal.aborted || needsToken(error)) return;
     state.found.value = problems(error).map((problem) => ({ ...problem, place: "prediction" }));
   }
+}
+
+/** Ids of what this run finds likeliest to come next. */
+async function likeliest(question: Question, signal: AbortSignal): Promise<number[]> {
+  const answer = await run(predictionRequest(question, [], false, LIKELIEST), { signal });
+  return (answer.nextTokens?.at(-1)?.top ?? []).map(({ token }) => token?.id ?? 0);
 }
 
 /** Back to the previous answer, from memory. */
@@ -238,6 +293,7 @@ export function undo(): void {
   const before = state.past.value.at(-1);
   if (!before) return;
   flight.abort();
+  cancelVerify();
   if (before.question.prompt !== state.answer.value?.question.prompt) leavePlaces();
   batch(() => {
     state.past.value = state.past.value.slice(0, -1);
@@ -255,7 +311,8 @@ export async function switchModel(id: string): Promise<void> {
   if (!(await loadModel(id))) return;
   const question = state.asked.value;
   leavePlaces();
-  if (question) await ask({ ...question, model: id, interventions: [] });
+  if (question)
+    await ask({ ...question, model: id, interventions: [], trace: [], dictionaries: [] });
 }
 
 function needsToken(error: unknown): boolean {

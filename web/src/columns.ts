@@ -8,7 +8,8 @@ import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { site } from "./address";
 import { num } from "./numbers";
 
-export type Quantity = "activation" | "writeMagnitude" | "directEffect" | "totalEffect";
+export type Quantity =
+  "activation" | "writeMagnitude" | "directEffect" | "totalEffect" | "verifiedEffect";
 export type Side = "after" | "before" | "difference";
 
 interface Meaning {
@@ -37,7 +38,7 @@ export const QUANTITIES: Record<Quantity, Meaning> = {
   directEffect: {
     name: "direct",
     definition:
-      "Direct effect on the objective: the write times the gradient at the final residual",
+      "Direct effect on the objective: the write times the gradient at the residual the objective reads",
     effect: true,
     paired: true,
   },
@@ -47,6 +48,13 @@ export const QUANTITIES: Record<Quantity, Meaning> = {
       "Estimated total effect on the objective: activation times gradient, through everything downstream",
     effect: true,
     paired: true,
+  },
+  verifiedEffect: {
+    name: "verified",
+    definition:
+      "Verified total effect: the objective less what it is with the node really ablated, all norms live",
+    effect: true,
+    paired: false,
   },
 };
 
@@ -60,17 +68,26 @@ export interface Column {
   signed: boolean;
 }
 
-export function columns(paired: boolean): Column[] {
+/** What the three sides of a quantity are called: before and after an edit, or prompt B and this one. */
+export const SIDE_NAMES = {
+  untouched: { before: "before", after: "after" },
+  b: { before: "B", after: "A" },
+} as const;
+
+export function columns(
+  paired: boolean,
+  names: { before: string; after: string } = SIDE_NAMES.untouched,
+): Column[] {
   return (Object.keys(QUANTITIES) as Quantity[]).flatMap((quantity) => {
     const { effect, paired: both } = QUANTITIES[quantity];
     const sides: [Side, string][] =
       paired && both
         ? [
-            ["before", "before"],
-            ["after", "after"],
+            ["before", names.before],
+            ["after", names.after],
             ["difference", "diff."],
           ]
-        : [["after", paired ? "after" : ""]];
+        : [["after", paired ? names.after : ""]];
     return sides.map(([side, label]) => ({
       id: `${quantity}.${side}`,
       quantity,
@@ -85,7 +102,7 @@ export function columns(paired: boolean): Column[] {
 export function value(row: NodeRowJson, { quantity, side }: Column): number | undefined {
   const after = num(row[quantity]);
   if (side === "after") return after;
-  const before = num(row.compare?.[quantity]);
+  const before = quantity === "verifiedEffect" ? undefined : num(row.compare?.[quantity]);
   if (side === "before") return before;
   return difference(after, before);
 }
@@ -106,6 +123,9 @@ export function extent(
     for (const row of rows) end = Math.max(end, Math.abs(value(row, col) ?? 0));
     ends.set(col.quantity, end);
   }
+  // Estimate and exact effect are compared by colour, and a scale that grows with every value flickers.
+  const estimated = ends.get("totalEffect") ?? 0;
+  ends.set("verifiedEffect", Math.max(estimated, ends.get("verifiedEffect") ?? 0));
   return ends;
 }
 

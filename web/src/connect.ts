@@ -1,5 +1,5 @@
 /**
- * The Connect protocol, unary and in JSON: one POST per call.
+ * The Connect protocol in JSON: one POST per call. What a stream brings comes as server-sent events.
  *
  * A failure of any sort - a refusal by the service, a proxy's HTML page, a dead network, a deadline -
  * becomes one `ConnectError` with a code and a sentence. A call that its caller aborts rejects with the
@@ -51,22 +51,12 @@ export async function call<Request, Response>(
   request: Request,
   { signal, timeoutMs = 60_000 }: CallOptions = {},
 ): Promise<Response> {
-  const headers: Record<string, string> = {
-    "content-type": "application/json",
-    "connect-protocol-version": "1",
-    "connect-timeout-ms": String(timeoutMs),
-  };
-  const token = bearer.get();
-  if (token) headers["authorization"] = `Bearer ${token}`;
-
   const deadline = AbortSignal.timeout(timeoutMs + 1_000); // the server's own answer comes first
   let status: number;
   let body: unknown;
   try {
     const answer = await fetch(address(method), {
-      method: "POST",
-      headers,
-      body: JSON.stringify(request),
+      ...posted(request, timeoutMs),
       signal: signal ? AbortSignal.any([signal, deadline]) : deadline,
     });
     status = answer.status;
@@ -81,6 +71,88 @@ export async function call<Request, Response>(
   }
   if (status === 200 && body !== undefined) return body as Response;
   throw failure(status, body);
+}
+
+/**
+ * The messages of a stream as they come. Aborting the signal, or leaving the loop, ends the call on the
+ * server too.
+ */
+export async function* stream<Request, Response>(
+  method: string,
+  request: Request,
+  { signal, timeoutMs = 3_600_000 }: CallOptions = {},
+): AsyncGenerator<Response, void> {
+  const own = new AbortController();
+  const { headers, ...rest } = posted(request, timeoutMs);
+  try {
+    const answer = await fetch(address(method), {
+      ...rest,
+      headers: { ...headers, accept: "text/event-stream" },
+      signal: signal ? AbortSignal.any([signal, own.signal]) : own.signal,
+    });
+    if (!answer.ok || !answer.body) throw failure(answer.status, parse(await answer.text()));
+    for await (const { name, data } of events(answer.body)) {
+      const message = parse(data);
+      if (name !== "end") {
+        yield message as Response;
+        continue;
+      }
+      if (isObject(message) && isObject(message["error"])) throw failure(200, message["error"]);
+      return;
+    }
+    throw new ConnectError("unavailable", "The server broke off before the end.");
+  } catch (error) {
+    if (signal?.aborted || error instanceof ConnectError) throw error;
+    throw new ConnectError("unavailable", "The server cannot be reached.");
+  } finally {
+    own.abort();
+  }
+}
+
+interface StreamedEvent {
+  name: string;
+  data: string;
+}
+
+/** The server-sent events of a body; comments keep the connection open and mean nothing. */
+export async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<StreamedEvent> {
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
+  let text = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      text += decoder.decode(value, { stream: !done });
+      const blocks = text.split("\n\n");
+      text = blocks.pop() ?? "";
+      for (const block of blocks) {
+        const event = { name: "message", data: "" };
+        for (const line of block.split("\n")) {
+          const [, field, rest = ""] = /^(event|data): ?(.*)$/.exec(line) ?? [];
+          if (field === "event") event.name = rest;
+          else if (field === "data") event.data += rest;
+        }
+        if (event.data !== "") yield event;
+      }
+      if (done) return;
+    }
+  } finally {
+    reader.releaseLock();
+  }
+}
+
+function posted(request: unknown, timeoutMs: number) {
+  const token = bearer.get();
+  return {
+    method: "POST",
+    headers: {
+      "content-type": "application/json",
+      "connect-protocol-version": "1",
+      "connect-timeout-ms": String(timeoutMs),
+      ...(token ? { authorization: `Bearer ${token}` } : {}),
+    },
+    body: JSON.stringify(request),
+  };
 }
 
 function parse(text: string): unknown {

@@ -67,4 +67,5 @@ const LONG: Record<Quantity, string> = {
   writeMagnitude: "write magnitude",
   directEffect: "direct effect",
   totalEffect: "estimated total effect",
+  verifiedEffect: "verified total effect",
 };

@@ -6,7 +6,7 @@ import { difference } from "./columns";
 import type { TokenEffectsJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
 import { brief, full, num, signed } from "./numbers";
-import { answer } from "./state";
+import { answer, compared } from "./state";
 import { TokenText } from "./tokens";
 import { choosePlace, isPlace } from "./view";
 
@@ -20,12 +20,14 @@ const KINDS: Record<string, { name: string; meaning: string }> = {
 export function EffectsByToken() {
   const response = answer.value?.response;
   const all = response?.tokenEffects ?? [];
+  const tokens = response?.tokens ?? [];
+  const aligned = response?.compareTokens?.length === tokens.length;
   const shown = Object.keys(KINDS).flatMap((kind) => {
     const now = all.find((row) => row.kind === kind && !row.compare);
-    return now ? [{ now, before: all.find((row) => row.kind === kind && row.compare) }] : [];
+    const before = aligned ? all.find((row) => row.kind === kind && row.compare) : undefined;
+    return now ? [{ now, before }] : [];
   });
   if (shown.length === 0) return null;
-  const tokens = response?.tokens ?? [];
   const values = shown.flatMap(({ now }) => (now.totalEffect ?? []).map((x) => num(x) ?? 0));
   const end = Math.max(...values.map(Math.abs), 0);
   return (
@@ -89,7 +91,7 @@ function Row({ now, before, end }: RowProps) {
         const direct = num(now.directEffect?.[position]) ?? 0;
         const change =
           was !== undefined && delta !== undefined
-            ? `, was ${signed(was)}, diff. ${signed(delta)}`
+            ? `, ${compared.value === "b" ? "in B" : "was"} ${signed(was)}, diff. ${signed(delta)}`
             : "";
         return (
           <td

@@ -2,7 +2,7 @@
 import { start, switchModel } from "./asking";
 import { change } from "./editing";
 import { plain } from "./numbers";
-import { loading, model, modelProblem, models, problemsAt } from "./state";
+import { draft, loading, model, modelProblem, models, problemsAt } from "./state";
 import { nextTheme, theme, THEMES } from "./theme";
 
 export function Header() {
@@ -60,7 +60,12 @@ export function Header() {
 
 /** What concerns no single field: one sentence, and a way to try again where that may help. */
 function Notices() {
-  const all = [...(modelProblem.value ? [modelProblem.value] : []), ...problemsAt("page")];
+  const homeless = draft.value.compare === null ? problemsAt("compare") : [];
+  const all = [
+    ...(modelProblem.value ? [modelProblem.value] : []),
+    ...problemsAt("page"),
+    ...homeless,
+  ];
   return (
     <div class="notices" aria-live="assertive">
       {all.map(({ text, retry }) => (

@@ -1,5 +1,5 @@
 /** The inference service's calls, typed by the JSON types made from the protos. */
-import { call, type CallOptions } from "./connect";
+import { call, stream, type CallOptions } from "./connect";
 import type {
   AttributeRequestJson,
   AttributeResponseJson,
@@ -13,6 +13,7 @@ import type {
   TokenizeResponseJson,
 } from "./gen/tdb/inference/v1/model_pb";
 import type { RunRequestJson, RunResponseJson } from "./gen/tdb/inference/v1/run_pb";
+import type { VerifyRequestJson, VerifyResponseJson } from "./gen/tdb/inference/v1/verify_pb";
 
 export const SERVICE = "tdb.inference.v1.InferenceService";
 
@@ -21,8 +22,14 @@ function rpc<Request, Response>(name: string) {
     call<Request, Response>(`${SERVICE}/${name}`, request, options);
 }
 
+function streamed<Request, Response>(name: string) {
+  return (request: Request, options?: CallOptions): AsyncGenerator<Response, void> =>
+    stream<Request, Response>(`${SERVICE}/${name}`, request, options);
+}
+
 export const listModels = rpc<ListModelsRequestJson, ListModelsResponseJson>("ListModels");
 export const getModel = rpc<GetModelRequestJson, GetModelResponseJson>("GetModel");
 export const tokenize = rpc<TokenizeRequestJson, TokenizeResponseJson>("Tokenize");
 export const run = rpc<RunRequestJson, RunResponseJson>("Run");
 export const attribute = rpc<AttributeRequestJson, AttributeResponseJson>("Attribute");
+export const verify = streamed<VerifyRequestJson, VerifyResponseJson>("Verify");

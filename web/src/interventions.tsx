@@ -2,8 +2,11 @@
 import { undo } from "./asking";
 import { change, removeIntervention } from "./editing";
 import type { InterventionJson, ReceiptJson } from "./gen/tdb/inference/v1/intervention_pb";
+import type { DirectionJson } from "./gen/tdb/inference/v1/objective_pb";
+import type { PromptJson, TokenRefJson } from "./gen/tdb/type/v1/token_pb";
 import { count, num, plain, withMinus } from "./numbers";
 import { answer, asked, loading, past, problemsAt, stale } from "./state";
+import { visible } from "./tokens";
 import { isAblation } from "./url";
 
 /** The edit in words: `ablate head.2.3~13-1`. */
@@ -11,11 +14,56 @@ export function words(edit: InterventionJson): string {
   if (isAblation(edit)) return `ablate ${edit.target}`;
   if (edit.scale) return `scale ${edit.target} × ${withMinus(String(edit.scale.factor ?? 0))}`;
   if (edit.set) return `set ${edit.target} = ${withMinus(String(edit.set.value ?? "vector"))}`;
+  if (edit.mask) return `mask ${edit.target}`;
+  if (edit.patch) return `patch ${edit.target} from ${sourceWords(edit.patch.source?.prompt)}`;
+  if (edit.mean) {
+    const prompts = count(edit.mean.prompts?.length ?? 0, "prompt");
+    return `mean ${edit.target} over ${prompts}${edit.mean.perPosition ? ", by position" : ""}`;
+  }
+  if (edit.projectOut)
+    return `project ${directionWords(edit.projectOut.direction)} out of ${edit.target}`;
   const rest: Partial<InterventionJson> = { ...edit };
   delete rest.target;
   delete rest.positions;
   const op = Object.keys(rest)[0] ?? "edit";
   return `${op.replace(/[A-Z]/g, (c) => ` ${c.toLowerCase()}`)} ${edit.target}`;
+}
+
+/** Where a patched value comes from: B while it is the prompt compared with, else the prompt's first words. */
+function sourceWords(prompt: PromptJson | undefined): string {
+  const text = prompt?.text ?? "another run";
+  if (text === asked.value?.compare) return "B";
+  return `“${text.length > 24 ? `${text.slice(0, 24)}…` : text}”`;
+}
+
+function directionWords(direction: DirectionJson | undefined): string {
+  if (direction?.writeOf) return direction.writeOf;
+  const { targets = [], distractors = [] } = direction?.unembedding ?? {};
+  const names = (refs: TokenRefJson[]) =>
+    refs.map(({ text, id }) => (text === undefined ? `<${id}>` : visible(text))).join(", ");
+  if (targets.length === 0) return "a direction";
+  return `${names(targets)}${distractors.length > 0 ? ` − ${names(distractors)}` : ""}`;
+}
+
+/** Whether the edited run stands beside itself without the edits, or beside prompt B. */
+function Beside() {
+  const againstB = asked.value?.againstB ?? false;
+  return (
+    <label class="beside">
+      beside{" "}
+      <select
+        value={againstB ? "b" : "untouched"}
+        title="What the edited run is compared with. Choosing asks again"
+        onChange={(event) => {
+          const b = event.currentTarget.value === "b";
+          change(() => ({ againstB: b }));
+        }}
+      >
+        <option value="untouched">itself without edits</option>
+        <option value="b">prompt B</option>
+      </select>
+    </label>
+  );
 }
 
 /** A receipt in words: how many sites were edited, how far, and from what to what. */
@@ -69,6 +117,7 @@ export function Interventions() {
         })}
       </ul>
       <div class="actions">
+        {edits.length > 0 && asked.value?.compare && <Beside />}
         {edits.length > 1 && (
           <button
             type="button"

@@ -1,7 +1,9 @@
-/** Keys that work anywhere but in a field: j k move, a ablates, u undoes, f filters, / goes to the prompt. */
+/** Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), u undoes, f filters, / goes to the prompt. */
 import { undo } from "./asking";
 import { toggleAblation } from "./editing";
+import { openTraces } from "./menu";
 import { selected } from "./state";
+import { verifyRows } from "./verifying";
 import { shownRows } from "./view";
 
 export function onKey(event: KeyboardEvent): void {
@@ -21,6 +23,15 @@ const ACTIONS: Record<string, () => void> = {
     const node = selected.value;
     if (node !== null) toggleAblation(node);
   },
+  t: () => {
+    const node = selected.value;
+    if (node !== null) openTraces(node);
+  },
+  v: () => {
+    const row = shownRows.value.find(({ node }) => node === selected.value);
+    if (row) void verifyRows([row]);
+  },
+  V: () => void verifyRows(shownRows.value),
   u: undo,
   f: () => document.getElementById("filter-node")?.focus(),
   "/": () => document.getElementById("prompt")?.focus(),

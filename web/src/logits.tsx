@@ -1,8 +1,8 @@
-/** What the model says next: exact logits and probabilities, now and before the interventions. */
+/** What the model says next: exact logits and probabilities, of this run and the one it stands beside. */
 import { difference } from "./columns";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
 import { full, num, percent, plain, signed } from "./numbers";
-import { answer, paired, problemsAt, type Outlook } from "./state";
+import { answer, compared, paired, problemsAt, type Outlook } from "./state";
 import { TokenText } from "./tokens";
 
 const MARKS = {
@@ -14,6 +14,10 @@ const MARKS = {
 export function Logits() {
   const outlooks = answer.value?.outlooks;
   const two = paired.value;
+  const b = compared.value === "b";
+  const [now, base, without] = b
+    ? ["A", "B", "after prompt B"]
+    : ["now", "base", "without the interventions"];
   const refused = problemsAt("prediction")[0]?.text;
   return (
     <section class="card logits" aria-label="Next token">
@@ -27,15 +31,15 @@ export function Logits() {
         <thead>
           <tr>
             <th scope="col">token</th>
-            <th scope="col" title="Logit of this run">
-              {two ? "now" : "logit"}
+            <th scope="col" title={b ? "Logit after this prompt, A" : "Logit of this run"}>
+              {two ? now : "logit"}
             </th>
             {two && (
               <>
-                <th scope="col" title="Logit without the interventions">
-                  base
+                <th scope="col" title={`Logit ${without}`}>
+                  {base}
                 </th>
-                <th scope="col" title="Logit now minus logit without the interventions">
+                <th scope="col" title={`Logit ${now} minus logit ${base}`}>
                   Δ
                 </th>
               </>
@@ -44,8 +48,8 @@ export function Logits() {
               prob.
             </th>
             {two && (
-              <th scope="col" title="Probability without the interventions">
-                base
+              <th scope="col" title={`Probability ${without}`}>
+                {base}
               </th>
             )}
           </tr>

@@ -6,17 +6,18 @@
  */
 import type { TotalsJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { CopyButtons } from "./copy";
-import { difference } from "./columns";
+import { difference, SIDE_NAMES } from "./columns";
 import { EffectsByToken } from "./effects";
+import { Meaning, title, unit } from "./meaning";
 import { full, num, percent, plain, signed } from "./numbers";
-import { answer, paired, type Answer } from "./state";
-import { visible } from "./tokens";
+import { answer, compared, paired, type Answer } from "./state";
 
 export function ObjectiveCard() {
   const shown = answer.value;
   return (
     <section class="card objective-card" aria-label="Objective">
-      <h2>{shown ? title(shown) : "Objective"}</h2>
+      <h2>{shown ? title(shown.question) : "Objective"}</h2>
+      {shown && <Meaning answer={shown} />}
       {shown && (
         <div class="value-and-sum">
           <Value answer={shown} />
@@ -29,37 +30,29 @@ export function ObjectiveCard() {
   );
 }
 
-function title({ question: { targets, distractors } }: Answer) {
-  const names = (texts: string[]) => texts.map(visible).join(", ");
-  return (
-    <>
-      {distractors.length > 0 ? "Logit difference" : "Logit"}{" "}
-      <span class="token formula">
-        {names(targets)}
-        {distractors.length > 0 && ` − ${names(distractors)}`}
-      </span>
-    </>
-  );
-}
-
-function Value({ answer: { response } }: { answer: Answer }) {
+function Value({ answer: { question, response } }: { answer: Answer }) {
   const now = num(response.objectiveValue) ?? 0;
   const before = num(response.compareValue);
   const delta = difference(now, before);
+  const b = compared.value === "b";
   return (
     <p class="objective-value" aria-live="polite">
-      <strong data-testid="objective" data-value={now} title={`J = ${full(now)} logits`}>
+      <strong
+        data-testid="objective"
+        data-value={now}
+        title={`J = ${full(now)}, in ${unit(question)}`}
+      >
         {signed(now)}
       </strong>
       {before !== undefined && delta !== undefined && (
         <span class="was">
-          was{" "}
+          {b ? "B" : "was"}{" "}
           <span data-testid="objective-before" data-value={before} title={full(before)}>
             {signed(before)}
           </span>
           <span class="quiet-text" title={full(delta)}>
             {" "}
-            Δ {signed(delta)}
+            {b ? "A − B" : "Δ"} {signed(delta)}
           </span>
         </span>
       )}
@@ -73,19 +66,20 @@ const PARTS = [
   ["remainder", "Biases, constants and the rest: what no node carries"],
 ] as const satisfies [keyof TotalsJson, string][];
 
-function Sum({ answer: { response } }: { answer: Answer }) {
+function Sum({ answer: { question, response } }: { answer: Answer }) {
   const { totals, compareTotals } = response;
   if (!totals) return null;
   const j = num(response.objectiveValue) ?? 0;
   const size = PARTS.reduce((sum, [part]) => sum + Math.abs(num(totals[part]) ?? 0), 0);
+  const sides = SIDE_NAMES[compared.value ?? "untouched"];
   const tellShare = Math.abs(j) > 0.05 * size;
   return (
-    <table class="sum" title="Sums of the direct-effect column, in logits">
+    <table class="sum" title={`Sums of the direct-effect column, in ${unit(question)}`}>
       <thead>
         <tr>
           <th scope="col">direct effects</th>
-          {paired.value && <th scope="col">before</th>}
-          <th scope="col">{paired.value ? "after" : ""}</th>
+          {paired.value && <th scope="col">{sides.before}</th>}
+          <th scope="col">{paired.value ? sides.after : ""}</th>
           <th scope="col">{tellShare ? "share" : ""}</th>
         </tr>
       </thead>

@@ -4,11 +4,20 @@
  */
 import { ConnectError } from "./connect";
 
-export type Place = "prompt" | "target" | "distractor" | "edit" | "page" | "prediction";
+export type Place =
+  | "prompt"
+  | "compare"
+  | "target"
+  | "distractor"
+  | "edit"
+  | "trace"
+  | "verify"
+  | "page"
+  | "prediction";
 
 export interface Problem {
   place: Place;
-  /** Which target, distractor or intervention. */
+  /** Which target, distractor or intervention; of a trace how many steps before the last. */
   index?: number;
   text: string;
   /** Whether asking the same again may help. */
@@ -17,9 +26,14 @@ export interface Problem {
 
 const PLACES: [RegExp, Place][] = [
   [/^(?:run|compare)\.interventions\[(\d+)\]/, "edit"],
-  [/^(?:compare_)?objective\.\w+\.targets(?:\[(\d+)\])?/, "target"],
-  [/^(?:compare_)?objective\.\w+\.distractors(?:\[(\d+)\])?/, "distractor"],
-  [/^(?:(?:run|compare)\.)?prompt\b/, "prompt"],
+  [/^(?:compare_)?objective\.(?:traced_node\.downstream\.)*\w+\.targets(?:\[(\d+)\])?/, "target"],
+  [
+    /^(?:compare_)?objective\.(?:traced_node\.downstream\.)*\w+\.distractors(?:\[(\d+)\])?/,
+    "distractor",
+  ],
+  [/^(?:compare_)?objective\.traced_node/, "trace"],
+  [/^compare\b/, "compare"],
+  [/^(?:run\.)?prompt\b/, "prompt"],
   [/^run$/, "prompt"],
 ];
 
@@ -43,7 +57,8 @@ export function problems(error: unknown): Problem[] {
       const match = pattern.exec(field);
       if (!match) continue;
       const text = sentence(description || error.message);
-      return { place, text, retry, ...(match[1] === undefined ? {} : { index: Number(match[1]) }) };
+      const index = place === "trace" ? field.split(".downstream").length - 1 : match[1];
+      return { place, text, retry, ...(index === undefined ? {} : { index: Number(index) }) };
     }
     return { place: "page", text: sentence(`${field}: ${description}`), retry };
   });

@@ -1,25 +1,19 @@
-/** The prompt bar: the text, its tokens while it is typed, what is asked of it, and Enter to ask. */
+/** The prompt bar: the text and a second to compare with, their tokens, what is asked, and Enter to ask. */
 import { useLayoutEffect, useRef } from "preact/hooks";
 import { askDraft, currentModel, exampleQuestion } from "./asking";
 import { Choices } from "./choices";
+import { change } from "./editing";
 import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
 import { count } from "./numbers";
 import { problems, sentence } from "./problems";
-import { answer, draft, edited, editDraft, loading, model, problemsAt } from "./state";
+import { answer, asked, draft, edited, editDraft, loading, model, problemsAt } from "./state";
 import { useTokens } from "./tokenise";
 import { TokenStrip, visible } from "./tokens";
 import { encode } from "./url";
 import { choosePlace, isPlace } from "./view";
 
 export function PromptBar() {
-  const { prompt, targets, distractors, pending } = draft.value;
-  const area = useRef<HTMLTextAreaElement>(null);
-  useLayoutEffect(() => {
-    const box = area.current;
-    if (!box) return;
-    box.style.height = "auto";
-    box.style.height = `${Math.min(box.scrollHeight, 160) + 2}px`;
-  }, [prompt]);
+  const { prompt, targets, distractors, compare, pending } = draft.value;
 
   return (
     <form
@@ -33,24 +27,14 @@ export function PromptBar() {
         <label class="name" for="prompt">
           prompt
         </label>
-        <textarea
+        <TextField
           id="prompt"
-          ref={area}
-          rows={1}
-          spellcheck={false}
-          autocomplete="off"
-          value={prompt}
+          text={prompt}
           placeholder="Text for the model to continue"
-          aria-describedby="prompt-says"
-          aria-invalid={problemsAt("prompt").length > 0}
-          onInput={(event) => editDraft({ prompt: event.currentTarget.value })}
-          onKeyDown={(event) => {
-            if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-            event.preventDefault();
-            void askDraft();
-          }}
+          onInput={(text) => editDraft({ prompt: text })}
         />
         <PromptTokens />
+        {compare !== null && <Compared text={compare} />}
       </div>
       <div class="objective">
         <Choices side="targets" />
@@ -83,6 +67,87 @@ export function PromptBar() {
   );
 }
 
+interface TextFieldProps {
+  id: "prompt" | "compare";
+  text: string;
+  placeholder: string;
+  onInput: (text: string) => void;
+}
+
+/** A text as tall as its lines; Enter asks. */
+function TextField({ id, text, placeholder, onInput }: TextFieldProps) {
+  const area = useRef<HTMLTextAreaElement>(null);
+  useLayoutEffect(() => {
+    const box = area.current;
+    if (!box) return;
+    box.style.height = "auto";
+    box.style.height = `${Math.min(box.scrollHeight, 160) + 2}px`;
+  }, [text]);
+  return (
+    <textarea
+      id={id}
+      ref={area}
+      rows={1}
+      spellcheck={false}
+      autocomplete="off"
+      value={text}
+      placeholder={placeholder}
+      aria-describedby={`${id}-says`}
+      aria-invalid={problemsAt(id).length > 0}
+      onInput={(event) => onInput(event.currentTarget.value)}
+      onKeyDown={(event) => {
+        if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+        event.preventDefault();
+        void askDraft();
+      }}
+    />
+  );
+}
+
+/** Prompt B with its tokens, which are compared with those of the first prompt place by place. */
+function Compared({ text }: { text: string }) {
+  const first = useTokens(currentModel(), model.value ? draft.value.prompt : "");
+  const { tokens, error } = useTokens(currentModel(), model.value ? text : "");
+  const refused = problemsAt("compare")[0]?.text ?? (error ? problems(error)[0]?.text : undefined);
+  const [n, m] = [tokens.length, first.tokens.length];
+  const says =
+    text === ""
+      ? "Type a prompt to compare with, such as the same with the names exchanged."
+      : n === m || n === 0
+        ? count(n, "token")
+        : `${count(n, "token")}; the first prompt has ${m}, so nothing can be patched from B by position`;
+  const close = () => {
+    editDraft({ compare: null });
+    if (asked.value?.compare) change(() => ({ compare: "", againstB: false }));
+  };
+  return (
+    <>
+      <label class="name" for="compare" title="Prompt B, whose values stand beside the first one's">
+        prompt B
+      </label>
+      <TextField
+        id="compare"
+        text={text}
+        placeholder="Another text to compare with"
+        onInput={(compare) => editDraft({ compare })}
+      />
+      <TokenStrip label="Tokens of prompt B" tokens={text === "" ? [] : tokens} />
+      <div class="below">
+        <p
+          id="compare-says"
+          class={refused ? "says error" : "says"}
+          role={refused ? "alert" : undefined}
+        >
+          {refused ?? says}{" "}
+          <button type="button" class="link" onClick={close}>
+            remove
+          </button>
+        </p>
+      </div>
+    </>
+  );
+}
+
 /** The tokens of what stands in the field, and below them what is wrong with it, if anything. */
 function PromptTokens() {
   const { prompt } = draft.value;
@@ -101,14 +166,27 @@ function PromptTokens() {
   return (
     <>
       <TokenStrip
+        label="Tokens of the prompt"
         tokens={same ? (shown.response.tokens ?? []) : prompt === "" ? [] : tokens}
-        chosen={same ? isPlace : () => false}
+        chosen={same ? isPlace : undefined}
         onChoose={same ? choosePlace : undefined}
       />
       <div class="below">
         <p id="prompt-says" class={says ? "says error" : "says"} role={says ? "alert" : undefined}>
           {says ?? (prompt === "" ? "" : count(tokens.length, "token"))}
         </p>
+        {draft.value.compare === null && (
+          <button
+            type="button"
+            class="link small"
+            onClick={() => {
+              editDraft({ compare: prompt });
+              requestAnimationFrame(() => document.getElementById("compare")?.focus());
+            }}
+          >
+            + compare with another prompt
+          </button>
+        )}
         <Examples />
       </div>
     </>

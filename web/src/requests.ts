@@ -3,47 +3,73 @@ import type {
   AttributeRequestJson,
   AttributeResponseJson,
 } from "./gen/tdb/inference/v1/attribute_pb";
+import type { InterventionJson, RunJson } from "./gen/tdb/inference/v1/intervention_pb";
 import type { RunRequestJson } from "./gen/tdb/inference/v1/run_pb";
 import type { TokenRefJson } from "./gen/tdb/type/v1/token_pb";
-import { column, type Question } from "./url";
+import type { VerifyRequestJson } from "./gen/tdb/inference/v1/verify_pb";
+import { traced } from "./trace";
+import { beside, column, type Question } from "./url";
 
 /** Tokens asked for per read-out. */
 const READ_OUT_TOKENS = 6;
 
 /**
  * The node table. With interventions the un-intervened run is compared, so that every number has a
- * before and an after; without, there is one run and nothing to compare. Read-outs are asked for where
- * the service can make them.
+ * before and an after, or prompt B if that is what the run stands beside; without either there is one run
+ * and nothing to compare. Read-outs are asked for where the service can make them.
  */
 export function attributeRequest(question: Question, readOuts: boolean): AttributeRequestJson {
-  const { model, prompt, targets, distractors, interventions, rankBy, rows } = question;
-  const untouched = { prompt: { text: prompt } };
+  const { model, prompt, targets, distractors, interventions, trace, dictionaries } = question;
+  const other = compared(question);
   const refs = (texts: string[]): TokenRefJson[] => texts.map((text) => ({ text }));
   return {
     ...(model ? { model } : {}),
-    run: interventions.length > 0 ? { ...untouched, interventions } : untouched,
-    ...(interventions.length > 0 ? { compare: untouched } : {}),
-    objective: { logitDiff: { targets: refs(targets), distractors: refs(distractors) } },
-    topK: rows,
-    rankBy: column(rankBy),
+    run: edited(prompt, interventions),
+    ...(other === null ? {} : { compare: { prompt: { text: other } } }),
+    objective: traced(
+      { logitDiff: { targets: refs(targets), distractors: refs(distractors) } },
+      trace,
+    ),
+    ...(dictionaries.length > 0 ? { dictionaries } : {}),
+    topK: question.rows,
+    rankBy: column(question.rankBy),
     ...(readOuts ? { readOuts: { tokens: READ_OUT_TOKENS } } : {}),
   };
 }
 
-/** Next tokens with exact logits and probabilities for the named ids; of the untouched run if `base`. */
+/**
+ * Next tokens with exact logits and probabilities for the named ids, and as many of the likeliest; of the
+ * compared run if `base`.
+ */
 export function predictionRequest(
   question: Question,
   ids: number[],
   base: boolean,
+  likeliest = 1,
 ): RunRequestJson {
   const { model, prompt, interventions } = question;
-  const edited = !base && interventions.length > 0;
   return {
     ...(model ? { model } : {}),
-    run: { prompt: { text: prompt }, ...(edited ? { interventions } : {}) },
+    run: base ? { prompt: { text: compared(question) ?? prompt } } : edited(prompt, interventions),
     tokens: ids.map((id) => ({ id })),
-    topK: 1,
+    topK: likeliest,
   };
+}
+
+/** The prompt of the run beside, which has no edits; null where there is none. */
+function compared(question: Question): string | null {
+  const what = beside(question);
+  return what === null ? null : what === "b" ? question.compare : question.prompt;
+}
+
+function edited(prompt: string, interventions: InterventionJson[]): RunJson {
+  return { prompt: { text: prompt }, ...(interventions.length > 0 ? { interventions } : {}) };
+}
+
+/** Exact effects of these nodes on the question's objective, in its own run. */
+export function verifyRequest(question: Question, nodes: string[]): VerifyRequestJson {
+  const { compare, topK, rankBy, ...table } = attributeRequest(question, false);
+  return { table, nodes };
 }
 
 /** Ids of the likeliest next tokens of either run, once each. */

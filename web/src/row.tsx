@@ -6,6 +6,7 @@ import { isAblated } from "./editing";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
 import { full, plain, signed } from "./numbers";
+import { MenuButton } from "./menu";
 import { InLine } from "./readouts";
 import { selected } from "./state";
 import { Place } from "./tokens";
@@ -58,6 +59,7 @@ export function Row({ row, cols, ends, tokens, told }: RowProps) {
         ))}
         <td class="act" rowSpan={lines}>
           <AblateButton node={node} />
+          <MenuButton node={node} />
         </td>
       </tr>
       {told && (
@@ -82,9 +84,11 @@ interface FigureProps {
 function Figure({ col, x, end, lines }: FigureProps) {
   const kind = `figure ${col.side} ${col.quantity}`;
   if (x === undefined) {
+    const unverified = col.quantity === "verifiedEffect";
+    const title = unverified ? "Not verified: press v" : "The node does not exist in this run";
     return (
-      <td class={kind} rowSpan={lines} title="The node does not exist in this run">
-        –
+      <td class={kind} rowSpan={lines} title={title}>
+        {unverified ? "" : "–"}
       </td>
     );
   }

@@ -1,9 +1,11 @@
 /** The line above the table: how many rows, ranked by what, and the filters. */
 import { change } from "./editing";
-import { count } from "./numbers";
-import { answer, asked } from "./state";
+import { whyNot } from "./features";
+import { count, signed } from "./numbers";
+import { answer, asked, problemsAt, stale } from "./state";
 import { TokenText } from "./tokens";
 import { DEFAULT_ROWS, RANK_NAMES, type Rank } from "./url";
+import { cancelVerify, verifying, verifyRows } from "./verifying";
 import { activeFilters, allRows, clearFilters, setFilter, shownRows } from "./view";
 
 const RANK_WORDS: Record<Rank, string> = {
@@ -57,12 +59,58 @@ export function TableBar() {
           ))}
         </select>
       </label>
+      <Verification />
       <FilterChips />
       <span class="keys" title="Keyboard">
-        <kbd>j</kbd> <kbd>k</kbd> move · <kbd>a</kbd> ablate · <kbd>u</kbd> undo · <kbd>f</kbd>{" "}
-        filter · <kbd>/</kbd> prompt
+        <kbd>j</kbd> <kbd>k</kbd> move · <kbd>a</kbd> ablate · <kbd>t</kbd> trace · <kbd>v</kbd>{" "}
+        verify · <kbd>u</kbd> undo · <kbd>f</kbd> filter · <kbd>/</kbd> prompt
       </span>
     </div>
+  );
+}
+
+/** Verifies every row in sight of the filters; meanwhile how far it is, and afterwards how well they agree. */
+function Verification() {
+  const why = whyNot("verify");
+  const now = verifying.value;
+  const agreement = answer.value?.verified.agreement;
+  const wrong = problemsAt("verify")[0]?.text;
+  return (
+    <span class="verification">
+      <button
+        type="button"
+        class="small"
+        disabled={why !== undefined || stale.value || shownRows.value.length === 0}
+        title={
+          why ??
+          (now
+            ? "Stop; what is verified stays"
+            : "Really ablate each of these rows, one by one, for its exact effect (V)")
+        }
+        onClick={() => (now ? cancelVerify() : void verifyRows(shownRows.value))}
+      >
+        {now ? "cancel" : "verify all"}
+      </button>
+      <span aria-live="polite">
+        {now ? (
+          <>
+            <progress value={now.done} max={now.total} aria-label="Verified" /> {now.done} of{" "}
+            {now.total}
+          </>
+        ) : (
+          agreement && (
+            <span title="Spearman's rank correlation of the estimated and the exact effect">
+              rank correlation {signed(agreement.rank)} over {count(agreement.nodes, "node")}
+            </span>
+          )
+        )}
+      </span>
+      {wrong && (
+        <span class="error" role="alert">
+          {wrong}
+        </span>
+      )}
+    </span>
   );
 }
 

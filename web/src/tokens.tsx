@@ -47,20 +47,21 @@ export function Place({ node, tokens }: { node: string; tokens: TokenJson[] }) {
 }
 
 interface StripProps {
+  label: string;
   tokens: TokenJson[];
   /** Whether the table is filtered to a token. */
-  chosen: (position: number) => boolean;
+  chosen?: ((position: number) => boolean) | undefined;
   /** Absent while the tokens are not those of the answer. */
   onChoose?: ((position: number, more: boolean) => void) | undefined;
 }
 
-/** The prompt's tokens in a row; choosing one filters the table to it. */
-export function TokenStrip({ tokens, chosen, onChoose }: StripProps) {
+/** A prompt's tokens in a row; choosing one filters the table to it. */
+export function TokenStrip({ label, tokens, chosen, onChoose }: StripProps) {
   return (
-    <ol class="strip" aria-label="Tokens of the prompt">
+    <ol class="strip" aria-label={label}>
       {tokens.map((token, position) => {
         const title = `token ${position}, id ${token.id ?? 0}`;
-        const on = chosen(position);
+        const on = chosen?.(position) ?? false;
         return (
           <li key={position}>
             {onChoose ? (

@@ -7,6 +7,7 @@
  */
 import type { ColumnJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { InterventionJson } from "./gen/tdb/inference/v1/intervention_pb";
+import { decodeStep, encodeStep, type Step } from "./trace";
 
 export interface Question {
   /** Model id; empty: the default. */
@@ -14,7 +15,15 @@ export interface Question {
   prompt: string;
   targets: string[];
   distractors: string[];
+  /** A second prompt, B, to compare with; empty: none. */
+  compare: string;
+  /** Whether an edited run stands beside B rather than beside itself without the edits. */
+  againstB: boolean;
   interventions: InterventionJson[];
+  /** The chain of nodes whose value is traced, the last being the objective; empty: targets and distractors are. */
+  trace: Step[];
+  /** Dictionary ids or set names whose latents stand in the table. */
+  dictionaries: string[];
   rankBy: Rank;
   rows: number;
 }
@@ -30,6 +39,24 @@ const RANKS = {
 export type Rank = keyof typeof RANKS;
 export const RANK_NAMES = Object.keys(RANKS) as Rank[];
 export const DEFAULT_ROWS = 50;
+
+/** All of a question that need not be said. */
+export const USUAL: Omit<Question, "model" | "prompt" | "targets" | "distractors"> = {
+  compare: "",
+  againstB: false,
+  interventions: [],
+  trace: [],
+  dictionaries: [],
+  rankBy: "total",
+  rows: DEFAULT_ROWS,
+};
+
+/** What the run stands beside: itself without the edits, prompt B, or nothing. */
+export function beside(question: Question): "untouched" | "b" | null {
+  const { compare, againstB, interventions } = question;
+  if (compare !== "" && (againstB || interventions.length === 0)) return "b";
+  return interventions.length > 0 ? "untouched" : null;
+}
 
 export function column(rank: Rank): ColumnJson {
   return RANKS[rank];
@@ -50,9 +77,13 @@ export function encode(question: Question): string {
   query.append("prompt", question.prompt);
   for (const text of question.targets) query.append("target", text);
   for (const text of question.distractors) query.append("distractor", text);
+  if (question.compare !== "") query.append("compare", question.compare);
+  if (question.againstB) query.append("against", "b");
   for (const edit of question.interventions) {
     query.append("edit", isAblation(edit) ? `zero:${edit.target}` : JSON.stringify(edit));
   }
+  for (const step of question.trace) query.append("trace", encodeStep(step));
+  for (const id of question.dictionaries) query.append("dictionary", id);
   if (question.rankBy !== "total") query.append("rank_by", question.rankBy);
   if (question.rows !== DEFAULT_ROWS) query.append("rows", String(question.rows));
   return query.toString();
@@ -68,7 +99,11 @@ export function decode(hash: string): Question | null {
     prompt,
     targets: query.getAll("target"),
     distractors: query.getAll("distractor"),
+    compare: query.get("compare") ?? "",
+    againstB: against(query.get("against")),
     interventions: query.getAll("edit").map(intervention),
+    trace: query.getAll("trace").map(decodeStep),
+    dictionaries: query.getAll("dictionary"),
     rankBy: rank(query.get("rank_by") ?? "total"),
     rows: rowCount(query.get("rows") ?? String(DEFAULT_ROWS)),
   };
@@ -85,6 +120,11 @@ function intervention(text: string): InterventionJson {
     // falls through to the sentence below
   }
   throw new Error(`This link holds an intervention that cannot be read: “${text}”.`);
+}
+
+function against(text: string | null): boolean {
+  if (text === null || text === "b") return text === "b";
+  throw new Error(`This link compares against “${text}”; it can only be b, the compared prompt.`);
 }
 
 function rank(text: string): Rank {

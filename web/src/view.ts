@@ -1,12 +1,26 @@
 /** The table as it is looked at: which rows of the answer are shown, in which order. */
 import { batch, computed } from "@preact/signals";
-import { columns, extent, sorted } from "./columns";
+import { columns, extent, SIDE_NAMES, sorted } from "./columns";
+import { supports } from "./features";
 import { encodeFilters, filtered, readFilters, spans, within, withFilter } from "./filters";
 import * as state from "./state";
 import { encode } from "./url";
 
-export const cols = computed(() => columns(state.paired.value));
-export const allRows = computed(() => state.answer.value?.response.rows ?? []);
+export const cols = computed(() =>
+  columns(state.paired.value, SIDE_NAMES[state.compared.value ?? "untouched"]).filter(
+    ({ quantity }) => quantity !== "verifiedEffect" || supports("verify"),
+  ),
+);
+/** The answer's rows, with what has been verified of them. */
+export const allRows = computed(() => {
+  const { response, verified } = state.answer.value ?? {};
+  const rows = response?.rows ?? [];
+  if (!verified || verified.effects.size === 0) return rows;
+  return rows.map((row) => {
+    const verifiedEffect = verified.effects.get(row.node ?? "");
+    return verifiedEffect === undefined ? row : { ...row, verifiedEffect };
+  });
+});
 export const ends = computed(() => extent(allRows.value, cols.value));
 export const activeFilters = computed(() => readFilters(state.filters.value, cols.value));
 const kept = computed(() => filtered(allRows.value, activeFilters.value));

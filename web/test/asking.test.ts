@@ -1,6 +1,7 @@
 // One question at a time: a late answer never covers a newer one, and undo needs no server.
 import { beforeEach, expect, test, vi } from "vitest";
 import { ConnectError } from "../src/connect";
+import { USUAL, type Question } from "../src/url";
 
 const rpc = vi.hoisted(() => ({
   attribute: vi.fn(),
@@ -19,14 +20,12 @@ const { isAblated, removeIntervention, scaleBy, setValue, toggleAblation } =
 const { setFilter } = await import("../src/view");
 const state = await import("../src/state");
 
-const question = {
+const question: Question = {
   model: "m",
   prompt: "When Mary",
   targets: [" Mary"],
   distractors: [],
-  interventions: [],
-  rankBy: "total" as const,
-  rows: 50,
+  ...USUAL,
 };
 
 const support = (...features: string[]) =>
@@ -69,7 +68,12 @@ beforeEach(() => {
   state.filters.value = {};
   state.asked.value = state.answer.value = state.modelProblem.value = null;
   state.past.value = state.found.value = [];
-  state.editDraft({ prompt: "", targets: [], pending: { targets: "", distractors: "" } });
+  state.editDraft({
+    prompt: "",
+    compare: null,
+    targets: [],
+    pending: { targets: "", distractors: "" },
+  });
   location.hash = "";
 });
 

@@ -11,14 +11,15 @@ const rows = [both, gone, born, zero];
 const paired = columns(true);
 const of = (id: string) => paired.find((col) => col.id === `totalEffect.${id}`)!;
 
-test("one run has four columns, two runs show before, after and difference of three of them", () => {
+test("one run has a column each, two runs show before, after and difference of three of them", () => {
   expect(columns(false).map(({ id }) => id)).toEqual([
     "activation.after",
     "writeMagnitude.after",
     "directEffect.after",
     "totalEffect.after",
+    "verifiedEffect.after",
   ]);
-  expect(paired).toHaveLength(10);
+  expect(paired).toHaveLength(11);
   expect(paired.filter(({ side }) => side === "difference").every(({ signed }) => signed)).toBe(
     true,
   );

@@ -28,7 +28,7 @@ test.each([
   ["objective.logit_diff.distractors[0]", "distractor", 0],
   ["run.prompt", "prompt", undefined],
   ["run.prompt.text", "prompt", undefined],
-  ["compare.prompt.text", "prompt", undefined],
+  ["compare.prompt.text", "compare", undefined],
   ["prompt.text", "prompt", undefined],
   ["top_k", "page", undefined],
   ["run.promptly", "page", undefined],

@@ -6,16 +6,14 @@ import { curl } from "../src/copy";
 import { receiptWords, words } from "../src/interventions";
 import { attributeRequest, likelyIds, predictionRequest } from "../src/requests";
 import { typed, visible } from "../src/tokens";
-import { ablation, type Question } from "../src/url";
+import { ablation, USUAL, type Question } from "../src/url";
 
 const question: Question = {
   model: "",
   prompt: "When Mary",
   targets: [" Mary"],
   distractors: [" John"],
-  interventions: [],
-  rankBy: "total",
-  rows: 50,
+  ...USUAL,
 };
 const edited = { ...question, interventions: [ablation("head.2.3~1-0")] };
 
@@ -69,7 +67,9 @@ test("an edit and what it did are words", () => {
   expect(words({ target: "neuron.1.2", scale: { factor: 2 } })).toBe("scale neuron.1.2 × 2");
   expect(words({ target: "neuron.1.3~2", set: { value: -0.5 } })).toBe("set neuron.1.3~2 = −0.5");
   expect(words({ target: "neuron.1.3~2", set: { value: 0 } })).toBe("set neuron.1.3~2 = 0");
-  expect(words({ target: "resid_post.2", projectOut: {} })).toBe("project out resid_post.2");
+  expect(words({ target: "resid_post.2", projectOut: {} })).toBe(
+    "project a direction out of resid_post.2",
+  );
   expect(receiptWords({ sites: 1, deltaNorm: 4.1, before: 0.83, after: 0 })).toBe(
     "1 site · Δ norm 4.10 · 0.830 → 0",
   );
@@ -93,3 +93,19 @@ test.each([
   ["Infinity", null],
   ["1,5", null],
 ])("a typed %j is the number %j", (text, x) => expect(readNumber(text)).toBe(x));
+
+test("prompt B stands beside a run without edits, or where it is chosen", () => {
+  const b = { ...question, compare: "When John" };
+  const prompts = (of: Question) => attributeRequest(of, false).compare?.prompt?.text;
+  expect(prompts(question)).toBeUndefined();
+  expect(prompts(b)).toBe("When John");
+  expect(prompts({ ...edited, compare: "When John" })).toBe("When Mary");
+  expect(prompts({ ...edited, compare: "When John", againstB: true })).toBe("When John");
+  expect(predictionRequest(b, [], true).run).toEqual({ prompt: { text: "When John" } });
+});
+
+test("dictionaries are asked for by name", () => {
+  expect(attributeRequest(question, false)).not.toHaveProperty("dictionaries");
+  const latents = attributeRequest({ ...question, dictionaries: ["demo-mlp_out"] }, false);
+  expect(latents.dictionaries).toEqual(["demo-mlp_out"]);
+});

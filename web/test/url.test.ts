@@ -1,12 +1,13 @@
 // A link shows a colleague exactly the same thing, or says in a sentence why it cannot.
 import { expect, test } from "vitest";
-import { ablation, decode, encode, type Question } from "../src/url";
+import { ablation, decode, encode, USUAL, type Question } from "../src/url";
 
 const question: Question = {
   model: "demo-gpt2",
   prompt: "A & B = C?\n+ # “é” 100%",
   targets: [" Mary", ","],
   distractors: [" John"],
+  ...USUAL,
   interventions: [ablation("head.2.3~13-1"), { target: "neuron.1.2~3", scale: { factor: 0.5 } }],
   rankBy: "direct",
   rows: 200,
@@ -19,9 +20,9 @@ test("a question survives the address bar", () => {
 });
 
 test("what is usual is left out", () => {
-  const plain = { ...question, model: "", interventions: [], rankBy: "total" as const, rows: 50 };
+  const plain = { ...question, ...USUAL, model: "" };
   const hash = encode(plain);
-  expect(hash).not.toMatch(/model|edit|rank_by|rows/);
+  expect(hash).not.toMatch(/model|edit|rank_by|rows|compare|against|trace|dictionary/);
   expect(decode(hash)).toEqual(plain);
 });
 
