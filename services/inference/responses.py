@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from tdb.inference.v1 import attribute_pb2, intervention_pb2, model_pb2, run_pb2
 from tdb.type.v1 import token_pb2
 
-from services.inference import features, manifest, request_tokens, requests, tensors
+from services.inference import features, manifest, request_points, request_tokens, requests, tensors
 from services.inference.engine import ENGINE_VERSION, tables
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.model import (
     AttributeResult,
     Model,
-    NextTokens,
-    Prediction,
     ReadPoints,
     RunResult,
 )
+from services.inference.engine.predictions import NextTokens, Prediction
 from services.inference.engine.text import Vocabulary
 
 
@@ -41,6 +40,8 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
             max_rows=requests.MAX_ROWS,
             max_interventions=requests.MAX_INTERVENTIONS,
             max_token_refs=request_tokens.MAX_TOKEN_REFS,
+            max_tensor_bytes=request_points.MAX_TENSOR_BYTES,
+            max_stream_bytes=request_points.MAX_STREAM_BYTES,
         ),
         supports=[
             *(model_pb2.Support(feature=each, supported=True) for each in features.BUILT),

@@ -15,12 +15,19 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc
+from tdb.inference.v1 import (
+    attribute_pb2,
+    component_pb2,
+    model_pb2,
+    run_pb2,
+    service_pb2_grpc,
+)
 
 from gateway import messages
 from services.common.server import ServiceServer
 from tests.common.backend import SERVICE
 from tests.gateway.helpers import running
+from tests.inference import test_components, test_points
 from tests.inference.conftest import model, model_folder, server, worker
 from tests.inference.test_refusals import MALFORMED, NOT_BUILT, OBJECTIVE, RUN
 
@@ -28,6 +35,7 @@ __all__ = ["model", "model_folder", "server", "worker"]  # fixtures
 
 REQUESTS: dict[str, Any] = {
     "Attribute": attribute_pb2.AttributeRequest,
+    "DescribeComponent": component_pb2.DescribeComponentRequest,
     "GetModel": model_pb2.GetModelRequest,
     "Run": run_pb2.RunRequest,
     "Tokenize": model_pb2.TokenizeRequest,
@@ -41,10 +49,22 @@ def attribute(change: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
+READ_OUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"run: {name}": ("Run", {"run": test_points.RUN, **change})
+        for name, (change, *_) in test_points.MALFORMED.items()
+    },
+    **{
+        f"describe: {name}": ("DescribeComponent", {"component": "head.1.0", **change})
+        for name, (change, *_) in test_components.MALFORMED.items()
+    },
+}
+
 # Name -> (method, the request as JSON).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: attribute(change) for name, (change, *_) in MALFORMED.items()},
     **{f"not built: {name}": attribute(change) for name, (change, *_) in NOT_BUILT.items()},
+    **READ_OUTS,
     "run: position out of range": ("Run", {"run": RUN, "positions": {"start": 99}}),
     "run: nothing": ("Run", {}),
     "tokenize: nothing": ("Tokenize", {}),
@@ -112,7 +132,7 @@ async def both_ways(server: ServiceServer) -> AsyncIterator[Both]:
 
 
 def test_there_are_enough_cases() -> None:
-    assert len(CASES) == len(MALFORMED) + len(NOT_BUILT) + 6
+    assert len(CASES) == len(MALFORMED) + len(NOT_BUILT) + len(READ_OUTS) + 6
     assert len(CASES) >= 60
 
 

@@ -34,7 +34,7 @@ def read(point: Point, architecture: Architecture, current: Pass, row: int) -> T
             "sets a very large value",
             reason="NON_FINITE",
         )
-    return values.detach().to(current.logits.dtype).cpu().contiguous()
+    return values.detach().to(architecture.w_u.dtype).cpu().contiguous()
 
 
 def _values(point: Point, architecture: Architecture, current: Pass, row: int) -> Tensor:

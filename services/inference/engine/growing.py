@@ -9,6 +9,7 @@ gives the same vectors every time.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -77,8 +78,8 @@ class GrowingEdits:
 
 def _between(edit: Edit, start: int, end: int) -> Edit | None:
     """The edit at its positions in [start, end), None where it has none there."""
-    positions = tuple(each for each in edit.positions if start <= each < end)
-    return edit.only(positions) if positions else None
+    first, last = (bisect_left(edit.positions, each) for each in (start, end))
+    return edit.only(edit.positions[first:last]) if first < last else None
 
 
 def _shifted(edit: Edit, start: int) -> Edit:

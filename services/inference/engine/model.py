@@ -5,7 +5,7 @@ and the facts, which touch no device.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,28 +36,11 @@ from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.lens import lens_logits
 from services.inference.engine.objectives import LogitDiff
 from services.inference.engine.points import Point
+from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
 from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation, Verification
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One possible next token."""
-
-    token_id: int
-    logit: float
-    probability: float
-
-
-@dataclass(frozen=True)
-class NextTokens:
-    """What is predicted to follow one position: the most likely, and those asked for by id."""
-
-    position: int
-    top: tuple[Prediction, ...]
-    named: tuple[Prediction, ...]
 
 
 @dataclass(frozen=True)
@@ -174,23 +157,25 @@ class Model:
             keep=read.all,
         )
         logits = current.logits[0, list(positions)] if everywhere else current.logits[0]
+        predicting = Predicting(top_k, tuple(named), self.vocabulary.listed)
 
-        def predicted(logits: Tensor) -> tuple[NextTokens, ...]:
-            return tuple(
-                self._next_tokens(position, logits[number], top_k, named)
-                for number, position in enumerate(positions)
-            )
+        def predicted(logits_of: Callable[[slice], Tensor]) -> tuple[NextTokens, ...]:
+            found: list[NextTokens] = []
+            for start in range(0, len(positions), AT_ONCE):
+                cancel.check()
+                part = slice(start, start + AT_ONCE)
+                found += predicting.read(positions[part], logits_of(part))
+            return tuple(found)
 
-        lens = []
-        for point in read.lens:
-            cancel.check()
-            residual = activations.read(point, self.architecture, current, 0)
-            residual = residual[None, list(positions)].to(self.device)
-            lens.append(predicted(lens_logits(self.architecture, residual)[0]))
+        def through_lens(point: Point) -> tuple[NextTokens, ...]:
+            residual = activations.read(point, self.architecture, current, 0)[list(positions)]
+            residual = residual.to(self.device)
+            return predicted(lambda part: lens_logits(self.architecture, residual[None, part])[0])
+
         return RunResult(
-            predicted(logits),
+            predicted(lambda part: logits[part]),
             current.receipts(0),
-            tuple(lens),
+            tuple(map(through_lens, read.lens)),
             tuple(
                 activations.read(point, self.architecture, current, 0) for point in read.activations
             ),
@@ -310,20 +295,6 @@ class Model:
         """[d]: what one unit of a neuron adds to the residual stream."""
         assert neuron.layer is not None
         return self.architecture.layers[neuron.layer].w_out[neuron.index].double()
-
-    def _next_tokens(
-        self, position: int, logits: Tensor, top_k: int, named: Sequence[int]
-    ) -> NextTokens:
-        probabilities = logits.float().softmax(-1)
-
-        def prediction(token_id: int) -> Prediction:
-            return Prediction(token_id, float(logits[token_id]), float(probabilities[token_id]))
-
-        return NextTokens(
-            position,
-            tuple(prediction(token_id) for token_id, _ in self._top(logits, top_k)),
-            tuple(prediction(token_id) for token_id in named),
-        )
 
     def _top(self, logits: Tensor, k: int) -> tuple[tuple[int, float], ...]:
         """(id, logit) of the k largest; ids the tokenizer cannot decode are never listed."""

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from services.common.addresses import parse
+from services.common.addresses import Address, Kind, parse
+from services.common.errors import InvalidArgument
 from services.inference.engine import activations, points
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
@@ -17,6 +21,7 @@ from services.inference.engine.interventions import (
     Edit,
     Intervention,
     Mask,
+    Operation,
     ProjectOut,
     Scale,
     SetTo,
@@ -28,8 +33,10 @@ from services.inference.engine.sampling import Sampling
 from services.inference.engine.text import Vocabulary
 from tests.inference import plain
 from tests.inference.families.models import (
+    HEADS,
     IDS,
     LAYERS,
+    NEURONS,
     VOCABULARY,
     WIDTH,
     edited,
@@ -37,6 +44,7 @@ from tests.inference.families.models import (
     reference_of,
 )
 from tests.inference.families.shared import close, every_variant
+from tests.inference.helpers import Engine
 
 LAST_LAYER = LAYERS - 1
 SITES = {
@@ -175,6 +183,56 @@ def test_generation(variant: str) -> None:
         assert is_close(step, uncached)
         ids.append(step.token_id)
     assert not is_close(step, reference_of(variant).run(ids[:-1], edited())[0, -1])
+
+
+_SPAN = {
+    Kind.NEURON: NEURONS,
+    **dict.fromkeys((Kind.HEAD, Kind.QUERY, Kind.KEY, Kind.VALUE), HEADS),
+}
+
+
+@st.composite
+def interventions(draw: st.DrawFn, engine: Engine) -> Intervention:
+    kinds = [*_SPAN, Kind.EMBED, Kind.ATTN, Kind.MLP, Kind.RESID_MID, Kind.RESID_POST]
+    kind = draw(st.sampled_from(kinds))
+    layer = None if kind is Kind.EMBED else draw(st.integers(0, LAYERS - 1))
+    index = draw(st.integers(0, _SPAN[kind] - 1)) if kind in _SPAN else None
+    position = draw(st.none() | st.integers(0, TOKENS - 1))
+    key = None
+    if kind is Kind.HEAD and position is not None and layer is not None:
+        visible = engine.architecture.shape.first_visible(layer, position)
+        key = draw(st.none() | st.integers(visible, position))
+    target = Address(kind, layer, index, position=position, key=key)
+    positions = None
+    if position is None:
+        positions = tuple(draw(st.sets(st.integers(0, TOKENS - 1), min_size=1)))
+    number = draw(st.floats(-3, 3))
+    vector = torch.linspace(-1, number, engine.architecture.widths.of(target)).double()
+    operations: list[Operation] = [Zero(), Scale(number)]
+    if kind is Kind.NEURON or key is not None:
+        operations += [SetTo(number), Add(number)]
+    else:
+        operations += [SetTo(vector), Add(vector), Add(vector, relative=True), ProjectOut(vector)]
+    if key is not None:
+        operations.append(Mask())
+    return Intervention(target, draw(st.sampled_from(operations)), positions)
+
+
+@pytest.mark.parametrize("variant", ["gpt2/tied", "llama/grouped", "mistral/window"])
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_random_edits_of_a_growing_sequence(variant: str, data: st.DataObject) -> None:
+    engine = engine_of(variant)
+    wanted = data.draw(st.lists(interventions(engine), min_size=1, max_size=5))
+    try:
+        edits = engine.edits(*wanted, tokens=TOKENS)
+    except InvalidArgument:  # two of them set one value, or mask a whole row
+        return
+    ids = list(PROMPT)
+    for step in continued(variant, edits):
+        row = Row(tuple(ids), within(edits, len(ids)))
+        assert is_close(step, engine.hooks.run([row], [len(ids) - 1], gradients=False).logits[0, 0])
+        ids.append(step.token_id)
 
 
 def within(edits: Sequence[Edit], tokens: int) -> tuple[Edit, ...]:
