@@ -14,12 +14,14 @@ from services.common.addresses import Address, Kind, parse
 from services.common.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
+from services.inference.engine.dictionaries.sites import Point
 from services.inference.engine.generation import Continuation, Ending, Finish, Generated
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
 from services.inference.engine.sampling import Sampler, Sampling
 from services.inference.engine.text import Vocabulary
 from tests.inference import plain
 from tests.inference.helpers import HEAD_WIDTH, VOCABULARY, WIDTH, Engine, random_engine
+from tests.inference.planted import random_dictionary
 from tests.inference.test_random_requests import engine_of, interventions, place
 
 PROMPT = (3, 17, 4, 4, 25)
@@ -154,6 +156,33 @@ def test_random_edits_of_prompt_and_continuation(family: str, data: st.DataObjec
     except InvalidArgument:  # a row and its pair: refused, which has tests of its own
         return
     check_steps(engine, model, wanted)
+
+
+@pytest.mark.parametrize("point", [Point.Z, Point.MLP_OUT, Point.RESID_POST])
+def test_latents_of_prompt_and_continuation(point: Point) -> None:
+    engine = random_engine("llama", dictionaries=[random_dictionary("D", point, 1)])
+    wanted = [
+        Intervention(parse("latent.D.3"), SetTo(2.0)),
+        Intervention(parse("latent.D.7~8"), SetTo(-4.0)),
+        Intervention(parse("error.D"), Scale(0.3), (2, 6)),
+    ]
+    edits = engine.edits(*wanted, tokens=TOKENS)
+    continuation, steps = continued(engine, wanted)
+    ids = list(PROMPT)
+    for step in steps:
+        here = [
+            edit.only([position for position in edit.positions if position < len(ids)])
+            for edit in edits
+            if edit.positions[0] < len(ids)
+        ]
+        run = engine.hooks.run([Row(tuple(ids), tuple(here))], [len(ids) - 1], gradients=False)
+        uncached = run.logits[0, 0].double().log_softmax(-1)
+        assert (distribution(step) - uncached).abs().max() < 1e-4
+        ids.append(step.token_id)
+    assert [receipt.sites for receipt in continuation.receipts] == [TOKENS, 1, 2]
+    assert continuation.receipts[1].positions == (8,)
+    _, clean = continued(engine)
+    assert (distribution(steps[0]) - distribution(clean[0])).abs().max() > 1e-3
 
 
 def test_an_edit_applied_in_its_own_step_only_would_be_noticed() -> None:
