@@ -92,6 +92,10 @@ def _check_up(
         env["TDB_DICTIONARIES"] = ",".join(dictionaries)
     if options.demo:
         env["TDB_MODEL"] = f"{DEMO_NAME}={_demo_folder()}"
+        of_demo = _demo_folder().parent / "dictionaries"
+        if of_demo.is_dir():
+            given = env.get("TDB_DICTIONARIES", "").strip()
+            env["TDB_DICTIONARIES"] = ",".join(filter(None, (given, f"demo={of_demo}")))
     elif models:
         env["TDB_MODEL"] = ",".join(models)
     elif not env.get("TDB_MODEL", "").strip():

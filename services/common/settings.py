@@ -64,6 +64,13 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _mebibytes(text: str) -> int:
+    """Bytes."""
+    if not re.fullmatch(r"[1-9]\d{0,7}", text):
+        raise ValueError(f"must be a number of MiB from 1 to 99999999, not {text!r}")
+    return int(text) * 2**20
+
+
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d{1,4}(\.\d+)?", text):
         raise ValueError(f"must be a number of seconds from 0 to 9999, not {text!r}")
@@ -219,6 +226,13 @@ class Settings:
         "warning. "
         "See [dictionaries.md](dictionaries.md).",
         _dictionaries,
+    )
+    dictionary_bytes: int = _setting(
+        "TDB_DICTIONARY_MIB",
+        "8192",
+        "Memory on the device for dictionaries, in MiB. Those used last stay there; one request "
+        "cannot use more than fit together.",
+        _mebibytes,
     )
     host: str = _setting(
         "TDB_HOST",

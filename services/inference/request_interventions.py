@@ -31,7 +31,7 @@ def intervention(
     """
     with inside("target"):
         target = addresses.parse(message.target)
-        check_target(target, model.architecture.shape, tokens)
+        check_target(target, model.shape, tokens)
     message.target = str(target)
     if (name := message.WhichOneof("op")) is None:
         raise InvalidArgument(

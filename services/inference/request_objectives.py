@@ -66,7 +66,7 @@ def direction(message: objective_pb2.Direction, model: Model) -> torch.Tensor:
 def _write_of(message: objective_pb2.Direction, model: Model) -> torch.Tensor:
     with inside("write_of"):
         address = addresses.parse(message.write_of)
-        model.architecture.shape.check(address)
+        model.shape.check(address)
         if address.kind is not Kind.NEURON or address.is_node:
             raise InvalidArgument(
                 f"{address} writes no single direction; name a neuron, for example neuron.3.17"

@@ -248,7 +248,7 @@ def read_edits(
         with inside(f"interventions[{number}]"):
             read.append(request_interventions.intervention(message, model, tokens, prompt))
     with inside("interventions"):
-        return resolution.resolve(read, model.architecture.shape, model.architecture.widths, tokens)
+        return resolution.resolve(read, model.shape, model.architecture.widths, tokens)
 
 
 def _count(request: run_pb2.RunRequest | attribute_pb2.AttributeRequest, default: int) -> int:

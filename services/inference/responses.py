@@ -15,6 +15,7 @@ from services.inference.engine.model import (
     RunResult,
 )
 from services.inference.engine.predictions import NextTokens, Prediction
+from services.inference.engine.shelf import Served
 from services.inference.engine.text import Vocabulary
 
 
@@ -61,6 +62,7 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
             for each in model.examples
         ],
         engine_version=ENGINE_VERSION,
+        dictionaries=[_dictionary(each) for each in model.shelf.served.values()],
     )
     if facts is not None:
         response.tokenizer.CopyFrom(
@@ -73,6 +75,36 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
             )
         )
     return response
+
+
+def _dictionary(served: Served) -> model_pb2.Dictionary:
+    header = served.header
+    message = model_pb2.Dictionary(
+        id=header.id,
+        weights_hash=header.provenance.weights_hash,
+        uri=header.provenance.uri,
+        revision=header.provenance.revision,
+        format=header.provenance.format,
+        site_in=str(header.site_in),
+        site_out=str(header.site_out),
+        latents=header.latents,
+        activation=header.activation,
+        warning=served.warning,
+        set_name=served.set_name,
+    )
+    if (measured := served.measured) is not None:
+        message.self_test.CopyFrom(
+            model_pb2.SelfTest(
+                sample=measured.sample,
+                tokens=measured.tokens,
+                fvu=measured.fvu,
+                l0=measured.l0,
+                dead=measured.dead,
+                declared_fvu=header.declared.fvu,
+                declared_l0=header.declared.l0,
+            )
+        )
+    return message
 
 
 def tokens(ids: Sequence[int], vocabulary: Vocabulary) -> list[token_pb2.Token]:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 # Before transformers is imported: nothing is reported home, and no progress bars in the logs.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -14,7 +15,7 @@ from tdb.inference.v1 import service_pb2_grpc
 from transformers.utils import logging as transformers_logging
 
 from services.common.server import ServiceServer, run_service
-from services.common.settings import ModelSource, Settings, SettingsError
+from services.common.settings import DictionarySource, ModelSource, Settings, SettingsError
 from services.inference.engine import loading
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
@@ -41,12 +42,21 @@ def build_server(
     )
 
 
-def load_model(source: ModelSource, tokenizer: str | None) -> Model:
-    """Loads and warms up one model, on the GPU where there is one. Raises FailedPrecondition."""
+def load_model(
+    source: ModelSource,
+    tokenizer: str | None,
+    dictionaries: Sequence[DictionarySource] = (),
+    dictionary_bytes: int = 2**30,
+) -> Model:
+    """Loads and warms up one model, on the GPU where there is one, and tests its dictionaries.
+
+    Raises FailedPrecondition.
+    """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     loaded = loading.load(source.name, source.source, tokenizer, device, torch.float32)
     model = Model(loaded)
     model.warm_up()
+    model.open_dictionaries(dictionaries, dictionary_bytes)
     return model
 
 
@@ -60,11 +70,6 @@ def main() -> int:
     if not settings.models:
         print("No model is named: set TDB_MODEL, or use `tdb up --demo`.", file=sys.stderr)
         return 1
-    if settings.dictionaries:
-        print(
-            "Dictionaries are not served in this version: unset TDB_DICTIONARIES.", file=sys.stderr
-        )
-        return 1
     transformers_logging.disable_progress_bar()
     worker = TorchWorker()
     models: dict[str, Model] = {}
@@ -74,7 +79,11 @@ def main() -> int:
             started = time.perf_counter()
 
             def load(_: CancelToken, source: ModelSource = source) -> Model:
-                return load_model(source, settings.tokenizer)
+                # They belong to the default model, which is the first.
+                dictionaries = () if models else settings.dictionaries
+                return load_model(
+                    source, settings.tokenizer, dictionaries, settings.dictionary_bytes
+                )
 
             models[source.name] = (await worker.submit(load)).result
             seconds = round(time.perf_counter() - started, 1)

@@ -56,7 +56,7 @@ def read(request: verify_pb2.VerifyRequest, model: Model) -> Wanted:
     if not named:
         return Wanted(table, None)
     if request.all_heads:
-        shape = model.architecture.shape
+        shape = model.shape
         heads = (
             Address(Kind.HEAD, layer, head)
             for layer in range(shape.layers)
@@ -99,7 +99,7 @@ def _nodes(request: verify_pb2.VerifyRequest, model: Model, tokens: int) -> tupl
     for number, text in enumerate(request.nodes):
         with inside(f"nodes[{number}]"):
             node = addresses.parse(text)
-            check_target(node, model.architecture.shape, tokens)
+            check_target(node, model.shape, tokens)
             if node in places:
                 raise InvalidArgument(f"{node} is nodes[{places[node]}] already; name it once")
         places[node] = number
@@ -113,7 +113,7 @@ def ablations(nodes: Sequence[Address], model: Model, tokens: int) -> list[Ablat
     return [
         Ablation(
             node,
-            *resolve([Intervention(node, Zero())], architecture.shape, architecture.widths, tokens),
+            *resolve([Intervention(node, Zero())], model.shape, architecture.widths, tokens),
         )
         for node in nodes
     ]

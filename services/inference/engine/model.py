@@ -6,14 +6,15 @@ and the facts, which touch no device.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from services.common.addresses import Address
+from services.common.addresses import Address, Shape
 from services.common.errors import FailedPrecondition
+from services.common.settings import DictionarySource
 from services.inference.engine import (
     activations,
     attribution,
@@ -39,6 +40,8 @@ from services.inference.engine.points import Point
 from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
 from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.sampling import Sampling
+from services.inference.engine.shelf import Shelf
+from services.inference.engine.shelving import fill_shelf
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation, Verification
 
@@ -125,6 +128,48 @@ class Model:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         self.hooks = Hooks(loaded.model, self.architecture)
+        self._module = loaded.model
+
+    @property
+    def shelf(self) -> Shelf:
+        """The dictionaries served with it."""
+        return self.hooks.shelf
+
+    @property
+    def shape(self) -> Shape:
+        """What addresses may name."""
+        return replace(self.architecture.shape, dictionaries=self.shelf.shapes)
+
+    def open_dictionaries(self, sources: Sequence[DictionarySource], budget: int) -> None:
+        """Serves dictionaries, `budget` bytes of weights at a time.
+
+        Raises FailedPrecondition for one that cannot be read or does not fit the model.
+        """
+        self.hooks.shelf = fill_shelf(
+            sources,
+            self.hooks,
+            self.architecture,
+            self.vocabulary,
+            self._own_sequences,
+            budget,
+            CancelToken(),
+        )
+
+    def _own_sequences(self, rows: int, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Sequences sampled from the model, each from another first token."""
+        generator = torch.Generator().manual_seed(0)
+        first = torch.randint(self.architecture.vocabulary, (rows, 1), generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            ids = self._module.generate(
+                first.to(self.device),
+                do_sample=True,
+                max_new_tokens=tokens - 1,
+                min_new_tokens=tokens - 1,
+                top_k=0,
+                pad_token_id=0,
+            )
+        return tuple(tuple(row) for row in ids.tolist())
 
     def warm_up(self) -> None:
         """Touches the device with a whole attribution, never longer than the context."""

@@ -19,7 +19,7 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.dictionaries import self_test
 from services.inference.engine.dictionaries.self_test import Measured, Trial
-from services.inference.engine.dictionaries.sites import Site
+from services.inference.engine.dictionaries.sites import Point, Site
 from services.inference.engine.dictionaries.sources import Registered, open_dictionaries
 from services.inference.engine.dictionaries.store import Store
 from services.inference.engine.dictionaries.widths import Widths
@@ -32,8 +32,9 @@ SAMPLE = Path(__file__).parent / "sample.txt"
 SAMPLE_NAME = "English text of Transformer Debugger"
 TOKENS = 4_000
 ROW_TOKENS = 128
+OWN_ROW_TOKENS = 32
+"""Of sequences that the model writes itself, a token at a time."""
 _BATCH_TOKENS = 512
-_SAMPLE_BYTES = 1_000_000
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -76,7 +77,7 @@ def fill_shelf(
             found = self_test.measure(dictionary, x, target, sample.name, positions)
             measured[each.id] = found
             if self_test.faults(each.header, found) and not each.unchecked:
-                tried = _try_elsewhere(each, hooks, widths, sample, cancel)
+                tried = _try_elsewhere(each, hooks, architecture, sample, cancel)
                 raise self_test.refusal(each.header, found, tried)
     served = [
         Served(
@@ -134,11 +135,30 @@ def _collect(
     return {pair: (of_site[pair[0]], of_site[pair[1]], where) for pair in pairs}
 
 
+def _exists(site: Site, architecture: Architecture) -> bool:
+    """Whether a site is one of its own: without a post-norm there is no place before it."""
+    layer = architecture.layers[site.layer]
+    match site.point:
+        case Point.ATTN_OUT:
+            return not site.before_post_norm or layer.attn_post_norm is not None
+        case Point.MLP_OUT:
+            return not site.before_post_norm or layer.mlp_post_norm is not None
+    return True
+
+
 def _try_elsewhere(
-    failed: Registered, hooks: Hooks, widths: Widths, sample: Sample, cancel: CancelToken
+    failed: Registered,
+    hooks: Hooks,
+    architecture: Architecture,
+    sample: Sample,
+    cancel: CancelToken,
 ) -> list[Trial]:
     """What the same weights do at other sites."""
-    pairs = self_test.candidates(failed.header, widths)
+    pairs = [
+        pair
+        for pair in self_test.candidates(failed.header, widths_of(architecture))
+        if all(_exists(site, architecture) for site in pair)
+    ]
     activations = _collect(hooks, sample, {_pair(*pair) for pair in pairs}, cancel)
     trials = []
     for pair in pairs:
@@ -166,7 +186,7 @@ class _Samples:
     def of(self, registered: Iterable[Registered]) -> dict[Sample, list[Registered]]:
         found: dict[Sample, list[Registered]] = {}
         for each in registered:
-            path = _beside(each)
+            path = each.header.declared.sample_file
             if path not in self._read:
                 self._read[path] = self._sample(path)
             found.setdefault(self._read[path], []).append(each)
@@ -174,7 +194,8 @@ class _Samples:
 
     def _sample(self, path: Path | None) -> Sample:
         if self._vocabulary.facts is None:
-            rows = self._generate(-(-TOKENS // self._length), self._length)
+            length = min(OWN_ROW_TOKENS, self._length)
+            rows = self._generate(-(-TOKENS // length), length)
             return Sample("sequences sampled from the model", rows)
         file = path or SAMPLE
         text = file.read_text(encoding="utf-8")
@@ -184,19 +205,12 @@ class _Samples:
         """The text in rows, each opening as the tokenizer opens a prompt."""
         facts = self._vocabulary.facts
         assert facts is not None
-        ids = self._vocabulary.encode(text, prepend_bos=False)[:TOKENS]
+        paragraphs = [f"{each}\n\n" for each in text.split("\n\n") if each.strip()]
+        ids = tuple(
+            token
+            for paragraph in paragraphs
+            for token in self._vocabulary.encode(paragraph, prepend_bos=False)
+        )[:TOKENS]
         opening = (facts.bos_id,) if facts.prepends_bos and facts.bos_id is not None else ()
         step = max(1, self._length - len(opening))
         return tuple((*opening, *ids[start : start + step]) for start in range(0, len(ids), step))
-
-
-def _beside(registered: Registered) -> Path | None:
-    """The sample text that a dictionary's files name, if it lies beside them."""
-    name = registered.header.declared.sample
-    if not name or Path(name).name != name:
-        return None
-    for folder in (registered.path, registered.path.parent):
-        path = folder / name
-        if path.is_file() and path.suffix == ".txt" and path.stat().st_size <= _SAMPLE_BYTES:
-            return path
-    return None
