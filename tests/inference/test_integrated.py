@@ -1,5 +1,6 @@
 """Integrated effects against the same sums written out over a forward pass by hand."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind, parse
-from services.inference.engine import integrated
+from services.inference.engine import baselines, integrated
 from services.inference.engine.attribution import ExplainedRun
+from services.inference.engine.baselines import Reference
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.integrated import Sublayer
 from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
 from tests.inference import plain
 from tests.inference.helpers import HEADS, NEURONS, Engine, random_engine, random_model
 from tests.inference.test_verification import BASE, IDS, of_base
@@ -77,8 +79,17 @@ def by_hand(
     return values[0], torch.stack(gradients).mean(0), objectives
 
 
-def integrate(engine: Engine, run: ExplainedRun, nodes: list[Address], steps: int) -> list[float]:
-    begun = integrated.begin(engine.hooks, run, nodes, steps, CancelToken())
+def integrate(
+    engine: Engine,
+    run: ExplainedRun,
+    nodes: list[Address],
+    steps: int,
+    starts: dict[Sublayer, Tensor] | None = None,
+    along_input: bool = False,
+) -> list[float]:
+    begun = integrated.begin(
+        engine.hooks, run, nodes, steps, CancelToken(), starts, along_input=along_input
+    )
     for number in range(len(begun.chunks)):
         begun.chunk(number, CancelToken())
     return begun.effects(nodes)
@@ -142,3 +153,124 @@ def test_nodes_after_the_position_of_j_have_none() -> None:
     effects = integrate(engine, ExplainedRun(IDS, (), OBJECTIVE), nodes, 4)
     assert effects[:3] == [0.0, 0.0, 0.0]
     assert effects[3] != 0
+
+
+OTHER = (3, 50, 4, 7, 25, 60, 2, 1)
+
+
+def seen_by_hand(family: str, ids: tuple[int, ...]) -> dict[tuple[str, int | None], Tensor]:
+    seen: dict[tuple[str, int | None], Tensor] = {}
+
+    def remember(kind: str, layer: int | None, values: Tensor) -> Tensor:
+        seen[kind, layer] = values
+        return values
+
+    plain.forward(random_model(family), ids, remember)
+    return seen
+
+
+def starts_of(engine: Engine, *prompts: tuple[int, ...]) -> dict[Sublayer, Tensor]:
+    reference = Reference(tuple((ids, ()) for ids in prompts), tuple(range(len(IDS))))
+    return baselines.starts(engine.hooks, reference, CancelToken())
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_baselines_are_the_values_of_the_other_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sublayer, kind, layer = SITES[name]
+    values = [seen_by_hand("llama", ids)[kind, layer] for ids in (IDS, OTHER)]
+    engine = random_engine("llama")
+    got = starts_of(engine, OTHER)[sublayer]
+    assert (got - values[1]).abs().max() < 1e-5 * values[1].abs().max()
+    assert (got - values[0]).abs().max() > 1e-2 * values[1].abs().max()
+    monkeypatch.setattr(baselines, "TOKENS_PER_BATCH", 1)
+    mean = starts_of(engine, IDS, OTHER)[sublayer]
+    assert (mean - (values[0] + values[1]) / 2).abs().max() < 1e-5 * values[1].abs().max()
+    reference = Reference(((OTHER, ()),), (0, 0, 1, 1, 2, 3, 4, 7))
+    aligned = baselines.starts(engine.hooks, reference, CancelToken())[sublayer]
+    at = (3, slice(None)) if sublayer.kind is not Kind.HEAD else (slice(None), 6, 5)
+    there = (1, slice(None)) if sublayer.kind is not Kind.HEAD else (slice(None), 4, 3)
+    assert (aligned[at] - values[1][there]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["embeddings", "neurons"])
+def test_from_another_runs_values_rows_add_up_too(name: str) -> None:
+    sublayer, kind, layer = SITES[name]
+    engine = random_engine("llama")
+    starts = starts_of(engine, OTHER)
+    nodes = nodes_of(sublayer)
+    got = sum(integrate(engine, ExplainedRun(IDS, (), OBJECTIVE), nodes, 128, starts))
+    there = seen_by_hand("llama", OTHER)[kind, layer]
+    moved = plain.edited((kind, layer, slice(None), lambda x: there))
+    changed, whole = (
+        float(OBJECTIVE.value(plain.forward(random_model("llama"), IDS, site)[POSITION]))
+        for site in (moved, plain.untouched)
+    )
+    assert got == pytest.approx(whole - changed, rel=1e-2)
+    assert abs(whole - changed) > 0.02
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_along_the_input_every_node_is_read_off_the_same_passes(edited: bool) -> None:
+    family = "llama"
+    engine = random_engine(family)
+    base = of_base() if edited else []
+    edits = engine.edits(*(each for each, _ in BASE), tokens=len(IDS)) if edited else ()
+    run = ExplainedRun(IDS, edits, OBJECTIVE)
+    nodes = [*nodes_of(SITES["embeddings"][0]), parse("neuron.0.3~2"), parse("head.1.2~6-3")]
+    got = integrate(engine, run, nodes, 3, starts_of(engine, OTHER), along_input=True)
+
+    here, there = seen_by_hand(family, IDS), seen_by_hand(family, OTHER)
+    start, end = there["embed", None], here["embed", None]
+    places: dict[str, tuple[str, int | None, Any]] = {
+        "neuron": ("neurons", 0, (2, 3)),
+        "pair": ("probabilities", 1, (2, 6, 3)),
+    }
+    run_values: dict[str, Tensor] = {}
+    plain.forward(random_model(family), IDS, _reading(plain.edited(*base), places, run_values))
+    sums: dict[str, Tensor] = {}
+    for share in (1 / 6, 1 / 2, 5 / 6):
+        leaf = (start + share * (end - start)).detach().requires_grad_()
+        read: dict[str, Tensor] = {}
+        moved_there = ("embed", None, slice(None), partial(_instead, leaf))
+        site = _reading(plain.edited(moved_there, *base), places, read)
+        objective = OBJECTIVE.value(plain.forward(random_model(family), IDS, site)[POSITION])
+        wanted = {"embed": leaf, **read}
+        gradients = torch.autograd.grad(objective, list(wanted.values()))
+        for name, gradient in zip(wanted, gradients, strict=True):
+            sums[name] = sums.get(name, torch.zeros(())) + gradient / 3
+    expected = ((end - start) * sums["embed"]).sum(-1).tolist()
+    for name, (kind, layer, index) in places.items():
+        moved = run_values[name][index] - there[kind, layer][index]
+        expected.append(float(moved * sums[name][index]))
+    largest = max(map(abs, expected))
+    assert got == pytest.approx(expected, abs=2e-5 * largest)
+    if not edited:
+        embeddings = nodes_of(EMBEDDINGS)
+        many = integrate(engine, run, embeddings, 128, starts_of(engine, OTHER), along_input=True)
+        moved_to = plain.edited(("embed", None, slice(None), lambda x: start))
+        without, whole = (
+            float(OBJECTIVE.value(plain.forward(random_model(family), IDS, site)[POSITION]))
+            for site in (moved_to, plain.untouched)
+        )
+        assert sum(many) == pytest.approx(whole - without, rel=1e-2)
+
+
+def _instead(value: Tensor, before: Tensor) -> Tensor:
+    return value
+
+
+def _reading(
+    site: plain.Site, places: dict[str, tuple[str, int | None, Any]], read: dict[str, Tensor]
+) -> plain.Site:
+    """The site, remembering what stands at the places after it."""
+
+    def visit(kind: str, layer: int | None, values: Tensor) -> Tensor:
+        values = site(kind, layer, values)
+        for name, place in places.items():
+            if place[:2] == (kind, layer):
+                read[name] = values
+        return values
+
+    return visit

@@ -35,6 +35,12 @@ class NodeGroup(ABC):
 
     size: int
     device: torch.device
+    start: Tensor | None = None
+    """x0 of its nodes, shaped like x: what the estimate is measured from; None: 0."""
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """x - x0"""
+        return values if self.start is None else values - self.start
 
     @abstractmethod
     def column(self, column: Column) -> Tensor:
@@ -87,7 +93,7 @@ class EmbedNodes(NodeGroup):
             case Column.DIRECT_EFFECT:
                 return (self._written * self._read).sum(1)
             case Column.TOTAL_EFFECT:
-                return (self._embed * self._gradient).sum(1)
+                return (self._moved(self._embed) * self._gradient).sum(1)
 
     def gather(self, indices: Tensor) -> Tensor:
         return torch.stack([self.column(column)[indices] for column in COLUMNS], 1)
@@ -167,7 +173,7 @@ class HeadNodes(NodeGroup):
             case Column.DIRECT_EFFECT:
                 return self._direct()
             case Column.TOTAL_EFFECT:
-                return self._probabilities * self._gradient
+                return self._moved(self._probabilities) * self._gradient
 
     def column(self, column: Column) -> Tensor:
         return self._matrix(column)[:, self._rows, self._keys].flatten()
@@ -188,7 +194,7 @@ class HeadNodes(NodeGroup):
                 activation,
                 magnitude,
                 self._direct()[where],
-                activation * self._gradient[where],
+                self._moved(self._probabilities)[where] * self._gradient[where],
             ],
             1,
         )
@@ -282,7 +288,7 @@ class NeuronNodes(NodeGroup):
             case Column.DIRECT_EFFECT:
                 return self._direct()
             case Column.TOTAL_EFFECT:
-                return self._activations * self._gradient
+                return self._moved(self._activations) * self._gradient
 
     def column(self, column: Column) -> Tensor:
         return self._matrix(column).flatten()
@@ -298,7 +304,8 @@ class NeuronNodes(NodeGroup):
                 activation,
                 magnitude,
                 self._direct()[positions, neurons],
-                activation * self._gradient[positions, neurons],
+                self._moved(self._activations)[positions, neurons]
+                * self._gradient[positions, neurons],
             ],
             1,
         )

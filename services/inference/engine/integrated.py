@@ -19,46 +19,21 @@ from services.common.addresses import Address, Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine.attribution import ExplainedRun
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Pass, Row
+from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start
+from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
 """Rows times tokens of a batch: few enough that others do not wait long."""
 
-KINDS = (Kind.EMBED, Kind.HEAD, Kind.NEURON)
-"""Kinds of nodes that can be integrated."""
 
-
-@dataclass(frozen=True)
-class Sublayer:
-    """All nodes of one kind in one layer (None for embeddings)."""
-
-    kind: Kind
-    layer: int | None
-
-    @classmethod
-    def of(cls, node: Address) -> "Sublayer":
-        return cls(node.kind, node.layer)
-
-    @property
-    def start(self) -> Start:
-        if self.layer is None:
-            return Start(0, Stage.BLOCK)
-        return Start(self.layer, Stage.HEADS if self.kind is Kind.HEAD else Stage.NEURONS)
-
-
-EMBEDDING = Sublayer(Kind.EMBED, None)
-
-
-def values_of(sublayer: Sublayer, current: Pass, row: int, tokens: int) -> Tensor:
-    """x of its nodes in a pass, after edits, detached: [T, d], [H, T, T] or [T, F]."""
+def _start(sublayer: Sublayer) -> Start:
+    """Where a pass goes on in which these nodes change."""
     if sublayer.layer is None:
-        return current.embed[row, :tokens].detach()
-    if sublayer.kind is Kind.HEAD:
-        return current.attention[sublayer.layer].used(row)[:, :tokens, :tokens]
-    return current.neurons[sublayer.layer][row, :tokens].detach()
+        return Start(0, Stage.BLOCK)
+    return Start(sublayer.layer, Stage.HEADS if sublayer.kind is Kind.HEAD else Stage.NEURONS)
 
 
 class _Between(Resumed):
@@ -75,7 +50,15 @@ class _Between(Resumed):
         """points: values of the nodes in each row, over the first tokens of the run."""
         tokens = points.shape[2 if sublayer.kind is Kind.HEAD else 1]
         rows = [edits] * len(points)
-        super().__init__(recording, sublayer.start, (0, tokens - 1), rows, cancel, gradients=True)
+        super().__init__(
+            recording,
+            _start(sublayer),
+            (0, tokens - 1),
+            rows,
+            cancel,
+            gradients=True,
+            keeps_layers=sublayer == EMBEDDINGS,
+        )
         self._sublayer = sublayer
         self.points = points.requires_grad_()
 
@@ -118,6 +101,7 @@ class Integration:
     _starts: Mapping[Sublayer, Tensor]
     """x0 of each sublayer; 0 where there is none."""
     _steps: int
+    _along_input: bool
     _sums: dict[Sublayer, Tensor] = field(default_factory=dict)
     """Of G over the points done so far, shaped like x over the tokens up to J's."""
 
@@ -135,14 +119,20 @@ class Integration:
         current = _Between(self._recording, moving, points, edits, cancel)
         logits = self._hooks.resume(current)
         objective = torch.stack([self._run.objective.value(row) for row in logits]).sum()
-        (gradient,) = torch.autograd.grad(objective, [current.points], materialize_grads=True)
-        if not torch.isfinite(gradient).all():
-            raise FailedPrecondition(
-                f"a gradient on the path of {moving.kind.value} is not finite", reason="NON_FINITE"
-            )
-        done = self._sums.get(moving)
-        total = gradient.double().sum(0)
-        self._sums[moving] = total if done is None else done + total
+        read = self._wanted if self._along_input else (moving,)
+        sites = [
+            current.points if sublayer == moving else sublayer.sites(current) for sublayer in read
+        ]
+        gradients = torch.autograd.grad(objective, sites, materialize_grads=True)
+        for sublayer, gradient in zip(read, gradients, strict=True):
+            if not torch.isfinite(gradient).all():
+                raise FailedPrecondition(
+                    f"a gradient on the path of {moving.kind.value} is not finite",
+                    reason="NON_FINITE",
+                )
+            total = gradient.double().sum(0)
+            done = self._sums.get(sublayer)
+            self._sums[sublayer] = total if done is None else done + total
 
     def effects(self, nodes: Sequence[Address]) -> list[float]:
         """The effect of each node, once all chunks have run."""
@@ -159,7 +149,7 @@ class Integration:
         ]
 
     def _values(self, sublayer: Sublayer) -> Tensor:
-        return values_of(sublayer, self._recording, 0, len(self._run.token_ids))
+        return sublayer.values(self._recording, 0, len(self._run.token_ids))
 
     def _start(self, sublayer: Sublayer) -> Tensor:
         if sublayer in self._starts:
@@ -181,10 +171,12 @@ def begin(
     steps: int,
     cancel: CancelToken,
     starts: Mapping[Sublayer, Tensor] | None = None,
+    along_input: bool = False,
 ) -> Integration:
     """Runs the model as it is, and plans the batches for the sublayers that `nodes` belong to.
 
-    `starts` has x0, shaped like x, of the sublayers where it is not 0.
+    `starts` has x0, shaped like x, of the sublayers where it is not 0; `along_input` says that only
+    the embedding moves.
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
     position = run.objective.position
@@ -194,8 +186,9 @@ def begin(
     shares = [(step - 0.5) / steps for step in range(1, steps + 1)]
     batches = [tuple(shares[first : first + size]) for first in range(0, steps, size)]
     wanted = tuple(dict.fromkeys(map(Sublayer.of, nodes)))
-    chunks = tuple((sublayer, batch) for sublayer in wanted for batch in batches)
-    return Integration(chunks, hooks, run, recording, wanted, starts or {}, steps)
+    moving = (EMBEDDINGS,) if along_input else wanted
+    chunks = tuple((sublayer, batch) for sublayer in moving for batch in batches)
+    return Integration(chunks, hooks, run, recording, wanted, starts or {}, steps, along_input)
 
 
 def _belongs(edit: Edit, sublayer: Sublayer) -> bool:

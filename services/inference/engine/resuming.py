@@ -159,8 +159,12 @@ class Resumed(Pass):
         edits: Sequence[tuple[Edit, ...]],
         cancel: CancelToken,
         gradients: bool = False,
+        keeps_layers: bool = False,
     ) -> None:
-        """`edits` has those of each row, the run's own included, at positions of the run."""
+        """`edits` has those of each row, the run's own included, at positions of the run.
+
+        Without `keeps_layers` what is captured per layer is kept for the running layer only.
+        """
         self.recording = recording
         self.start = start
         self.first, self.last = tokens
@@ -170,7 +174,7 @@ class Resumed(Pass):
             [Row(self.token_ids, self._moved(each)) for each in edits], gradients, cancel
         )
         for each in fields(Pass):
-            if each.default_factory is list:
+            if each.default_factory is list and not keeps_layers:
                 setattr(self, each.name, _Running(start.layer))
 
     def _moved(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:

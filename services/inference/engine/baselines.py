@@ -1,0 +1,64 @@
+"""Baselines: x0 of all nodes of a run, which their effects are measured from.
+
+x0 is 0, or comes from other runs: the mean over reference prompts position by position, or the
+values of one run at the aligned tokens. Of single targets that is what MEAN and PATCH set; here it
+is read for whole sublayers at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.common.addresses import Kind
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.captured import Row
+from services.inference.engine.forward import Hooks
+from services.inference.engine.interventions import Edit
+from services.inference.engine.sublayers import Sublayer, sublayers
+
+TOKENS_PER_BATCH = 1024
+"""Rows times tokens of a batch of reference runs."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Runs whose mean is x0, each with its edits, and which of their tokens stands for which.
+
+    `aligned` has the position in the reference runs of every position of the run that is measured.
+    """
+
+    runs: tuple[tuple[tuple[int, ...], tuple[Edit, ...]], ...]
+    aligned: tuple[int, ...]
+
+
+def starts(hooks: Hooks, reference: Reference, cancel: CancelToken) -> dict[Sublayer, Tensor]:
+    """x0 of all nodes, shaped like x: [T, d], [H, T, T] or [T, F].
+
+    A pair whose counterpart is masked there has 0, its probability.
+    """
+    found: dict[Sublayer, Tensor] = {}
+    for batch in _batches(reference):
+        rows = [Row(token_ids, edits) for token_ids, edits in batch]
+        current = hooks.run(rows, [0], gradients=False, cancel=cancel)
+        for row, (token_ids, _) in enumerate(batch):
+            for sublayer in sublayers(len(current.neurons)):
+                values = sublayer.values(current, row, len(token_ids))
+                aligned = _aligned(sublayer, values, reference.aligned) / len(reference.runs)
+                found[sublayer] = found[sublayer] + aligned if sublayer in found else aligned
+    return found
+
+
+def _batches(reference: Reference) -> list[Sequence[tuple[tuple[int, ...], tuple[Edit, ...]]]]:
+    longest = max(len(token_ids) for token_ids, _ in reference.runs)
+    size = max(1, TOKENS_PER_BATCH // longest)
+    runs = reference.runs
+    return [runs[first : first + size] for first in range(0, len(runs), size)]
+
+
+def _aligned(sublayer: Sublayer, values: Tensor, aligned: Sequence[int]) -> Tensor:
+    at = torch.tensor(aligned, device=values.device)
+    if sublayer.kind is Kind.HEAD:
+        return values[:, at][:, :, at]
+    return values[at]

@@ -1,0 +1,49 @@
+"""Sublayers: all nodes of one kind in one layer, whose values are one tensor of a pass."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.common.addresses import Address, Kind
+from services.inference.engine.captured import Pass
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """All nodes of one kind in one layer (None for embeddings)."""
+
+    kind: Kind
+    layer: int | None
+
+    @classmethod
+    def of(cls, node: Address) -> "Sublayer":
+        return cls(node.kind, node.layer)
+
+    def values(self, current: Pass, row: int, tokens: int) -> Tensor:
+        """x of its nodes in a pass, after edits, detached: [T, d], [H, T, T] or [T, F]."""
+        if self.layer is None:
+            return current.embed[row, :tokens].detach()
+        if self.kind is Kind.HEAD:
+            return current.attention[self.layer].used(row)[:, :tokens, :tokens]
+        return current.neurons[self.layer][row, :tokens].detach()
+
+    def sites(self, current: Pass) -> Tensor:
+        """The same of every row of a pass, in its graph; all rows must have the same edits."""
+        if self.layer is None:
+            return current.embed
+        if self.kind is Kind.HEAD:
+            site = current.attention[self.layer]
+            return site.probabilities if site.edited is None else site.edited
+        return current.neurons[self.layer]
+
+
+EMBEDDINGS = Sublayer(Kind.EMBED, None)
+
+
+def sublayers(layers: int) -> tuple[Sublayer, ...]:
+    """All of a model that has no dictionaries in its table."""
+    return (
+        EMBEDDINGS,
+        *(Sublayer(Kind.HEAD, layer) for layer in range(layers)),
+        *(Sublayer(Kind.NEURON, layer) for layer in range(layers)),
+    )
