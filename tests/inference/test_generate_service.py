@@ -356,6 +356,45 @@ def test_without_a_tokenizer_tokens_show_as_ids() -> None:
     assert transcript.add(4) + transcript.add(7) + transcript.end() == "<4><7>"
 
 
+@pytest.fixture
+def bare_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """The same weights without a tokenizer."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(model_folder / name)
+    return folder
+
+
+async def test_without_a_tokenizer_ids_are_generated_and_stop_texts_refused(
+    bare_folder: Path, stub: "Stub", tmp_path: Path, worker: TorchWorker
+) -> None:
+    settings = Settings.from_env(
+        {"TDB_MODEL": f"bare={bare_folder}", "TDB_DATA_DIR": str(tmp_path)}
+    )
+    models = {"bare": load_model(ModelSource("bare", str(bare_folder)), None)}
+    run = {"prompt": {"tokenIds": {"ids": [5, 9, 31]}}}
+    async with (
+        build_server(settings, worker, models, port=0) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        bare = service_pb2_grpc.InferenceServiceStub(channel)
+        answer = await generated(bare, run=run, pastEnd=None)
+        ids = answer.ids[0]
+        assert answer.summary.continuations[0].text == "".join(f"<{each}>" for each in ids)
+        code, field, message = await refusal_of(
+            drained(bare.Generate(request(run=run, pastEnd=None, stop=["x"])))
+        )
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert (field, "no tokenizer" in message) == ("stop", True)
+        code, field, _ = await refusal_of(drained(bare.Generate(request(run=run))))
+        assert (code, field) == (grpc.StatusCode.INVALID_ARGUMENT, "past_end")
+    # The padded vocabulary's ids are never chosen where a tokenizer says which they are.
+    listed = (await stub.GetModel(model_pb2.GetModelRequest())).tokenizer.vocabulary
+    hot = await generated(stub, run=run, temperature=50.0, seed=1, maxNewTokens=24)
+    assert max(hot.ids[0]) < listed
+
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'gave:' }}{% endif %}"

@@ -178,6 +178,20 @@ def test_the_lens_ends_at_the_models_own_logits(family: str) -> None:
         assert torch.equal(lens, current.logits[0]) == (point == wanted[-1])
 
 
+def test_half_precision_is_given_as_it_is() -> None:
+    engine = random_engine("llama", torch.bfloat16)
+    current, wanted = everything(engine)
+    theirs = by_hand("llama")
+    for point in wanted:
+        ours = activations.read(point, engine.architecture, current, 0)
+        assert ours.dtype is torch.bfloat16
+        assert ours.nbytes == activations.size(point, engine.architecture, len(IDS))
+        if point != BEFORE and point.name != "attn_scores":
+            name = "embed" if point.name == "resid_pre" else point.name
+            worst = (ours.float() - theirs[name]).abs().max() / theirs[name].abs().max()
+            assert worst < 0.1, point
+
+
 def test_non_finite_activations_are_refused_by_name() -> None:
     engine = random_engine()
     wanted = frozenset({Point("attn_scores", 1)})

@@ -101,10 +101,10 @@ class Continuation:
 
         Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
         """
-        logits = self._next_logits(cancel)
+        logits = self._next_logits(cancel).cpu().double()
         # Ids that the tokenizer cannot decode are never chosen, though they count as probabilities.
         listed = logits[: self._vocabulary.listed]
-        log_probs = logits.double().log_softmax(-1)[: len(listed)]
+        log_probs = logits.log_softmax(-1)[: len(listed)]
         token_id = self._sampler.choose(listed)
         position = len(self._ids)
         self._ids.append(token_id)

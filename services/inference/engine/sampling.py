@@ -30,10 +30,10 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: Tensor) -> int:
-        """The next token's id, of logits [V]."""
-        ordered, ids = torch.sort(logits.detach().cpu().double(), descending=True, stable=True)
+        """The next token's id, of logits [V] in float64 on the CPU."""
         if self._sampling.temperature == 0.0:
-            return int(ids[0])
+            return int(logits.argmax())  # the first of equals
+        ordered, ids = torch.sort(logits, descending=True, stable=True)
         ordered = ordered[: self._sampling.top_k]
         weights = ((ordered - ordered[0]) / self._sampling.temperature).exp()
         reached = weights.cumsum(0) / weights.sum()
