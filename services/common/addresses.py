@@ -197,6 +197,8 @@ class Shape:
     neurons: int
     windows: tuple[int | None, ...] = ()
     """Per layer: how many tokens a query reads at most, itself included; None or no entry: all."""
+    experts: frozenset[int] = frozenset()
+    """Layers whose MLP is a mixture of experts and has no neurons."""
     parallel: bool = False
     """Attention and MLP of a layer read the same residual stream: no `resid_mid` exists."""
 
@@ -217,6 +219,11 @@ class Shape:
             self._check_dictionary(address)
         self._in_range(address, "layer", address.layer, self.layers)
         if address.kind is Kind.NEURON:
+            if address.layer in self.experts:
+                raise InvalidArgument(
+                    f"{address}: the MLP of layer {address.layer} is a mixture of experts, which "
+                    f"has no neurons; its finest node is mlp.{address.layer}"
+                )
             self._in_range(address, "neuron", address.index, self.neurons)
         elif address.index is not None and address.kind is not Kind.LATENT:
             self._in_range(address, "head", address.index, self.heads)

@@ -7,7 +7,7 @@ that is due.
 import sys
 from pathlib import Path
 
-from services.inference.engine.families import FAMILIES, FEATURES
+from services.inference.engine.families import EXPERT_FEATURES, FAMILIES, FEATURES, Family
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -21,23 +21,34 @@ refused at load with the reason, before weights are read where the configuration
 """
 
 
+_NODES = {
+    False: "head pairs, neurons",
+    True: "head pairs; whole MLPs where they are mixtures of experts, neurons elsewhere",
+}
+
+
+def _proofs(family: Family) -> str:
+    proved = EXPERT_FEATURES if family.experts else tuple(FEATURES)
+    return " | ".join("yes" if feature in proved else "-" for feature in FEATURES)
+
+
 def as_page() -> str:
     """The text of docs/families.md."""
     shapes = [
-        f"| {family.title} | `{model_type}` | {variant} | {peculiar} |"
+        f"| {family.title} | `{model_type}` | {variant} | {peculiar} | {_NODES[family.experts]} |"
         for model_type, family in FAMILIES.items()
         for variant, peculiar in family.variants.items()
     ]
     proofs = [
-        f"| {family.title}, {variant} |" + " yes |" * len(FEATURES)
+        f"| {family.title}, {variant} | {_proofs(family)} |"
         for family in FAMILIES.values()
         for variant in family.variants
     ]
     return "\n".join(
         [
             _HEAD,
-            "| family | model_type | variant | what is peculiar |",
-            "|---|---|---|---|",
+            "| family | model_type | variant | what is peculiar | finest nodes |",
+            "|---|---|---|---|---|",
             *shapes,
             "",
             "## What is proved of each",

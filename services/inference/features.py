@@ -1,6 +1,9 @@
 """What this version can do, and what it cannot do yet: one list for GetModel and for refusals."""
 
+from collections.abc import Iterator
+
 from services.common.errors import Unimplemented
+from services.inference.engine.architecture import Architecture
 
 BUILT = (
     "objective.logit_diff",
@@ -20,6 +23,7 @@ BUILT = (
     "target.head_vector",
     "target.sublayer",
     "target.residual",
+    "target.resid_mid",
     "attribute.compare",
     "attribute.norm_modes",
     "attribute.read_outs",
@@ -46,6 +50,32 @@ NOT_BUILT = {
     "attribute.read_outs.sources": "the sources of attention latents",
     "describe_component.latents": "describing latents",
 }
+
+
+def on(architecture: Architecture) -> Iterator[tuple[str, bool, str]]:
+    """Every feature: whether it works on a model, and where or why not."""
+    limits = _limits(architecture)
+    for feature in BUILT:
+        yield feature, *limits.get(feature, (True, ""))
+    for feature, what in NOT_BUILT.items():
+        yield feature, False, f"{what} is not built in this version"
+
+
+def _limits(architecture: Architecture) -> dict[str, tuple[bool, str]]:
+    limits: dict[str, tuple[bool, str]] = {}
+    if architecture.experts:
+        layers = ", ".join(map(str, sorted(architecture.experts)))
+        limits["target.neuron"] = (
+            bool(architecture.neurons),
+            f"the MLPs of layers {layers} are mixtures of experts, which have no neurons; mlp.L is "
+            "the finest node there",
+        )
+    if architecture.parallel:
+        limits["target.resid_mid"] = (
+            False,
+            "attention and MLP of a layer read the same residual stream, so there is none between",
+        )
+    return limits
 
 
 def not_built(feature: str, field: str) -> Unimplemented:

@@ -45,11 +45,8 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
             max_stream_bytes=request_points.MAX_STREAM_BYTES,
         ),
         supports=[
-            *(model_pb2.Support(feature=each, supported=True) for each in features.BUILT),
-            *(
-                model_pb2.Support(feature=each, reason=f"{what} is not built in this version")
-                for each, what in features.NOT_BUILT.items()
-            ),
+            model_pb2.Support(feature=feature, supported=supported, reason=reason)
+            for feature, supported, reason in features.on(architecture)
         ],
         examples=[
             model_pb2.Example(

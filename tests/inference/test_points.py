@@ -159,6 +159,7 @@ def test_points_agree_with_each_other(family: str) -> None:
     assert value("attn_probs")[:, future].abs().max() == 0
     by_head = value("attn_probs") @ value("v").transpose(0, 1)
     assert close(by_head.transpose(0, 1), value("z"))
+    assert layer.mlp_down is not None
     assert close(layer.mlp_down(value("mlp_act")), value("mlp_out"))
     assert close(value("resid_mid") + value("mlp_out"), value("resid_post"))
 

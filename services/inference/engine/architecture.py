@@ -34,11 +34,13 @@ class Layer:
     attention_out: nn.Module
     mlp: nn.Module
     """Its output is the MLP's, before a post-norm."""
-    mlp_gate: nn.Module
+    mlp_gate: nn.Module | None
     """The projection to `w_in`'s pre-activations."""
     mlp_up: nn.Module | None
     """The projection to the other branch of a gated MLP."""
-    mlp_down: nn.Module
+    mlp_down: nn.Module | None
+    experts: bool
+    """The MLP is a mixture of experts: it has no neurons (F is 0) and none of these projections."""
     parallel: bool
     """Attention and MLP read the same residual stream: there is none between them."""
     attn_norm: Norm
@@ -140,12 +142,18 @@ class Architecture:
         return self.layers[0].parallel
 
     @property
+    def experts(self) -> frozenset[int]:
+        """Layers whose MLP is a mixture of experts, so that `mlp.L` is the finest node there."""
+        return frozenset(index for index, layer in enumerate(self.layers) if layer.experts)
+
+    @property
     def shape(self) -> Shape:
         return Shape(
             layers=len(self.layers),
             heads=self.n_heads,
             neurons=self.neurons,
             windows=tuple(layer.window for layer in self.layers),
+            experts=self.experts,
             parallel=self.parallel,
         )
 
@@ -182,7 +190,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
         n_key_value_heads=arch.n_kv_heads,
         head_width=arch.head_dim,
         width=arch.d_model,
-        neurons=layers[0].w_out.shape[0],
+        neurons=max(layer.w_out.shape[0] for layer in layers),
         vocabulary=w_u.shape[0],
         context=int(config.max_position_embeddings),
     )
@@ -203,13 +211,10 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
     attn_post_norm = norm(block, family.attn_post_norm, width)
     mlp_post_norm = norm(block, family.mlp_post_norm, width)
     has_qk_norm = hasattr(attention, "q_norm")
-    attn_out, down = arch.attn_out_proj(index), arch.mlp_projection(index, "down")
+    attn_out = arch.attn_out_proj(index)
     w_o, b_o = _folded(attn_out, attn_post_norm)
     w_o = w_o.view(arch.n_heads, head_width, width)
-    w_out, b_out = _folded(down, mlp_post_norm)
-    gate = arch.mlp_projection(index, "pre_act")
-    holder = arch.mlp_projection_holder(index)
-    up = getattr(holder, "up_proj", None)
+    mlp = _mlp(arch, index, mlp_post_norm)
     query, key, value = _query_key_value(attention, head_width)
     scaling = _scaling(attention)
     if family.scales_queries:
@@ -219,10 +224,11 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
         block=block,
         attention=attention,
         attention_out=attn_out,
-        mlp=down if holder is block else holder,
-        mlp_gate=gate,
-        mlp_up=up,
-        mlp_down=down,
+        mlp=mlp.module,
+        mlp_gate=mlp.gate,
+        mlp_up=mlp.up,
+        mlp_down=mlp.down,
+        experts=mlp.gate is None,
         parallel=bool(getattr(config, "use_parallel_residual", False)),
         attn_norm=attn_norm,
         mlp_norm=mlp_norm,
@@ -239,17 +245,50 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
         b_k=key[1],
         w_v=value[0],
         b_v=value[1],
-        w_in=_write_weight(gate).T,
-        b_in=_bias(gate),
-        w_up=None if up is None else _write_weight(up).T,
-        b_up=None if up is None else _bias(up),
-        activation=_activation(holder),
+        w_in=mlp.w_in,
+        b_in=None if mlp.gate is None else _bias(mlp.gate),
+        w_up=None if mlp.up is None else _write_weight(mlp.up).T,
+        b_up=None if mlp.up is None else _bias(mlp.up),
+        activation=mlp.activation,
         w_o=w_o,
         b_o=b_o,
+        w_out=mlp.w_out,
+        b_out=mlp.b_out,
+        w_o_gram=w_o @ w_o.transpose(1, 2),
+        w_out_norm=torch.linalg.vector_norm(mlp.w_out, dim=1),
+    )
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """The modules of an MLP and the weights of its neurons; no gate where it is of experts."""
+
+    module: nn.Module
+    gate: nn.Module | None
+    up: nn.Module | None
+    down: nn.Module | None
+    activation: Callable[[Tensor], Tensor]
+    w_in: Tensor
+    w_out: Tensor
+    b_out: Tensor | None
+
+
+def _mlp(arch: ArchSpec, index: int, post_norm: Norm | None) -> _Mlp:
+    holder = arch.mlp_projection_holder(index)
+    if arch.is_moe_layer(index):
+        none = _weight(arch.embed).new_zeros(0, arch.d_model)
+        return _Mlp(holder, None, None, None, nn.Identity(), none, none, None)
+    gate, down = (arch.mlp_projection(index, which) for which in ("pre_act", "down"))
+    w_out, b_out = _folded(down, post_norm)
+    return _Mlp(
+        module=down if holder is arch.block(index) else holder,
+        gate=gate,
+        up=getattr(holder, "up_proj", None),
+        down=down,
+        activation=_activation(holder),
+        w_in=_write_weight(gate).T,
         w_out=w_out,
         b_out=b_out,
-        w_o_gram=w_o @ w_o.transpose(1, 2),
-        w_out_norm=torch.linalg.vector_norm(w_out, dim=1),
     )
 
 

@@ -18,7 +18,13 @@ from services.common.errors import FailedPrecondition
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import AttentionSite, Pass, Row
-from services.inference.engine.columns import EmbedNodes, HeadNodes, NeuronNodes, NodeGroup
+from services.inference.engine.columns import (
+    EmbedNodes,
+    ExpertsNodes,
+    HeadNodes,
+    NeuronNodes,
+    NodeGroup,
+)
 from services.inference.engine.direct_path import DirectPath, direct_path, head_path
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
@@ -115,6 +121,7 @@ class _Gradients:
     logits: Tensor
     probabilities: tuple[Tensor, ...]
     edited: tuple[Tensor | None, ...]
+    experts: dict[int, Tensor]
     neurons: tuple[Tensor, ...]
 
     @classmethod
@@ -122,7 +129,8 @@ class _Gradients:
         single = (current.embed, current.final_input, current.final_output, current.logits)
         probabilities = [site.probabilities for site in current.attention]
         edited = [site.edited for site in current.attention if site.edited is not None]
-        wanted = [*single, *probabilities, *edited, *current.neurons]
+        experts = [write.after for write in current.experts.values()]
+        wanted = [*single, *probabilities, *edited, *experts, *current.neurons]
         # Where edits cut every path (all heads of a layer zeroed, say) the gradient is zero.
         taken = iter(torch.autograd.grad(objective, wanted, materialize_grads=True))
         embed, final_input, final_output, logits = (next(taken) for _ in single)
@@ -130,8 +138,16 @@ class _Gradients:
         of_edited = tuple(
             None if site.edited is None else next(taken) for site in current.attention
         )
+        of_experts = {layer: next(taken) for layer in current.experts}
         return cls(
-            embed, final_input, final_output, logits, of_probabilities, of_edited, tuple(taken)
+            embed,
+            final_input,
+            final_output,
+            logits,
+            of_probabilities,
+            of_edited,
+            of_experts,
+            tuple(taken),
         )
 
     def of_used_probabilities(self, layer: int, site: AttentionSite, row: int) -> Tensor:
@@ -175,6 +191,18 @@ def _explanation(
         grads = gradients.of_used_probabilities(index, site, row)[:, :length, :length]
         groups.append(HeadNodes(index, layer, probabilities, grads, values, scale, heads, reads))
     for index, layer in enumerate(architecture.layers):
+        if layer.experts:
+            write = current.experts[index]
+            groups.append(
+                ExpertsNodes(
+                    index,
+                    write.after[row, :length].detach(),
+                    gradients.experts[index][row, :length],
+                    written=write.before[row, :length],
+                    read=path.mlp[index],
+                )
+            )
+            continue
         scale = _scale_of(current.mlp_scale[index], row, length)
         groups.append(
             NeuronNodes(
@@ -224,7 +252,7 @@ def _bias_rows(
                 path.mlp[index],
                 current.mlp_scale[index],
                 layer.b_out,
-                layer.mlp_post_norm,
+                None if layer.experts else layer.mlp_post_norm,  # there the whole write is a node
             ),
         ):
             scale = _scale_of(scales, row, len(met))

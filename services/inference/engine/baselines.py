@@ -43,7 +43,7 @@ def starts(hooks: Hooks, reference: Reference, cancel: CancelToken) -> dict[Subl
         rows = [Row(token_ids, edits) for token_ids, edits in batch]
         current = hooks.run(rows, [0], gradients=False, cancel=cancel)
         for row, (token_ids, _) in enumerate(batch):
-            for sublayer in sublayers(len(current.neurons)):
+            for sublayer in sublayers(current):
                 values = sublayer.values(current, row, len(token_ids))
                 aligned = _aligned(sublayer, values, reference.aligned) / len(reference.runs)
                 found[sublayer] = found[sublayer] + aligned if sublayer in found else aligned

@@ -91,6 +91,16 @@ class AttentionSite:
         return values.repeat_interleave(self.probabilities.shape[1] // values.shape[0], dim=0)
 
 
+@dataclass(frozen=True)
+class ExpertsWrite:
+    """What a mixture of experts adds to the stream, [B, T, d] each."""
+
+    before: Tensor
+    """Before edits, detached."""
+    after: Tensor
+    """After them."""
+
+
 @dataclass
 class Pass:
     """One forward pass and what it captured.
@@ -140,6 +150,8 @@ class Pass:
     attention: list[AttentionSite] = field(default_factory=list)
     neurons: list[Tensor] = field(default_factory=list)
     """Per layer [B, T, F], after edits."""
+    experts: dict[int, ExpertsWrite] = field(default_factory=dict)
+    """By layer, where the MLP is a mixture of experts."""
     final_input: Tensor = field(init=False)
     """[B, T, d]: the residual stream after the last block, after edits."""
     final_output: Tensor = field(init=False)

@@ -72,7 +72,10 @@ class NodeGroup(ABC):
 
 
 class EmbedNodes(NodeGroup):
-    """`embed~t`: one node per token."""
+    """`embed~t`: one node per token, whose write e is a vector."""
+
+    component = Address(Kind.EMBED)
+    token_kind = "embed"
 
     def __init__(self, embed: Tensor, gradient: Tensor, *, written: Tensor, read: Tensor) -> None:
         """embed, gradient: e and G(e), [T, d]; written: e before edits; read: the gradient that
@@ -102,7 +105,7 @@ class EmbedNodes(NodeGroup):
         return indices
 
     def address(self, index: int) -> Address:
-        return Address(Kind.EMBED, position=index)
+        return self.component.at(index)
 
     def find(self, address: Address) -> int | None:
         position = address.position
@@ -112,7 +115,19 @@ class EmbedNodes(NodeGroup):
         return float(self.column(Column.DIRECT_EFFECT).double().sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {"embed": (self.column(Column.DIRECT_EFFECT), self.column(Column.TOTAL_EFFECT))}
+        return {
+            self.token_kind: (self.column(Column.DIRECT_EFFECT), self.column(Column.TOTAL_EFFECT))
+        }
+
+
+class ExpertsNodes(EmbedNodes):
+    """`mlp.L~t` where the MLP is a mixture of experts: nothing finer exists there."""
+
+    token_kind = "mlp"
+
+    def __init__(self, layer: int, write: Tensor, gradient: Tensor, **path: Tensor) -> None:
+        super().__init__(write, gradient, **path)
+        self.component = Address(Kind.MLP, layer)
 
 
 class HeadNodes(NodeGroup):

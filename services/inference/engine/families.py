@@ -26,6 +26,8 @@ class Family:
     mlp_post_norm: str | None = None
     softcaps_attention: bool = False
     """Whether its attention applies the configuration's `attn_logit_softcapping`."""
+    experts: bool = False
+    """Whether MLPs are mixtures of experts, so that `mlp.L` is the finest node there."""
     scales_queries: bool = False
     """Whether queries are scaled rather than scores."""
     refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
@@ -101,6 +103,16 @@ FAMILIES = {
         mlp_post_norm="post_feedforward_layernorm",
         refuses=_bidirectional,
     ),
+    "mixtral": Family(
+        "Mixtral",
+        {"window": "mixtures of experts in every layer, sliding window in every layer"},
+        experts=True,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3, mixture of experts",
+        {"mixed": "a layer without experts between two with them, norms on q and k"},
+        experts=True,
+    ),
     "opt": Family(
         "OPT",
         {"relu": "learned positions, biases, ReLU, MLP without a module of its own"},
@@ -138,6 +150,20 @@ FEATURES = {
     "integration": "integrated effects equal the sum over midpoints in Hugging Face's own pass",
 }
 """What `tests/inference/families` proves of every variant of every family, by name."""
+
+EXPERT_FEATURES = (
+    "logits",
+    "sums",
+    "estimates",
+    "norm modes",
+    "loading",
+    "ablation",
+    "batches",
+    "verification",
+    "integration",
+    "generation",
+)
+"""Those of them that are proved where MLPs are mixtures of experts."""
 
 _NO_INTERFACE = ("gpt_neo", "bloom", "falcon", "mpt", "xglm")
 """Families that compute attention where transformers lets nobody in."""

@@ -19,7 +19,7 @@ from services.common.errors import FailedPrecondition
 from services.inference.engine import attention, norms, resuming
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Pass, Row
+from services.inference.engine.captured import ExpertsWrite, Pass, Row
 from services.inference.engine.dictionaries.sites import Point as SitePoint
 from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.points import Point
@@ -88,10 +88,13 @@ class Hooks:
             layer.attn_norm.module.register_forward_hook(partial(self._capture, "attn_in"))
             layer.mlp_norm.module.register_forward_hook(partial(self._capture, "mlp_in"))
             layer.mlp_norm.module.register_forward_hook(partial(self._leave_mlp_norm, index))
-            layer.mlp_gate.register_forward_hook(partial(self._capture, "gates"))
+            if layer.mlp_gate is None or layer.mlp_down is None:
+                layer.mlp.register_forward_pre_hook(partial(self._enter_experts, index))
+            else:
+                layer.mlp_gate.register_forward_hook(partial(self._capture, "gates"))
+                layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
             if layer.mlp_up is not None:
                 layer.mlp_up.register_forward_hook(partial(self._capture, "ups"))
-            layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
             attn, mlp = layer.attn_post_norm, layer.mlp_post_norm
             layer.attention.register_forward_hook(partial(self._before_attn_post_norm, index))
             layer.mlp.register_forward_hook(partial(self._before_mlp_post_norm, index))
@@ -368,12 +371,24 @@ class Hooks:
             return None
         post_norm = self._architecture.layers[layer].mlp_post_norm
         current.mlp_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
-        write = current.at_site(SitePoint.MLP_OUT, layer, self._per_token(output))
+        before = self._per_token(output)
+        write = current.at_site(SitePoint.MLP_OUT, layer, before)
         write = current.edit_residual(Kind.MLP, layer, write)
+        if self._architecture.layers[layer].experts:
+            current.experts[layer] = ExpertsWrite(before.detach(), write)
         current.last_write = write
         if current.gradients:
             current.mlp_write.append(write)
         return write.view_as(output)
+
+    def _enter_experts(self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        current = self.current
+        if current is None:
+            return
+        none = self._per_token(args[0])[..., :0]
+        if current.gradients:
+            current.gates.append(none)
+        current.edit_neurons(layer, none)
 
     def _enter_mlp_down(
         self, layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]

@@ -33,7 +33,8 @@ def _start(sublayer: Sublayer) -> Start:
     """Where a pass goes on in which these nodes change."""
     if sublayer.layer is None:
         return Start(0, Stage.BLOCK)
-    return Start(sublayer.layer, Stage.HEADS if sublayer.kind is Kind.HEAD else Stage.NEURONS)
+    stages = {Kind.HEAD: Stage.HEADS, Kind.NEURON: Stage.NEURONS, Kind.MLP: Stage.MLP}
+    return Start(sublayer.layer, stages[sublayer.kind])
 
 
 class _Between(Resumed):
@@ -141,7 +142,8 @@ class Integration:
             end, start = self._values(sublayer), self._start(sublayer)
             moved = self._cut(sublayer, end - start).double()
             effects = moved * self._sums[sublayer] / self._steps
-            found[sublayer] = effects.sum(-1) if sublayer.kind is Kind.EMBED else effects
+            vectors = sublayer.kind in (Kind.EMBED, Kind.MLP)
+            found[sublayer] = effects.sum(-1) if vectors else effects
         last = self._run.objective.position
         return [
             0.0 if (node.position or 0) > last else float(found[Sublayer.of(node)][_index(node)])
@@ -204,5 +206,6 @@ def _index(node: Address) -> tuple[int, ...]:
         Kind.EMBED: (node.position,),
         Kind.HEAD: (node.index, node.position, node.key),
         Kind.NEURON: (node.position, node.index),
+        Kind.MLP: (node.position,),
     }
     return tuple(each for each in places[node.kind] if each is not None)

@@ -156,6 +156,11 @@ def parse(text: str, architecture: Architecture) -> Point:
             f"{_quote(text)}: attention and MLP of this model's layers read the same residual "
             f"stream, so there is no resid_mid; resid_post.0..{layers - 1} exist"
         )
+    if name == "mlp_act" and int(layer) in architecture.experts:
+        raise InvalidArgument(
+            f"{_quote(text)}: the MLP of layer {layer} is a mixture of experts, which has no "
+            f"neurons; read mlp_in.{layer} or mlp_out.{layer}"
+        )
     point = Point(name, int(layer))
     if name == "resid_pre":
         return residual_before(int(layer))

@@ -24,7 +24,7 @@ _CHUNK = 128
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Tokens of one node. `key_input` is of head pairs only, and embeddings have no inputs."""
+    """Tokens of one node. `key_input` is of head pairs only; embeddings and MLPs have no inputs."""
 
     output: Scores
     input: Scores
@@ -43,7 +43,7 @@ def read_out(
     w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
     embed_scale = architecture.embed_scale
     outputs = scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
-    with_inputs = [node for node in nodes if node.kind is not Kind.EMBED]
+    with_inputs = [node for node in nodes if node.kind in (Kind.HEAD, Kind.NEURON)]
     heads = [node for node in nodes if node.kind is Kind.HEAD]
     directions = [
         reader.directions(with_inputs, through_key=False),
@@ -99,6 +99,8 @@ class _Reader:
         if node.layer is None:
             return self._captured.embed[self._row, position].detach()
         layer = self._architecture.layers[node.layer]
+        if node.kind is Kind.MLP:
+            return self._captured.experts[node.layer].after[self._row, position].detach()
         if node.kind is Kind.NEURON:
             activations = self._captured.neurons[node.layer].detach()
             write = activations[self._row, position, node.index] * layer.w_out[node.index]

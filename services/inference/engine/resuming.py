@@ -341,6 +341,7 @@ def _install_mlp(index: int, layer: Layer, current: Callable[[], Pass | None]) -
         if isinstance(running, Resumed) and running.given(index, Stage.MLP):
             return running.cut(running.recording.mlp_outputs[index])
         if isinstance(running, Resumed) and running.given(index, Stage.NEURONS):
+            assert layer.mlp_down is not None  # only neurons start there
             return layer.mlp_down(running.cut(running.recording.activations[index]))
         output = forward(*args, **kwargs)
         if isinstance(running, Recording):

@@ -99,6 +99,7 @@ def widths_of(architecture: Architecture) -> Widths:
         neurons=architecture.neurons,
         heads=architecture.n_heads * architecture.head_width,
         parallel=architecture.parallel,
+        experts=architecture.experts,
         mlp_norms=[(layer.mlp_norm.gain, layer.mlp_norm.bias) for layer in architecture.layers],
     )
 

@@ -1,4 +1,7 @@
-"""Sublayers: all nodes of one kind in one layer, whose values are one tensor of a pass."""
+"""Sublayers: all nodes of one kind in one layer, whose values are one tensor of a pass.
+
+Where the MLP is a mixture of experts its write is that tensor, one node per token.
+"""
 
 from dataclasses import dataclass
 
@@ -25,6 +28,8 @@ class Sublayer:
             return current.embed[row, :tokens].detach()
         if self.kind is Kind.HEAD:
             return current.attention[self.layer].used(row)[:, :tokens, :tokens]
+        if self.kind is Kind.MLP:
+            return current.experts[self.layer].after[row, :tokens].detach()
         return current.neurons[self.layer][row, :tokens].detach()
 
     def sites(self, current: Pass) -> Tensor:
@@ -34,16 +39,22 @@ class Sublayer:
         if self.kind is Kind.HEAD:
             site = current.attention[self.layer]
             return site.probabilities if site.edited is None else site.edited
+        if self.kind is Kind.MLP:
+            return current.experts[self.layer].after
         return current.neurons[self.layer]
 
 
 EMBEDDINGS = Sublayer(Kind.EMBED, None)
 
 
-def sublayers(layers: int) -> tuple[Sublayer, ...]:
+def sublayers(current: Pass) -> tuple[Sublayer, ...]:
     """All of a model that has no dictionaries in its table."""
+    layers = len(current.neurons)
     return (
         EMBEDDINGS,
         *(Sublayer(Kind.HEAD, layer) for layer in range(layers)),
-        *(Sublayer(Kind.NEURON, layer) for layer in range(layers)),
+        *(
+            Sublayer(Kind.MLP if layer in current.experts else Kind.NEURON, layer)
+            for layer in range(layers)
+        ),
     )

@@ -24,25 +24,30 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from services.inference.engine import attention
 from services.inference.engine.architecture import resolve
+from services.inference.engine.attribution import NormMode
 from services.inference.engine.families import FAMILIES
 from services.inference.engine.forward import Hooks
 from tests.inference.helpers import Engine
 
-VARIANTS = [
-    f"{model_type}/{variant}"
+ALL_VARIANTS = {
+    f"{model_type}/{variant}": family
     for model_type, family in FAMILIES.items()
     for variant in family.variants
-]
+}
+VARIANTS = [variant for variant, family in ALL_VARIANTS.items() if not family.experts]
+EXPERT_VARIANTS = [variant for variant, family in ALL_VARIANTS.items() if family.experts]
 VOCABULARY, LAYERS, HEADS, WIDTH, NEURONS, WINDOW = 61, 3, 4, 32, 48, 4
 IDS = (3, 17, 4, 4, 25, 60, 8, 1, 30)
 LAST = len(IDS) - 1
@@ -92,6 +97,18 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=6.0, attention_bias=True
     ),
     "gemma3_text/qk-norm": lambda: Gemma3TextConfig(**_GEMMA),
+    "mixtral/window": lambda: MixtralConfig(
+        **_GROUPED, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe/mixed": lambda: Qwen3MoeConfig(
+        **_GROUPED,
+        head_dim=12,
+        moe_intermediate_size=20,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
     "opt/relu": lambda: OPTConfig(
         vocab_size=VOCABULARY,
         num_hidden_layers=LAYERS,
@@ -114,6 +131,8 @@ def random_model(variant: str, dtype: torch.dtype, implementation: str) -> PreTr
     """The same weights each time; biases and norms random too: no term can hide in a zero."""
     config = config_of(variant)
     config._attn_implementation = implementation
+    if dtype is torch.float64:  # the default one of experts has no double precision
+        config._experts_implementation = "eager"
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(11)
     gain_of_zero = 0.0 if variant.startswith("gemma") else 1.0
@@ -229,10 +248,14 @@ class Reference:
 
         yield self.blocks[0].register_forward_pre_hook(partial(enter, "embed", None, 0))
         for layer, block in enumerate(self.blocks):
-            out, down = (block.get_submodule(name) for name in (self._out, self._down))
+            out = block.get_submodule(self._out)
+            experts = hasattr(getattr(block, "mlp", None), "experts")
+            mlp_write = "mlp" if experts else self._mlp_write
             yield out.register_forward_pre_hook(partial(enter, "z", layer, HEADS))
-            yield down.register_forward_pre_hook(partial(enter, "neurons", layer, 0))
-            for kind, name in (("attn", self._attn_write), ("mlp", self._mlp_write)):
+            if not experts:
+                down = block.get_submodule(self._down)
+                yield down.register_forward_pre_hook(partial(enter, "neurons", layer, 0))
+            for kind, name in (("attn", self._attn_write), ("mlp", mlp_write)):
                 yield block.get_submodule(name).register_forward_hook(partial(leave, kind, layer))
         yield self.final_norm.register_forward_pre_hook(partial(enter, "final", None, 0))
 
@@ -278,6 +301,19 @@ class Reference:
 @cache
 def reference_of(variant: str, dtype: torch.dtype = torch.float32) -> Reference:
     return Reference(variant, dtype)
+
+
+def scales_held(variant: str, norm_mode: NormMode) -> Scales:
+    """The clean scales of the norms that the mode freezes."""
+    reference = reference_of(variant, torch.float64)
+    scales = reference.scales(IDS)
+    match norm_mode:
+        case NormMode.LIVE:
+            return {}
+        case NormMode.FINAL_NORM_FROZEN:
+            return {reference.final_norm: scales[reference.final_norm]}
+        case NormMode.ALL_NORMS_FROZEN:
+            return scales
 
 
 def untouched(kind: str, layer: int | None, values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from tests.inference.families.models import (
     edited,
     engine_of,
     reference_of,
+    scales_held,
     untouched,
 )
 from tests.inference.families.shared import (
@@ -105,19 +106,6 @@ def test_magnitudes(variant: str) -> None:
         removed = written(*where) - written(*where, (kind, layer, at, torch.zeros_like))
         magnitude = columns_of(explanation, kind, layer, at)[Column.WRITE_MAGNITUDE]
         assert magnitude == pytest.approx(float(removed.norm()), rel=1e-3, abs=1e-5)
-
-
-def scales_held(variant: str, norm_mode: NormMode) -> Scales:
-    """The clean scales of the norms that the mode freezes."""
-    reference = reference_of(variant, torch.float64)
-    scales = reference.scales(IDS)
-    match norm_mode:
-        case NormMode.LIVE:
-            return {}
-        case NormMode.FINAL_NORM_FROZEN:
-            return {reference.final_norm: scales[reference.final_norm]}
-        case NormMode.ALL_NORMS_FROZEN:
-            return scales
 
 
 @pytest.mark.parametrize("norm_mode", NormMode)

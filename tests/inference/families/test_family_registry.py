@@ -9,6 +9,7 @@ import torch
 
 from services.common.addresses import parse
 from services.common.errors import InvalidArgument
+from services.inference import features
 from services.inference.engine.captured import Row
 from services.inference.engine.families import FEATURES
 from services.inference.engine.interventions import Intervention, Zero
@@ -82,6 +83,9 @@ def test_a_parallel_block_has_no_stream_between_attention_and_mlp() -> None:
     engine = engine_of("gpt_neox/parallel")
     with pytest.raises(InvalidArgument, match="there is no resid_mid"):
         engine.edits(Intervention(parse("resid_mid.1~2"), Zero()), tokens=len(IDS))
+    said = {feature: works for feature, works, _ in features.on(engine.architecture)}
+    assert said["target.residual"]
+    assert not said["target.resid_mid"]
     sequential = engine_of("gpt_neox/sequential")
     assert sequential.edits(Intervention(parse("resid_mid.1~2"), Zero()), tokens=len(IDS))
 

@@ -20,6 +20,8 @@ class Widths:
     """F; None where a layer has no neurons to read (mixture of experts)."""
     heads: int
     """Query heads times head width."""
+    experts: frozenset[int] = frozenset()
+    """Layers whose MLP is a mixture of experts and has no neurons."""
     parallel: bool = False
     """Whether attention and MLP read the same residual, so that there is no `resid_mid`."""
     mlp_norms: Sequence[tuple[Tensor, Tensor]] | None = None
@@ -81,7 +83,7 @@ class Widths:
     def _width(self, site: Site) -> int | None:
         match site.point:
             case Point.MLP_ACT:
-                return self.neurons
+                return None if site.layer in self.experts else self.neurons
             case Point.Z:
                 return self.heads
             case Point.RESID_MID if self.parallel:
