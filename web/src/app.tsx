@@ -1,6 +1,7 @@
 /** The workbench: the question on top and always in sight, the answer scrolling below it. */
 import { unlock } from "./asking";
 import { bearer } from "./connect";
+import { Continuation } from "./continuation";
 import { Crumbs } from "./crumbs";
 import { Header } from "./header";
 import { Interventions } from "./interventions";
@@ -35,6 +36,7 @@ export function App() {
               <Logits />
               <ObjectiveCard />
             </div>
+            <Continuation />
             <NodeTable />
           </>
         ) : (

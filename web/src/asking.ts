@@ -12,9 +12,11 @@ import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
 import { supports } from "./features";
 import { decodeFilters } from "./filters";
+import { sampling } from "./generating";
 import { attribute, getModel, listModels, run } from "./inference";
 import { problems } from "./problems";
 import { attributeRequest, likelyIds, predictionRequest } from "./requests";
+import { decodeSampling } from "./sampling";
 import * as state from "./state";
 import { tokens } from "./tokenise";
 import { beside, decode, encode, USUAL, type Question } from "./url";
@@ -32,6 +34,7 @@ export async function start(): Promise<void> {
   try {
     question = decode(location.hash);
     state.filters.value = decodeFilters(location.hash);
+    sampling.value = decodeSampling(location.hash);
   } catch (error) {
     state.found.value = problems(error);
   }
@@ -56,7 +59,10 @@ async function fallBack(question: Question): Promise<void> {
 export async function follow(): Promise<void> {
   try {
     const question = decode(location.hash);
-    if (question) state.filters.value = decodeFilters(location.hash);
+    if (question) {
+      state.filters.value = decodeFilters(location.hash);
+      sampling.value = decodeSampling(location.hash);
+    }
     if (!question || (state.asked.value && encode(state.asked.value) === encode(question))) return;
     if (question.model !== currentModel() && !(await loadModel(question.model))) return;
     await open(question);

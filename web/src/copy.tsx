@@ -1,30 +1,63 @@
 /** The exact request behind an answer, for a terminal or a program. A bearer token is never copied. */
 import { useState } from "preact/hooks";
 import { address, bearer } from "./connect";
-import { supports } from "./features";
 import { SERVICE } from "./inference";
-import { attributeRequest } from "./requests";
-import type { Question } from "./url";
 
-export function curl(url: string, request: unknown, authorised: boolean): string {
+export function curl(url: string, request: unknown, authorised: boolean, streams = false): string {
   const quote = (text: string) => `'${text.replaceAll("'", `'\\''`)}'`;
   return [
-    `curl -sS ${quote(url)}`,
+    `curl -sS${streams ? "N" : ""} ${quote(url)}`,
     "-H 'content-type: application/json'",
+    ...(streams ? ["-H 'accept: text/event-stream'"] : []),
     ...(authorised ? ['-H "authorization: Bearer $TDB_TOKEN"'] : []),
     `--data-raw ${quote(JSON.stringify(request))}`,
   ].join(" \\\n  ");
 }
 
-export function CopyButtons({ question }: { question: Question }) {
-  const request = attributeRequest(question, supports("attribute.read_outs"));
-  const url = address(`${SERVICE}/Attribute`);
+/** The same as a program of the standard library. */
+export function python(
+  url: string,
+  request: unknown,
+  authorised: boolean,
+  streams: boolean,
+): string {
+  return [
+    "import json",
+    ...(authorised ? ["import os"] : []),
+    "import urllib.request",
+    "",
+    `body = json.loads(${JSON.stringify(JSON.stringify(request))})`,
+    `headers = {"content-type": "application/json"${streams ? ', "accept": "text/event-stream"' : ""}}`,
+    ...(authorised ? ['headers["authorization"] = "Bearer " + os.environ["TDB_TOKEN"]'] : []),
+    `call = urllib.request.Request(${JSON.stringify(url)}, json.dumps(body).encode(), headers)`,
+    ...(streams
+      ? [
+          "with urllib.request.urlopen(call) as answer:",
+          "    for line in answer:",
+          '        if line.startswith(b"data: "):',
+          '            print(json.loads(line.removeprefix(b"data: ")))',
+        ]
+      : ["with urllib.request.urlopen(call) as answer:", "    result = json.load(answer)"]),
+    "",
+  ].join("\n");
+}
+
+/** The buttons of a view: its exact request for a terminal, a program, or to read. */
+export function CopyButtons({ method, request }: { method: Method; request: unknown }) {
+  const url = address(`${SERVICE}/${method}`);
+  const streams = STREAMS.has(method);
+  const authorised = bearer.get() !== null;
   return (
     <span class="copy">
       <Copy
         label="copy as curl"
-        title="Copy a shell command that asks for this table"
-        text={() => curl(url, request, bearer.get() !== null)}
+        title="Copy a shell command that asks for this"
+        text={() => curl(url, request, authorised, streams)}
+      />
+      <Copy
+        label="copy as Python"
+        title="Copy a Python program that asks for this; it needs nothing installed"
+        text={() => python(url, request, authorised, streams)}
       />
       <Copy
         label="copy JSON"
@@ -34,6 +67,9 @@ export function CopyButtons({ question }: { question: Question }) {
     </span>
   );
 }
+
+type Method = "Attribute" | "Generate" | "DescribeComponent";
+const STREAMS: ReadonlySet<Method> = new Set(["Generate"] as const);
 
 function Copy({ label, title, text }: { label: string; title: string; text: () => string }) {
   const [said, setSaid] = useState<string | null>(null);

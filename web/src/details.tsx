@@ -1,5 +1,6 @@
 /** What unfolds below a chosen row: its numbers in full, and the tokens it writes and reads. */
 import { Actions } from "./actions";
+import { Component, componentHeight, describable } from "./component";
 import { QUANTITIES, value, type Quantity } from "./columns";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { full } from "./numbers";
@@ -11,7 +12,7 @@ import { cols } from "./view";
 /** Room that an open row takes, the line below included: fixed, so that the table's window can count. */
 export function detailsHeight(row: NodeRowJson | undefined): number {
   const numbers = paired.value ? 118 : 82;
-  return numbers + (row && hasReadOuts(row) ? 98 : 26);
+  return numbers + componentHeight(row?.node ?? "") + (row && hasReadOuts(row) ? 98 : 26);
 }
 
 export function Details({ row, width }: { row: NodeRowJson; width: number }) {
@@ -34,6 +35,7 @@ export function Details({ row, width }: { row: NodeRowJson; width: number }) {
             ))}
           </dl>
           <ReadOuts row={row} />
+          {describable(node) && <Component key={node} node={node} />}
         </div>
       </td>
     </tr>

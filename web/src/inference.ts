@@ -5,6 +5,11 @@ import type {
   AttributeResponseJson,
 } from "./gen/tdb/inference/v1/attribute_pb";
 import type {
+  DescribeComponentRequestJson,
+  DescribeComponentResponseJson,
+} from "./gen/tdb/inference/v1/component_pb";
+import type { GenerateRequestJson, GenerateResponseJson } from "./gen/tdb/inference/v1/generate_pb";
+import type {
   GetModelRequestJson,
   GetModelResponseJson,
   ListModelsRequestJson,
@@ -33,3 +38,7 @@ export const tokenize = rpc<TokenizeRequestJson, TokenizeResponseJson>("Tokenize
 export const run = rpc<RunRequestJson, RunResponseJson>("Run");
 export const attribute = rpc<AttributeRequestJson, AttributeResponseJson>("Attribute");
 export const verify = streamed<VerifyRequestJson, VerifyResponseJson>("Verify");
+export const generate = streamed<GenerateRequestJson, GenerateResponseJson>("Generate");
+export const describeComponent = rpc<DescribeComponentRequestJson, DescribeComponentResponseJson>(
+  "DescribeComponent",
+);

@@ -1,6 +1,7 @@
-/** Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), u undoes, f filters, / goes to the prompt. */
+/** Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), g generates, u undoes, f filters, / goes to the prompt. */
 import { undo } from "./asking";
 import { toggleAblation } from "./editing";
+import { continuePrompt } from "./generating";
 import { openTraces } from "./menu";
 import { selected } from "./state";
 import { verifyRows } from "./verifying";
@@ -32,6 +33,7 @@ const ACTIONS: Record<string, () => void> = {
     if (row) void verifyRows([row]);
   },
   V: () => void verifyRows(shownRows.value),
+  g: () => void continuePrompt(),
   u: undo,
   f: () => document.getElementById("filter-node")?.focus(),
   "/": () => document.getElementById("prompt")?.focus(),

@@ -8,8 +8,10 @@ import type { TotalsJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { CopyButtons } from "./copy";
 import { difference, SIDE_NAMES } from "./columns";
 import { EffectsByToken } from "./effects";
+import { supports } from "./features";
 import { Meaning, title, unit } from "./meaning";
 import { full, num, percent, plain, signed } from "./numbers";
+import { attributeRequest } from "./requests";
 import { answer, compared, paired, type Answer } from "./state";
 
 export function ObjectiveCard() {
@@ -140,7 +142,10 @@ function Provenance({ answer: { question, response } }: { answer: Answer }) {
           {manifest.resultId.slice(0, 8)}
         </span>
       )}
-      <CopyButtons question={question} />
+      <CopyButtons
+        method="Attribute"
+        request={attributeRequest(question, supports("attribute.read_outs"))}
+      />
     </footer>
   );
 }

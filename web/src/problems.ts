@@ -12,6 +12,7 @@ export type Place =
   | "edit"
   | "trace"
   | "verify"
+  | "generate"
   | "page"
   | "prediction";
 

@@ -105,19 +105,26 @@ function Scores({ line: { name, title, scores, unit } }: { line: Line }) {
     <>
       <dt title={title}>{name}</dt>
       <dd>
-        {scores.map(({ token, score }) => {
-          const x = num(score) ?? 0;
-          return (
-            <span
-              key={token?.id ?? 0}
-              class="chip"
-              title={`token ${token?.id ?? 0}: ${full(x)} ${unit}`.trim()}
-            >
-              <TokenText token={token} /> <small>{signed(x)}</small>
-            </span>
-          );
-        })}
+        {scores.map((score) => (
+          <TokenChip key={score.token?.id ?? 0} score={score} unit={unit} />
+        ))}
       </dd>
     </>
+  );
+}
+
+/** A token with its score, the exact number one hover away. */
+export function TokenChip({
+  score: { token, score },
+  unit,
+}: {
+  score: TokenScoreJson;
+  unit: string;
+}) {
+  const x = num(score) ?? 0;
+  return (
+    <span class="chip" title={`token ${token?.id ?? 0}: ${full(x)} ${unit}`.trim()}>
+      <TokenText token={token} /> <small>{signed(x)}</small>
+    </span>
   );
 }

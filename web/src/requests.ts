@@ -3,15 +3,19 @@ import type {
   AttributeRequestJson,
   AttributeResponseJson,
 } from "./gen/tdb/inference/v1/attribute_pb";
+import type { GenerateRequestJson } from "./gen/tdb/inference/v1/generate_pb";
 import type { InterventionJson, RunJson } from "./gen/tdb/inference/v1/intervention_pb";
 import type { RunRequestJson } from "./gen/tdb/inference/v1/run_pb";
 import type { TokenRefJson } from "./gen/tdb/type/v1/token_pb";
 import type { VerifyRequestJson } from "./gen/tdb/inference/v1/verify_pb";
+import type { Sampling } from "./sampling";
 import { traced } from "./trace";
 import { beside, column, type Question } from "./url";
 
 /** Tokens asked for per read-out. */
 const READ_OUT_TOKENS = 6;
+/** Likely tokens told beside each generated one. */
+const ALTERNATIVES = 4;
 
 /**
  * The node table. With interventions the un-intervened run is compared, so that every number has a
@@ -70,6 +74,21 @@ function edited(prompt: string, interventions: InterventionJson[]): RunJson {
 export function verifyRequest(question: Question, nodes: string[]): VerifyRequestJson {
   const { compare, topK, rankBy, ...table } = attributeRequest(question, false);
   return { table, nodes };
+}
+
+/** A continuation under the question's interventions, with its twin where there are any. */
+export function generateRequest(question: Question, how: Sampling): GenerateRequestJson {
+  const { model, prompt, interventions } = question;
+  const { tokens, temperature, seed, pastEnd } = how;
+  return {
+    ...(model ? { model } : {}),
+    run: edited(prompt, interventions),
+    maxNewTokens: tokens,
+    ...(temperature > 0 ? { temperature, ...(seed === null ? {} : { seed }) } : {}),
+    ...(interventions.length > 0 ? { twin: true } : {}),
+    ...(pastEnd ? { pastEnd } : {}),
+    topLogProbs: ALTERNATIVES,
+  };
 }
 
 /** Ids of the likeliest next tokens of either run, once each. */

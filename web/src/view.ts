@@ -3,6 +3,8 @@ import { batch, computed } from "@preact/signals";
 import { columns, extent, SIDE_NAMES, sorted } from "./columns";
 import { supports } from "./features";
 import { encodeFilters, filtered, readFilters, spans, within, withFilter } from "./filters";
+import { sampling } from "./generating";
+import { encodeSampling } from "./sampling";
 import * as state from "./state";
 import { encode } from "./url";
 
@@ -70,5 +72,9 @@ export function writeAddress(): void {
   clearTimeout(writing);
   const question = state.asked.value;
   if (!question) return;
-  history.replaceState(null, "", `#${encode(question)}${encodeFilters(state.filters.value)}`);
+  history.replaceState(
+    null,
+    "",
+    `#${encode(question)}${encodeFilters(state.filters.value)}${encodeSampling(sampling.value)}`,
+  );
 }
