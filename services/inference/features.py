@@ -15,6 +15,8 @@ BUILT = (
     "intervention.scale",
     "intervention.add",
     "intervention.add.relative",
+    "intervention.mean",
+    "intervention.patch",
     "intervention.project_out",
     "intervention.mask",
     "target.neuron",
@@ -41,8 +43,6 @@ BUILT = (
 NOT_BUILT = {
     "objective.along": "the objective along",
     "objective.traced_node": "tracing a node",
-    "intervention.mean": "the operation mean",
-    "intervention.patch": "the operation patch",
     "attribute.dictionaries": "dictionaries",
     "attribute.integrated_steps.latents": "the integrated-gradients column of latents",
     "attribute.baseline": "a baseline",

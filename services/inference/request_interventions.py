@@ -1,69 +1,171 @@
 """Reading interventions out of request messages."""
 
+from collections.abc import Sequence
+
 import torch
 from tdb.inference.v1 import intervention_pb2, objective_pb2
 from torch import Tensor
 
 from services.common import addresses
 from services.common.errors import InvalidArgument, inside
-from services.inference import features, request_objectives, request_tokens, tensors
+from services.inference import request_objectives, request_tokens, tensors
 from services.inference.engine.interventions import (
     Add,
     Intervention,
     Mask,
+    Mean,
     Operation,
+    Patch,
     ProjectOut,
     Scale,
     SetTo,
+    Source,
     Zero,
 )
 from services.inference.engine.model import Model
 from services.inference.engine.resolution import check_target
 from services.inference.engine.targets import check_operation
 
+MAX_INTERVENTIONS = 1_000
+MAX_REFERENCE_PROMPTS = 64
+MAX_REFERENCE_TOKENS = 16_384
+MAX_PATCH_DEPTH = 4
 
-def intervention(
-    message: intervention_pb2.Intervention, model: Model, tokens: int, prompt: int | None = None
-) -> Intervention:
-    """One intervention on a sequence of `tokens` tokens; made canonical in place.
 
-    During generation `prompt` says how many of them are the prompt's, else None.
+def interventions(
+    messages: Sequence[intervention_pb2.Intervention],
+    model: Model,
+    tokens: int,
+    prompt: int | None = None,
+) -> list[Intervention]:
+    """Interventions on a sequence of `tokens` tokens; made canonical in place.
+
+    During generation `prompt` says how many of them are the prompt's, else None. Fields of refusals
+    begin with `interventions`.
     """
-    with inside("target"):
-        target = addresses.parse(message.target)
-        check_target(target, model.shape, tokens)
-    message.target = str(target)
-    if (name := message.WhichOneof("op")) is None:
-        raise InvalidArgument(
-            "an operation is required, for example zero: {}", field="op", reason="REQUIRED"
-        )
-    check_operation(target, name)
-    positions = None
-    if message.HasField("positions"):
-        with inside("positions"):
-            positions = request_tokens.positions(message.positions, tokens, prompt)
-    return Intervention(target, _operation(message, model), positions)
+    return _Reader(model).interventions(messages, tokens, prompt, 0)
 
 
-def _operation(message: intervention_pb2.Intervention, model: Model) -> Operation:
-    match message.WhichOneof("op"):
-        case "zero":
-            return Zero()
-        case "set":
-            with inside("set"):
+class _Reader:
+    """Reads the interventions of one run and of the runs that its own take values from."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._sources: dict[bytes, Source] = {}
+        self._reference_tokens = 0
+
+    def interventions(
+        self,
+        messages: Sequence[intervention_pb2.Intervention],
+        tokens: int,
+        prompt: int | None,
+        depth: int,
+    ) -> list[Intervention]:
+        """`depth` counts the patches around them."""
+        if len(messages) > MAX_INTERVENTIONS:
+            raise InvalidArgument(
+                f"{len(messages)} interventions are given; at most {MAX_INTERVENTIONS} are "
+                "applied in one run",
+                field="interventions",
+            )
+        read = []
+        for number, message in enumerate(messages):
+            with inside(f"interventions[{number}]"):
+                read.append(self._intervention(message, tokens, prompt, depth))
+        return read
+
+    def _intervention(
+        self,
+        message: intervention_pb2.Intervention,
+        tokens: int,
+        prompt: int | None,
+        depth: int,
+    ) -> Intervention:
+        with inside("target"):
+            target = addresses.parse(message.target)
+            check_target(target, self._model.shape, tokens)
+        message.target = str(target)
+        name = message.WhichOneof("op")
+        if name is None:
+            raise InvalidArgument(
+                "an operation is required, for example zero: {}", field="op", reason="REQUIRED"
+            )
+        check_operation(target, name)
+        positions = None
+        if message.HasField("positions"):
+            with inside("positions"):
+                positions = request_tokens.positions(message.positions, tokens, prompt)
+        with inside(name):
+            return Intervention(target, self._operation(message, name, depth), positions)
+
+    def _operation(
+        self, message: intervention_pb2.Intervention, name: str, depth: int
+    ) -> Operation:
+        match name:
+            case "zero":
+                return Zero()
+            case "set":
                 return _set(message.set)
-        case "scale":
-            return Scale(message.scale.factor)
-        case "add":
-            with inside("add"):
-                return _add(message.add, model)
-        case "project_out":
-            with inside("project_out"):
-                return _project_out(message.project_out, model)
-        case "mask":
-            return Mask()
-        case operation:
-            raise features.not_built(f"intervention.{operation}", operation or "op")
+            case "scale":
+                return Scale(message.scale.factor)
+            case "add":
+                return _add(message.add, self._model)
+            case "mean":
+                return self._mean(message.mean)
+            case "patch":
+                return self._patch(message.patch, depth)
+            case "project_out":
+                return _project_out(message.project_out, self._model)
+            case _:
+                return Mask()
+
+    def _mean(self, message: intervention_pb2.Intervention.Mean) -> Mean:
+        if not 1 <= len(message.prompts) <= MAX_REFERENCE_PROMPTS:
+            raise InvalidArgument(
+                f"{len(message.prompts)} reference prompts are given; valid is "
+                f"1..{MAX_REFERENCE_PROMPTS}",
+                field="prompts",
+            )
+        prompts = []
+        for number, prompt in enumerate(message.prompts):
+            with inside(f"prompts[{number}]"):
+                ids = request_tokens.canonical_ids(prompt, self._model)
+                prompts.append(self._source(prompt.SerializeToString(), Source(ids)))
+        return Mean(tuple(prompts), message.per_position)
+
+    def _patch(self, message: intervention_pb2.Intervention.Patch, depth: int) -> Patch:
+        with inside("source"):
+            if not message.HasField("source"):
+                raise InvalidArgument("the run to patch from is required", reason="REQUIRED")
+            if depth == MAX_PATCH_DEPTH:
+                raise InvalidArgument(
+                    f"patches are nested more than {MAX_PATCH_DEPTH} deep; patch from a run that "
+                    "needs fewer runs itself"
+                )
+            source = self._run(message.source, depth + 1)
+        alignment = tuple((pair.to, pair.source) for pair in message.alignment)
+        return Patch(source, alignment or None)
+
+    def _run(self, run: intervention_pb2.Run, depth: int) -> Source:
+        if not run.HasField("prompt"):
+            raise InvalidArgument("a prompt is required", field="prompt", reason="REQUIRED")
+        with inside("prompt"):
+            ids = request_tokens.canonical_ids(run.prompt, self._model)
+        edits = self.interventions(run.interventions, len(ids), None, depth)
+        key = run.prompt.SerializeToString() if not edits else b"run" + run.SerializeToString()
+        return self._source(key, Source(ids, tuple(edits)))
+
+    def _source(self, key: bytes, source: Source) -> Source:
+        """The same object for the same run, so that it is run once. `key` is its canonical text."""
+        if key not in self._sources:
+            self._reference_tokens += len(source.token_ids)
+            if self._reference_tokens > MAX_REFERENCE_TOKENS:
+                raise InvalidArgument(
+                    f"the runs that values are taken from have more than {MAX_REFERENCE_TOKENS} "
+                    "tokens together, the most that are read for one run"
+                )
+            self._sources[key] = source
+        return self._sources[key]
 
 
 def _set(message: intervention_pb2.Intervention.Set) -> SetTo:

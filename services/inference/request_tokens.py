@@ -45,6 +45,14 @@ def prompt_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
     return ids
 
 
+def canonical_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
+    """The ids a prompt stands for, which are all that is left in it."""
+    ids = prompt_ids(prompt, model)
+    prompt.Clear()
+    prompt.token_ids.ids.extend(ids)
+    return ids
+
+
 def _chat_ids(chat: token_pb2.Chat, model: Model) -> tuple[int, ...]:
     if not chat.messages:
         raise InvalidArgument("at least one message is required", field="chat.messages")

@@ -24,7 +24,6 @@ from services.inference.engine.interventions import Edit
 from services.inference.engine.model import Model, ReadPoints
 
 MAX_ROWS = 100_000
-MAX_INTERVENTIONS = 1_000
 MAX_READ_OUT_TOKENS = 100
 MAX_READ_OUT_ROWS = 1_000
 MAX_VERIFIED_ROWS = 1_000
@@ -224,10 +223,7 @@ def read_prompt(run: intervention_pb2.Run, model: Model) -> tuple[int, ...]:
     if not run.HasField("prompt"):
         raise InvalidArgument("a prompt is required", field="prompt", reason="REQUIRED")
     with inside("prompt"):
-        ids = request_tokens.prompt_ids(run.prompt, model)
-    run.prompt.Clear()
-    run.prompt.token_ids.ids.extend(ids)
-    return ids
+        return request_tokens.canonical_ids(run.prompt, model)
 
 
 def read_edits(
@@ -237,18 +233,10 @@ def read_edits(
 
     During generation `prompt` says how many of them are the prompt's, else None.
     """
-    if len(run.interventions) > MAX_INTERVENTIONS:
-        raise InvalidArgument(
-            f"{len(run.interventions)} interventions are given; at most {MAX_INTERVENTIONS} are "
-            "applied in one run",
-            field="interventions",
-        )
-    read = []
-    for number, message in enumerate(run.interventions):
-        with inside(f"interventions[{number}]"):
-            read.append(request_interventions.intervention(message, model, tokens, prompt))
+    read = request_interventions.interventions(run.interventions, model, tokens, prompt)
+    shape, widths = model.shape, model.architecture.widths
     with inside("interventions"):
-        return resolution.resolve(read, model.shape, model.architecture.widths, tokens)
+        return resolution.resolve(read, shape, widths, tokens, prompt)
 
 
 def _count(request: run_pb2.RunRequest | attribute_pb2.AttributeRequest, default: int) -> int:

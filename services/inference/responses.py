@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from tdb.inference.v1 import attribute_pb2, intervention_pb2, model_pb2, run_pb2
 from tdb.type.v1 import token_pb2
 
-from services.inference import features, manifest, request_points, request_tokens, requests, tensors
+from services.inference import (
+    features,
+    manifest,
+    request_interventions,
+    request_points,
+    request_tokens,
+    requests,
+    tensors,
+)
 from services.inference.engine import ENGINE_VERSION, tables
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.model import (
@@ -39,8 +47,11 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
         limits=model_pb2.Limits(
             max_tokens=architecture.context,
             max_rows=requests.MAX_ROWS,
-            max_interventions=requests.MAX_INTERVENTIONS,
+            max_interventions=request_interventions.MAX_INTERVENTIONS,
             max_token_refs=request_tokens.MAX_TOKEN_REFS,
+            max_reference_prompts=request_interventions.MAX_REFERENCE_PROMPTS,
+            max_reference_tokens=request_interventions.MAX_REFERENCE_TOKENS,
+            max_patch_depth=request_interventions.MAX_PATCH_DEPTH,
             max_tensor_bytes=request_points.MAX_TENSOR_BYTES,
             max_stream_bytes=request_points.MAX_STREAM_BYTES,
         ),

@@ -61,6 +61,8 @@ def apply(operation: Operation, x: Tensor) -> Tensor:
             return x - (x @ along / along.square().sum())[..., None] * along
         case Mask():
             return torch.full_like(x, float("-inf"))
+        case _:
+            raise TypeError(f"{operation} needs other runs: by_hand.change")
 
 
 def forward(

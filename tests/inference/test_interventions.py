@@ -15,18 +15,20 @@ from services.inference.engine.attribution import NormMode
 from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import (
-    NAMES,
     Add,
     Intervention,
     Mask,
+    Mean,
     Operation,
+    Patch,
     ProjectOut,
     Scale,
     SetTo,
+    Source,
     Zero,
 )
 from services.inference.engine.objectives import LogitDiff
-from tests.inference import plain
+from tests.inference import by_hand, plain
 from tests.inference.helpers import (
     FAMILIES,
     HEAD_WIDTH,
@@ -49,32 +51,43 @@ TWO = FAMILIES[:2]
 VECTORS = {
     width: torch.linspace(-1, 2, width, dtype=torch.float64) for width in (HEAD_WIDTH, WIDTH)
 }
+PROMPTS = (Source((5, 6, 7)), Source((40, 3, 3, 9, 12)))
+EQUAL = tuple(Source(tuple(range(first, first + 9))) for first in (7, 20, 41))
+SOURCE = Source(
+    (9, 9, 2, 50, 31, 7, 7, 22, 19, 33),
+    (
+        Intervention(parse("neuron.0.3"), SetTo(2.0)),
+        Intervention(parse("head.1.2~8-5"), Mask()),
+        Intervention(parse("resid_post.0~4"), Scale(2.0)),
+    ),
+)
+ALIGNMENT = tuple((position, position + 2) for position in ALL)
+
 OPERATIONS: dict[str, Callable[[float | Tensor], Operation]] = {
     "zero": lambda _: Zero(),
     "set": SetTo,
     "scale": lambda _: Scale(-1.5),
     "add": Add,
     "add relative": lambda value: Add(value, relative=True),
+    "mean": lambda _: Mean(PROMPTS),
+    "mean per position": lambda _: Mean(EQUAL, per_position=True),
+    "patch": lambda _: Patch(SOURCE, ALIGNMENT),
     "project_out": lambda value: ProjectOut(torch.as_tensor(value)),
     "mask": lambda _: Mask(),
 }
-SCALAR = ("zero", "set", "scale", "add")
-PAIR = (*SCALAR, "mask")
+SCALAR = ("zero", "set", "scale", "add", "mean", "mean per position", "patch")
+PAIR = ("zero", "set", "scale", "add", "mean per position", "patch", "mask")
 VECTOR = (*SCALAR, "add relative", "project_out")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A target, and the same place in the pass written by hand."""
+    """A target and what fits it. `width` None: a number."""
 
     address: str
-    positions: tuple[int, ...] | None
-    kind: str
-    layer: int | None
-    index: Any
     width: int | None
-    """None: a number."""
     operations: tuple[str, ...]
+    positions: tuple[int, ...] | None = None
 
     def operation(self, name: str) -> Operation:
         return OPERATIONS[name](0.75 if self.width is None else VECTORS[self.width])
@@ -82,52 +95,46 @@ class Site:
     def intervention(self, name: str) -> Intervention:
         return Intervention(parse(self.address), self.operation(name), self.positions)
 
-    def by_hand(self, name: str) -> tuple[str, int | None, Any, Callable[[Tensor], Tensor]]:
-        kind = "scores" if name == "mask" else self.kind
-        return kind, self.layer, self.index, partial(plain.apply, self.operation(name))
+    def by_hand(self, name: str, model: Any) -> by_hand.Change:
+        return by_hand.change(model, self.intervention(name), len(IDS))
 
 
-def _neuron(address: str, positions: tuple[int, ...] | None, layer: int, index: Any) -> Site:
-    return Site(address, positions, "neurons", layer, index, None, SCALAR)
+def _neuron(address: str, positions: tuple[int, ...] | None = None) -> Site:
+    return Site(address, None, SCALAR, positions)
 
 
-def _head(
-    address: str, positions: tuple[int, ...] | None, kind: str, layer: int, index: Any
-) -> Site:
-    return Site(address, positions, kind, layer, index, HEAD_WIDTH, VECTOR)
+def _head(address: str, positions: tuple[int, ...] | None = None) -> Site:
+    return Site(address, HEAD_WIDTH, VECTOR, positions)
 
 
-def _stream(
-    address: str, positions: tuple[int, ...] | None, kind: str, layer: int | None, index: Any
-) -> Site:
-    return Site(address, positions, kind, layer, index, WIDTH, VECTOR)
+def _stream(address: str, positions: tuple[int, ...] | None = None) -> Site:
+    return Site(address, WIDTH, VECTOR, positions)
 
 
-EVERYWHERE = slice(None)
 SITES = {
-    "neuron": _neuron("neuron.1.7~3", None, 1, (3, 7)),
-    "neuron at positions": _neuron("neuron.0.7", (2, 5), 0, ([2, 5], 7)),
-    "neuron everywhere": _neuron("neuron.2.9", None, 2, (EVERYWHERE, 9)),
-    "pair": Site("head.1.2~6-3", None, "probabilities", 1, (2, 6, 3), None, PAIR),
-    "pair read by J": Site("head.2.1~7-4", None, "probabilities", 2, (1, 7, 4), None, PAIR),
-    "row": _head("head.1.0~4", None, "z", 1, (4, 0)),
-    "row read by J": _head("head.2.3~7", None, "z", 2, (7, 3)),
-    "head at positions": _head("head.2.1", (1, 7), "z", 2, ([1, 7], 1)),
-    "head everywhere": _head("head.0.1", None, "z", 0, (EVERYWHERE, 1)),
-    "query": _head("head.1.3.q~6", None, "q", 1, (3, 6)),
-    "key": _head("head.1.3.k~2", None, "k", 1, (3, 2)),
-    "key of a shared head": _head("head.0.0.k", (1, 3, 5), "k", 0, (0, [1, 3, 5])),
-    "value": _head("head.1.2.v~2", None, "v", 1, (2, 2)),
-    "values everywhere": _head("head.2.2.v", None, "v", 2, (2, EVERYWHERE)),
-    "embedding": _stream("embed~1", None, "embed", None, (1,)),
-    "resid_pre": _stream("resid_pre.2~5", None, "resid_post", 1, (5,)),
-    "attention": _stream("attn.1~4", None, "attn", 1, (4,)),
-    "attention everywhere": _stream("attn.2", None, "attn", 2, EVERYWHERE),
-    "resid_mid": _stream("resid_mid.1", (2, 3, 7), "resid_mid", 1, ([2, 3, 7],)),
-    "mlp": _stream("mlp.0~0", None, "mlp", 0, (0,)),
-    "mlp read by J": _stream("mlp.1~7", None, "mlp", 1, (7,)),
-    "resid_post": _stream("resid_post.0", None, "resid_post", 0, EVERYWHERE),
-    "last resid_post": _stream(f"resid_post.{LAYERS - 1}~7", None, "resid_post", 2, (7,)),
+    "neuron": _neuron("neuron.1.7~3"),
+    "neuron at positions": _neuron("neuron.0.7", (2, 5)),
+    "neuron everywhere": _neuron("neuron.2.9"),
+    "pair": Site("head.1.2~6-3", None, PAIR),
+    "pair read by J": Site("head.2.1~7-3", None, PAIR),
+    "row": _head("head.1.0~4"),
+    "row read by J": _head("head.2.0~7"),
+    "head at positions": _head("head.2.1", (1, 7)),
+    "head everywhere": _head("head.0.1"),
+    "query": _head("head.1.3.q~6"),
+    "key": _head("head.1.3.k~2"),
+    "key of a shared head": _head("head.0.0.k", (1, 3, 5)),
+    "value": _head("head.1.2.v~2"),
+    "values everywhere": _head("head.2.2.v"),
+    "embedding": _stream("embed~1"),
+    "resid_pre": _stream("resid_pre.2~5"),
+    "attention": _stream("attn.1~4"),
+    "attention everywhere": _stream("attn.2"),
+    "resid_mid": _stream("resid_mid.1", (2, 3, 7)),
+    "mlp": _stream("mlp.0~0"),
+    "mlp read by J": _stream("mlp.1~7"),
+    "resid_post": _stream("resid_post.0"),
+    "last resid_post": _stream(f"resid_post.{LAYERS - 1}~7"),
 }
 
 
@@ -154,7 +161,7 @@ def test_every_operation_on_every_target_is_what_it_is_by_hand(family: str, name
     ]
     logits = engine.hooks.run(rows, ALL, gradients=False).logits
     for operation, ours in zip(site.operations, logits, strict=True):
-        theirs = plain.forward(model, IDS, plain.edited(site.by_hand(operation)))
+        theirs = plain.forward(model, IDS, plain.edited(site.by_hand(operation, model)))
         assert close(ours, theirs), operation
         assert not close(ours, unedited(family)), operation  # the edit did something
 
@@ -162,11 +169,10 @@ def test_every_operation_on_every_target_is_what_it_is_by_hand(family: str, name
 @pytest.mark.parametrize("name", SITES)
 def test_what_does_not_fit_a_target_is_refused_naming_what_does(name: str) -> None:
     site, engine = SITES[name], shared_engine()
-    for operation in set(OPERATIONS) - set(site.operations) - {"add relative"}:
+    for operation in {"mask", "project_out"} - set(site.operations):
         with pytest.raises(InvalidArgument, match="what fits: zero, set, scale, add") as refusal:
             engine.edits(site.intervention(operation), tokens=len(IDS))
         assert refusal.value.field == f"[0].{operation}"
-        assert set(NAMES.values()) >= {operation}
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -186,7 +192,7 @@ def test_sums_close_under_every_operation_on_every_target(family: str, name: str
 WITH_CONSTANTS = [
     (name, operation)
     for name in SITES
-    for operation in ("set", "add", "add relative")
+    for operation in ("set", "add", "add relative", "mean", "mean per position", "patch")
     if name in ("row read by J", "values everywhere", "attention everywhere", "mlp read by J")
     or (name != "resid_pre" and "resid" in name)
 ]
@@ -213,7 +219,7 @@ def test_writes_are_projected_on_the_direct_path(name: str) -> None:
     edits = engine.edits(site.intervention("project_out"), tokens=len(IDS))
     (explanation,) = engine.explain(explained(IDS, *edits))
     captured = explanation.captured.attention[2]
-    head = 3
+    head = 0
     pairs = captured.used(0)[head, 7, :, None] * captured.values_per_head(0)[head]
     written = pairs @ engine.architecture.layers[2].w_o[head]
     norm = engine.architecture.final_norm
@@ -245,6 +251,9 @@ STEP = 1e-5
         ("pair read by J", "mask"),
         ("key of a shared head", "scale"),
         ("resid_post", "set"),
+        ("resid_mid", "mean"),
+        ("head at positions", "mean per position"),
+        ("pair", "patch"),
     ],
 )
 @pytest.mark.parametrize("family", TWO)
@@ -260,7 +269,7 @@ def test_gradients_under_edits_are_finite_differences(
         explained(IDS, *edits, objective=objective), norm_mode=NormMode.LIVE
     )
     (applied,) = explanation.captured.applied(0)
-    change = site.by_hand(operation)
+    change = site.by_hand(operation, model)
     if operation == "add relative":
         change = (*change[:3], applied.apply)
 
@@ -300,9 +309,9 @@ def test_masks_of_one_row_add_up_and_edits_of_probabilities_come_after_them(fami
     row = Row(IDS, engine.edits(added, *masks, tokens=len(IDS)))
     current = engine.hooks.run([row], ALL, gradients=False)
     assert current.attention[1].used(0)[2, 3, :4].tolist() == [0.5, 1, 0, 0]
-    by_hand = [("scores", 1, (2, 3, key), partial(plain.apply, Mask())) for key in (0, 2, 3)]
-    theirs = plain.edited(*by_hand, ("probabilities", 1, (2, 3, 0), lambda p: p + 0.5))
-    assert close(current.logits[0], plain.forward(shared_model(family), IDS, theirs))
+    model = shared_model(family)
+    theirs = by_hand.edited(model, [added, *masks], len(IDS))
+    assert close(current.logits[0], plain.forward(model, IDS, theirs))
 
 
 def test_zeroing_a_pair_is_not_masking_it() -> None:

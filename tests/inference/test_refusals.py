@@ -42,6 +42,12 @@ def tensor(*values: float) -> dict[str, Any]:
     return {"dataType": "DATA_TYPE_FLOAT32", "shape": [len(values)], "data": data}
 
 
+def nested_patch(depth: int) -> dict[str, Any]:
+    """A patch from a run that is patched from a run, and so on."""
+    source = {**RUN, "interventions": [nested_patch(depth - 1)]} if depth > 1 else RUN
+    return {"target": "neuron.0.1~1", "patch": {"source": source}}
+
+
 ZERO: dict[str, Any] = {"zero": {}}
 AT = "run.interventions[0]."
 
@@ -227,6 +233,114 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
         AT + "add.strength",
         "strength multiplies a direction",
     ),
+    "no reference prompts": (
+        edited({"target": "neuron.1.3", "mean": {}}),
+        AT + "mean.prompts",
+        "0 reference prompts are given; valid is 1..64",
+    ),
+    "too many reference prompts": (
+        edited({"target": "neuron.1.3", "mean": {"prompts": [PROMPT] * 65}}),
+        AT + "mean.prompts",
+        "65 reference prompts",
+    ),
+    "an empty reference prompt": (
+        edited({"target": "neuron.1.3", "mean": {"prompts": [PROMPT, {"text": ""}]}}),
+        AT + "mean.prompts[1].text",
+        "prompt is empty",
+    ),
+    "the mean of a pair": (
+        edited({"target": "head.1.0~3-1", "mean": {"prompts": [PROMPT]}}),
+        AT + "mean.per_position",
+        "at its own positions only",
+    ),
+    "a mean per position over unequal prompts": (
+        edited(
+            {
+                "target": "neuron.1.3",
+                "mean": {"prompts": [PROMPT, {"text": " Mary"}], "perPosition": True},
+            }
+        ),
+        AT + "mean.prompts",
+        "prompts of one token count",
+    ),
+    "no run to patch from": (
+        edited({"target": "neuron.1.3", "patch": {}}),
+        AT + "patch.source",
+        "the run to patch from is required",
+    ),
+    "no prompt to patch from": (
+        edited({"target": "neuron.1.3", "patch": {"source": {}}}),
+        AT + "patch.source.prompt",
+        "a prompt is required",
+    ),
+    "a shorter prompt to patch from": (
+        edited({"target": "neuron.1.3", "patch": {"source": {"prompt": {"text": " Mary"}}}}),
+        AT + "patch.alignment",
+        "and the source 1; say which of its tokens stands for which",
+    ),
+    "an edited position that is not aligned": (
+        edited(
+            {
+                "target": "neuron.1.3",
+                "patch": {"source": RUN, "alignment": [{"to": 1, "source": 2}]},
+            }
+        ),
+        AT + "patch.alignment",
+        "position 0 stands for no token of the source",
+    ),
+    "an alignment out of range": (
+        edited(
+            {
+                "target": "neuron.1.3~1",
+                "patch": {"source": RUN, "alignment": [{"to": 1, "source": -2}]},
+            }
+        ),
+        AT + "patch.alignment[0].source",
+        "position -2 does not exist",
+    ),
+    "a bad edit of the run to patch from": (
+        edited(
+            {
+                "target": "neuron.1.3",
+                "patch": {
+                    "source": {**RUN, "interventions": [{"target": "head.7.0", **ZERO}]},
+                },
+            }
+        ),
+        AT + "patch.source.interventions[0].target",
+        "layer 7 does not exist",
+    ),
+    "patches five deep": (
+        edited(nested_patch(5)),
+        AT + 4 * "patch.source.interventions[0]." + "patch.source",
+        "nested more than 4 deep",
+    ),
+    "more reference tokens than are read": (
+        edited(
+            *(
+                {
+                    "target": f"neuron.1.{number}",
+                    "mean": {
+                        "prompts": [
+                            {"tokenIds": {"ids": [number, prompt] + [1] * (CONTEXT - 2)}}
+                            for prompt in range(64)
+                        ]
+                    },
+                }
+                for number in range(9)
+            )
+        ),
+        "run.interventions[8].mean.prompts[0]",
+        "more than 16384 tokens together",
+    ),
+    "a patched value that is set too": (
+        edited(
+            {"target": "neuron.1.3~2", "patch": {"source": RUN}},
+            {"target": "neuron.1.3", "mean": {"prompts": [PROMPT]}},
+        ),
+        "run.interventions[1].target",
+        "already set by interventions[0]",
+    ),
     "relative to a number": (
         edited({"target": "neuron.1.3", "add": {"value": 1, "relative": True}}),
         AT + "add.relative",
@@ -387,8 +501,6 @@ NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
     "along": ({"objective": {"along": {"point": "embed"}}}, "objective.along"),
     "trace": ({"objective": {"tracedNode": {"node": "neuron.0.1~2"}}}, "objective.traced_node"),
-    "mean": (edited({"target": "neuron.0.1", "mean": {}}), AT + "mean"),
-    "patch": (edited({"target": "neuron.0.1", "patch": {}}), AT + "patch"),
     "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
 }
 

@@ -167,6 +167,7 @@ class Pass:
     """Dictionaries read or edited in this pass."""
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
     _applied: dict[tuple[int, int], Edit] = field(default_factory=dict)
+    _values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _at_site: dict[tuple[Kind, int | None], list[tuple[int, int, Edit]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -197,6 +198,10 @@ class Pass:
     def applied(self, row: int) -> tuple[Edit, ...]:
         """The row's edits in order, as they were applied: every constant is known."""
         return tuple(self._applied[row, number] for number in range(len(self.rows[row].edits)))
+
+    def read(self, row: int, number: int) -> Tensor:
+        """[P] or [P, w], float64 on the CPU: what one of the row's edits read."""
+        return self._values[row, number]
 
     def edits_at(self, kind: Kind, layer: int | None) -> Sequence[tuple[int, int, Edit]]:
         """(row, number within the row, edit) of every edit of this kind in the layer."""
@@ -312,7 +317,7 @@ class Pass:
         rows = list(site.edited_rows)
         edited = probabilities[rows]
         for row, number, edit in edits:
-            if edit.target.key is not None:
+            if edit.target.key is not None and not edit.reads:
                 pair = (rows.index(row), edit.target.index, list(edit.positions), edit.target.key)
                 edited[pair] = self._apply(row, number, edit, edited[pair])
         site.edited = edited
@@ -327,6 +332,10 @@ class Pass:
                 summed[where] = after
                 if edit.zeroes:
                     site.zeroed.append((row, edit.target.index, edit.positions))
+        for row, number, edit in edits:
+            if edit.target.key is not None and edit.reads:
+                used = site.used(row)[edit.target.index, list(edit.positions), edit.target.key]
+                self._apply(row, number, edit, used)
         return output.index_copy(0, torch.tensor(rows, device=output.device), summed)
 
     def _record_masks(self, edits: Sequence[tuple[int, int, Edit]], unmasked: Tensor) -> None:
@@ -337,6 +346,8 @@ class Pass:
 
     def _apply(self, row: int, number: int, edit: Edit, before: Tensor) -> Tensor:
         """The values [P] or [P, w] of an edit's sites after it."""
+        if edit.reads:
+            self._values[row, number] = before.detach().cpu().double()
         edit = edit.fixed(before)
         self._applied[row, number] = edit
         after = edit.apply(before)

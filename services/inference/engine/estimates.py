@@ -47,6 +47,7 @@ def estimate(
     """
     if not baselines:
         return []
+    baselines = hooks.fill(baselines, cancel)
     weights = torch.ones(len(baselines), requires_grad=True)
     moved = [
         _Weighted(edit.target, edit.positions, edit.operation, weight=weight, baseline=edit)

@@ -8,6 +8,7 @@ require gradients. Right padding needs no mask: causality keeps pads out of ever
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,12 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
-from services.inference.engine import attention, norms, resuming
+from services.inference.engine import attention, norms, references, resuming
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import ExpertsWrite, Pass, Row
 from services.inference.engine.dictionaries.sites import Point as SitePoint
 from services.inference.engine.dictionaries.sites import Site
+from services.inference.engine.interventions import Edit
 from services.inference.engine.points import Point
 from services.inference.engine.resuming import Recording, Resumed
 from services.inference.engine.shelf import Shelf
@@ -129,7 +131,9 @@ class Hooks:
         Raises FailedPrecondition (reason NON_FINITE) where a value is not finite, Cancelled and
         DeadlineExceeded from the token.
         """
-        current = Pass(rows, gradients, cancel or CancelToken(), wanted=keep)
+        cancel = cancel or CancelToken()
+        rows = [replace(row, edits=self.fill(row.edits, cancel)) for row in rows]
+        current = Pass(rows, gradients, cancel, wanted=keep)
         self._run(current, positions, dictionaries, cache)
         return current
 
@@ -141,9 +145,19 @@ class Hooks:
         self, row: Row, positions: Sequence[int], *, cancel: CancelToken, gradients: bool = False
     ) -> Recording:
         """Like `run` of one row, remembering what `resume` starts from."""
+        row = replace(row, edits=self.fill(row.edits, cancel))
         current = Recording([row], gradients, cancel)
         self._run(current, positions)
         return current
+
+    def fill(self, edits: Sequence[Edit], cancel: CancelToken) -> tuple[Edit, ...]:
+        """The edits with what MEAN and PATCH take from other runs, which are run here.
+
+        `run` and `record` do so by themselves; done beforehand, several passes share it.
+        """
+        return references.fill(
+            edits, lambda rows: self.run(rows, [0], gradients=False, cancel=cancel)
+        )
 
     def resume(self, current: Resumed) -> Tensor:
         """Runs what is left of a resumed pass; its logits [B, V] at its last token.

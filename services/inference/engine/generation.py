@@ -125,6 +125,7 @@ class Continuation:
     def _next_logits(self, cancel: CancelToken) -> Tensor:
         """[V] after the last token; runs the tokens that are not in the cache yet."""
         start, end = self._cache.get_seq_length(), len(self._ids)
+        self._edits.fill(self._hooks, cancel)
         edits = self._edits.of_step(start, end)
         row = Row(tuple(self._ids[start:]), edits.edits)
         current = self._hooks.run(

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.common.addresses import Kind
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 
 _CACHED = (Kind.KEY, Kind.VALUE)
@@ -37,6 +39,10 @@ class GrowingEdits:
         self._receipts = [
             Receipt(edit.target, sites=0, positions=(), applied=0, delta_norm=0.0) for edit in edits
         ]
+
+    def fill(self, hooks: Hooks, cancel: CancelToken) -> None:
+        """Reads what the edits take from other runs, where that was not done yet."""
+        self._edits = hooks.fill(self._edits, cancel)
 
     def of_step(self, start: int, end: int) -> StepEdits:
         """What applies to a step that runs tokens `start` to `end` (exclusive)."""

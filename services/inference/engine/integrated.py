@@ -10,7 +10,7 @@ Passes are rows of batches that go on from a recording of the run. `begin` makes
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -181,6 +181,7 @@ def begin(
     the embedding moves.
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
+    run = replace(run, edits=hooks.fill(run.edits, cancel))
     position = run.objective.position
     recording = hooks.record(Row(run.token_ids, run.edits), [position], cancel=cancel)
     budget = TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)

@@ -61,13 +61,45 @@ class Mask:
     """A pair's score becomes minus infinity before the softmax, so that its row renormalises."""
 
 
-Operation = Zero | SetTo | Scale | Add | ProjectOut | Mask
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Another run: a prompt and what is done to the model while it reads it."""
+
+    token_ids: tuple[int, ...]
+    interventions: tuple["Intervention", ...] = ()
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Value becomes its mean over all tokens of the prompts.
+
+    `per_position`: at each position its mean over the prompts there, which have equal lengths.
+    """
+
+    prompts: tuple[Source, ...]
+    per_position: bool = False
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Value becomes what it is in another run at the aligned token.
+
+    `alignment` has pairs (position here, position in the source); None: the same positions.
+    """
+
+    source: Source
+    alignment: tuple[tuple[int, int], ...] | None = None
+
+
+Operation = Zero | SetTo | Scale | Add | Mean | Patch | ProjectOut | Mask
 
 NAMES: dict[type[Operation], str] = {
     Zero: "zero",
     SetTo: "set",
     Scale: "scale",
     Add: "add",
+    Mean: "mean",
+    Patch: "patch",
     ProjectOut: "project_out",
     Mask: "mask",
 }
@@ -83,13 +115,50 @@ class Intervention:
     positions: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class SourceRun:
+    """A source with its interventions resolved."""
+
+    token_ids: tuple[int, ...]
+    edits: tuple["Edit", ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Values of a target in another run, [P] or [P, w]."""
+
+    run: SourceRun
+    target: Address
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Borrow:
+    """What MEAN and PATCH come down to: the mean of values that are still to be read.
+
+    `pooled`: over all positions of all readings; else over the readings, position by position.
+    """
+
+    readings: tuple[Reading, ...]
+    pooled: bool
+
+
+@dataclass(frozen=True)
+class Read:
+    """Changes nothing; the pass keeps the value."""
+
+
+Change = Zero | SetTo | Scale | Add | Borrow | ProjectOut | Mask | Read
+"""What an edit does. `references.fill` turns every `Borrow` into a `SetTo` before a pass."""
+
+
 @dataclass(frozen=True)
 class Edit:
     """An intervention on concrete sites of one prompt: P positions, ascending."""
 
     target: Address
     positions: tuple[int, ...]
-    operation: Operation
+    operation: Change
 
     @property
     def is_scalar(self) -> bool:
@@ -98,7 +167,7 @@ class Edit:
     @property
     def sets_value(self) -> bool:
         """Whether the value before does not matter (not so for SCALE by 0)."""
-        return isinstance(self.operation, Zero | SetTo)
+        return isinstance(self.operation, Zero | SetTo | Borrow)
 
     @property
     def zeroes(self) -> bool:
@@ -107,6 +176,10 @@ class Edit:
     @property
     def masks(self) -> bool:
         return isinstance(self.operation, Mask)
+
+    @property
+    def reads(self) -> bool:
+        return isinstance(self.operation, Read)
 
     @property
     def constant(self) -> Tensor | None:
@@ -120,6 +193,8 @@ class Edit:
     def only(self, positions: Sequence[int]) -> "Edit":
         """The edit at some of its positions, ascending."""
         operation = self.operation
+        if isinstance(operation, Borrow):
+            raise TypeError("what an edit borrows is read before it is cut")
         if isinstance(operation, SetTo | Add) and isinstance(operation.value, Tensor):
             each = operation.value.dim() == 2 or self.is_scalar
             if each:
@@ -149,8 +224,10 @@ class Edit:
                 return value + _like(addend, value)
             case ProjectOut():
                 return self.linear(value)
-            case Mask():
-                raise TypeError("a mask acts on a score, not on a probability")
+            case Read():
+                return value
+            case Mask() | Borrow():
+                raise TypeError(f"{self.operation} is no function of the value")
 
     def linear(self, vectors: Tensor) -> Tensor:
         """M x of vectors [P, w]; as M is symmetric, also the gradient before the edit."""

@@ -8,7 +8,7 @@ one batch, so that a caller can let others in between two of them.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.common.addresses import Address
 from services.common.errors import FailedPrecondition
@@ -107,6 +107,12 @@ def begin(
 
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
+    own = len(run.edits)
+    filled = hooks.fill([*run.edits, *(each.edit for each in ablations)], cancel)
+    run = replace(run, edits=filled[:own])
+    ablations = [
+        replace(each, edit=edit) for each, edit in zip(ablations, filled[own:], strict=True)
+    ]
     position = run.objective.position
     recording = hooks.record(Row(run.token_ids, run.edits), [position], cancel=cancel)
     value = float(run.objective.value(recording.logits[0, 0]))
