@@ -48,7 +48,6 @@ NOT_BUILT = {
     "attribute.baseline": "a baseline",
     "attribute.integrated_path": "the integrated-gradients column",
     "attribute.read_outs.sources": "the sources of attention latents",
-    "describe_component.latents": "describing latents",
 }
 
 
