@@ -33,6 +33,8 @@ BUILT = (
     "run.activations",
     "attribute.verify",
     "attribute.integrated_steps",
+    "attribute.integrated_path",
+    "attribute.baseline",
     "verify",
     "stream_activations",
     "generate",
@@ -45,9 +47,9 @@ NOT_BUILT = {
     "objective.traced_node": "tracing a node",
     "attribute.dictionaries": "dictionaries",
     "attribute.integrated_steps.latents": "the integrated-gradients column of latents",
-    "attribute.baseline": "a baseline",
-    "attribute.integrated_path": "the integrated-gradients column",
+    "attribute.baseline.latents": "a baseline of latents other than 0",
     "attribute.read_outs.sources": "the sources of attention latents",
+    "describe_component.latents": "describing latents",
 }
 
 

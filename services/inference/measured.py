@@ -39,7 +39,7 @@ async def measure(
     nodes = list(estimates)
     measured = Measured()
     if wanted.verify:
-        targets = ablations(nodes, model, len(run.token_ids))
+        targets = ablations(nodes, model, len(run.token_ids), wanted.baseline)
         verification: Verification = (await on_device(partial(model.verify, run, targets))).result
         for number in range(len(verification.chunks)):
             chunk = await on_device(partial(verification.chunk, number))
@@ -48,7 +48,14 @@ async def measure(
             [estimates[node] for node in nodes], [measured.verified[node] for node in nodes]
         )
     if wanted.integrated_steps:
-        begin = partial(model.integrate, run, nodes, wanted.integrated_steps)
+        begin = partial(
+            model.integrate,
+            run,
+            nodes,
+            wanted.integrated_steps,
+            result.starts,
+            wanted.along_input,
+        )
         integration: Integration = (await on_device(begin)).result
         for number in range(len(integration.chunks)):
             await on_device(partial(integration.chunk, number))

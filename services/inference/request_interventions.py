@@ -46,6 +46,16 @@ def interventions(
     return _Reader(model).interventions(messages, tokens, prompt, 0)
 
 
+def mean(message: intervention_pb2.Intervention.Mean, model: Model) -> Mean:
+    """The operation alone; made canonical in place."""
+    return _Reader(model).mean(message)
+
+
+def patch(message: intervention_pb2.Intervention.Patch, model: Model) -> Patch:
+    """The operation alone; made canonical in place."""
+    return _Reader(model).patch(message, 0)
+
+
 class _Reader:
     """Reads the interventions of one run and of the runs that its own take values from."""
 
@@ -111,15 +121,15 @@ class _Reader:
             case "add":
                 return _add(message.add, self._model)
             case "mean":
-                return self._mean(message.mean)
+                return self.mean(message.mean)
             case "patch":
-                return self._patch(message.patch, depth)
+                return self.patch(message.patch, depth)
             case "project_out":
                 return _project_out(message.project_out, self._model)
             case _:
                 return Mask()
 
-    def _mean(self, message: intervention_pb2.Intervention.Mean) -> Mean:
+    def mean(self, message: intervention_pb2.Intervention.Mean) -> Mean:
         if not 1 <= len(message.prompts) <= MAX_REFERENCE_PROMPTS:
             raise InvalidArgument(
                 f"{len(message.prompts)} reference prompts are given; valid is "
@@ -133,7 +143,7 @@ class _Reader:
                 prompts.append(self._source(prompt.SerializeToString(), Source(ids)))
         return Mean(tuple(prompts), message.per_position)
 
-    def _patch(self, message: intervention_pb2.Intervention.Patch, depth: int) -> Patch:
+    def patch(self, message: intervention_pb2.Intervention.Patch, depth: int) -> Patch:
         with inside("source"):
             if not message.HasField("source"):
                 raise InvalidArgument("the run to patch from is required", reason="REQUIRED")

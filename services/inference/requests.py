@@ -12,6 +12,7 @@ from tdb.inference.v1 import attribute_pb2, intervention_pb2, objective_pb2, run
 from services.common.errors import InvalidArgument, inside
 from services.inference import (
     features,
+    request_baselines,
     request_interventions,
     request_objectives,
     request_points,
@@ -19,6 +20,7 @@ from services.inference import (
 )
 from services.inference.engine import resolution, tables
 from services.inference.engine.attribution import ExplainedRun, NormMode
+from services.inference.engine.baselines import Baseline, Reference
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Edit
 from services.inference.engine.model import Model, ReadPoints
@@ -80,6 +82,15 @@ class Attribution:
     """Whether listed nodes are ablated for the verified column."""
     integrated_steps: int = 0
     """Midpoints of the integrated column; 0: no such column."""
+    along_input: bool = False
+    """Whether it is integrated along the input path."""
+    baseline: Baseline | None = None
+    """What effects are measured from; None: 0."""
+
+    @property
+    def reference(self) -> Reference | None:
+        """The baseline of all nodes at once, where there is one and they are wanted."""
+        return self.baseline.reference if self.baseline else None
 
 
 def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
@@ -108,8 +119,13 @@ def read_forward(request: run_pb2.RunRequest, model: Model) -> Forward:
     return Forward(run, positions, request.top_k, named, read)
 
 
-def read_attribution(request: attribute_pb2.AttributeRequest, model: Model) -> Attribution:
-    """Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented."""
+def read_attribution(
+    request: attribute_pb2.AttributeRequest, model: Model, whole_table: bool = True
+) -> Attribution:
+    """`whole_table`: all nodes of the run are estimated, not only some that are named.
+
+    Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented.
+    """
     _refuse_unbuilt(request)
     run = required_run(request, model)
     if not request.HasField("objective"):
@@ -145,7 +161,42 @@ def read_attribution(request: attribute_pb2.AttributeRequest, model: Model) -> A
         tokens,
         request.verify,
         _integrated_steps(request),
+        _along_input(request),
+        _baseline(request, model, len(run.token_ids), whole_table),
     )
+
+
+def _baseline(
+    request: attribute_pb2.AttributeRequest, model: Model, tokens: int, whole_table: bool
+) -> Baseline | None:
+    if not request.HasField("baseline"):
+        return None
+    with inside("baseline"):
+        found = request_baselines.baseline(request.baseline, model, tokens, whole_table)
+        if found and request.HasField("compare"):
+            raise InvalidArgument(
+                "two compared runs have no baseline but 0 in common; leave out compare or baseline"
+            )
+        if found and whole_table and request.dictionaries:
+            raise features.not_built("attribute.baseline.latents", "")
+    return found
+
+
+def _along_input(request: attribute_pb2.AttributeRequest) -> bool:
+    if not request.integrated_path:
+        return False
+    with inside("integrated_path"):
+        if not request.HasField("integrated_steps"):
+            raise InvalidArgument(
+                "integrated_path says how the integrated column is made; set integrated_steps too"
+            )
+        along_input = request.integrated_path == attribute_pb2.INTEGRATED_PATH_INPUT
+        if along_input and request.baseline.WhichOneof("kind") != "run":
+            raise InvalidArgument(
+                "along the input path the embedding moves from another run's; name it as "
+                "baseline.run"
+            )
+    return along_input
 
 
 def _integrated_steps(request: attribute_pb2.AttributeRequest) -> int:
@@ -180,10 +231,6 @@ def _read_out_tokens(request: attribute_pb2.AttributeRequest) -> int:
 def _refuse_unbuilt(request: attribute_pb2.AttributeRequest) -> None:
     if request.dictionaries:
         raise features.not_built("attribute.dictionaries", "dictionaries")
-    if request.HasField("baseline"):
-        raise features.not_built("attribute.baseline", "baseline")
-    if request.integrated_path:
-        raise features.not_built("attribute.integrated_path", "integrated_path")
     if request.read_outs.HasField("sources"):
         raise features.not_built("attribute.read_outs.sources", "read_outs.sources")
 

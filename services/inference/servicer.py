@@ -125,6 +125,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                     wanted.ranking,
                     cancel,
                     wanted.read_out_tokens,
+                    wanted.reference,
                 )
             )
         )

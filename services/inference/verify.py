@@ -12,10 +12,11 @@ from services.common.addresses import Address, Kind
 from services.common.errors import InvalidArgument, inside
 from services.inference import manifest, requests, responses
 from services.inference.engine import correlation
+from services.inference.engine.baselines import Baseline
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.interventions import Intervention, Zero
 from services.inference.engine.model import Model
-from services.inference.engine.resolution import check_target, resolve
+from services.inference.engine.resolution import check_target, resolve_each
 from services.inference.engine.verification import Ablation, Verification, Verified
 from services.inference.requests import Attribution
 from services.inference.worker import OnDevice
@@ -25,10 +26,10 @@ MAX_NODES = 10_000
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a VerifyRequest asks for; without `nodes`, the rows of the table."""
+    """What a VerifyRequest asks for; without `named`, the rows of the table."""
 
     table: Attribution
-    nodes: tuple[Address, ...] | None
+    named: tuple[Ablation, ...] | None
 
 
 def read(request: verify_pb2.VerifyRequest, model: Model) -> Wanted:
@@ -44,7 +45,7 @@ def read(request: verify_pb2.VerifyRequest, model: Model) -> Wanted:
                 "a table is required: it says which run and objective are meant", reason="REQUIRED"
             )
         _refuse_meaningless(request.table, named)
-        table = requests.read_attribution(request.table, model)
+        table = requests.read_attribution(request.table, model, whole_table=not named)
         if named:
             request.table.ClearField("top_k")
             request.table.ClearField("rank_by")
@@ -62,8 +63,9 @@ def read(request: verify_pb2.VerifyRequest, model: Model) -> Wanted:
             for layer in range(shape.layers)
             for head in range(shape.heads)
         )
-        return Wanted(table, tuple(heads))
-    return Wanted(table, _nodes(request, model, len(table.runs[0].token_ids)))
+        return Wanted(table, _named(list(heads), model, table, "all_heads"))
+    nodes = _nodes(request, model, len(table.runs[0].token_ids))
+    return Wanted(table, _named(nodes, model, table, "nodes"))
 
 
 def _refuse_meaningless(table: attribute_pb2.AttributeRequest, named: bool) -> None:
@@ -107,16 +109,34 @@ def _nodes(request: verify_pb2.VerifyRequest, model: Model, tokens: int) -> tupl
     return tuple(places)
 
 
-def ablations(nodes: Sequence[Address], model: Model, tokens: int) -> list[Ablation]:
-    """The edit that puts each node at its baseline."""
-    architecture = model.architecture
-    return [
-        Ablation(
-            node,
-            *resolve([Intervention(node, Zero())], model.shape, architecture.widths, tokens),
-        )
-        for node in nodes
-    ]
+def ablations(
+    nodes: Sequence[Address], model: Model, tokens: int, baseline: Baseline | None = None
+) -> list[Ablation]:
+    """The edit that puts each node at its baseline; None: at 0.
+
+    Fields of refusals begin with the number of the node, such as `[3]`.
+    """
+    operation = baseline.operation if baseline else Zero()
+    edits = resolve_each(
+        [Intervention(node, operation) for node in nodes],
+        model.shape,
+        model.architecture.widths,
+        tokens,
+    )
+    return [Ablation(node, edit) for node, edit in zip(nodes, edits, strict=True)]
+
+
+def _named(
+    nodes: Sequence[Address], model: Model, table: Attribution, name: str
+) -> tuple[Ablation, ...]:
+    """Ablations of nodes that the request names; what has no such baseline is refused."""
+    tokens = len(table.runs[0].token_ids)
+    try:
+        return tuple(ablations(nodes, model, tokens, table.baseline))
+    except InvalidArgument as refused:
+        number = refused.field.partition("]")[0] + "]"
+        field = name + number if name == "nodes" else name
+        raise InvalidArgument(refused.message, field=field) from refused
 
 
 async def stream(
@@ -132,18 +152,21 @@ async def stream(
         timings.queue_ms += finished.queue_ms
         return finished.result
 
-    if wanted.nodes is None:
+    targets: Sequence[Ablation]
+    if wanted.named is None:
         result = await timed(
-            lambda cancel: model.attribute([run], table.norm_mode, table.ranking, cancel)
+            lambda cancel: model.attribute(
+                [run], table.norm_mode, table.ranking, cancel, reference=table.reference
+            )
         )
         timings.forward_ms = result.times.forward
         timings.backward_ms = result.times.backward
         estimates = {row.node: row.values.total_effect for row in result.table.rows}
-        targets = ablations(list(estimates), model, len(run.token_ids))
+        targets = ablations(list(estimates), model, len(run.token_ids), table.baseline)
     else:
-        targets = ablations(wanted.nodes, model, len(run.token_ids))
+        targets = wanted.named
         found = await timed(lambda cancel: model.estimate(run, targets, table.norm_mode, cancel))
-        estimates = dict(zip(wanted.nodes, found, strict=True))
+        estimates = {each.node: value for each, value in zip(targets, found, strict=True)}
     verification: Verification = await timed(lambda cancel: model.verify(run, targets, cancel))
     yield _progress(0, len(targets))
     measured: list[Verified] = []

@@ -15,7 +15,7 @@ from services.common.addresses import Kind
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
-from services.inference.engine.interventions import Edit
+from services.inference.engine.interventions import Edit, Mean, Patch
 from services.inference.engine.sublayers import Sublayer, sublayers
 
 TOKENS_PER_BATCH = 1024
@@ -31,6 +31,16 @@ class Reference:
 
     runs: tuple[tuple[tuple[int, ...], tuple[Edit, ...]], ...]
     aligned: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What effects are measured from where that is not 0."""
+
+    operation: Mean | Patch
+    """What puts a single target at x0."""
+    reference: Reference | None
+    """The same for all nodes at once; None where some of them have no x0."""
 
 
 def starts(hooks: Hooks, reference: Reference, cancel: CancelToken) -> dict[Sublayer, Tensor]:

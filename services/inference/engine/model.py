@@ -5,19 +5,20 @@ and the facts, which touch no device.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from services.common.addresses import Address, Kind, Shape
+from services.common.addresses import Address, Shape
 from services.common.errors import FailedPrecondition
 from services.common.settings import DictionarySource
 from services.inference.engine import (
     activations,
     attribution,
+    baselines,
     estimates,
     integrated,
     loading,
@@ -26,6 +27,7 @@ from services.inference.engine import (
 )
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
+from services.inference.engine.baselines import Reference
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
@@ -42,6 +44,7 @@ from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.shelf import Shelf
 from services.inference.engine.shelving import fill_shelf
+from services.inference.engine.sublayers import Sublayer
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation, Verification
 
@@ -99,6 +102,8 @@ class AttributeResult:
     read_outs: dict[Address, ReadOut]
     """Of the listed nodes in the first run (in the other one where a node is only there)."""
     times: StageTimes
+    starts: Mapping[Sublayer, Tensor]
+    """x0 of all nodes; empty: 0."""
 
 
 @dataclass(frozen=True)
@@ -257,34 +262,9 @@ class Model:
     def describe(
         self, component: Address, tokens: int, circuits: int, similar: int, cancel: CancelToken
     ) -> Description:
-        """What a component writes and reads, without a prompt; see `components`.
-
-        Of a latent without similar ones: `similar_latents` finds them, dictionary by dictionary.
-        """
-        if component.kind is not Kind.LATENT:
-            return self._describer.describe(component, tokens, circuits, similar, cancel)
-        assert component.index is not None
-        (bound,) = self.shelf.bind([component.dictionary])
-        directions = self._describer.describe_latent(bound, component.index, tokens)
-        return Description(directions, ())
-
-    def latent_write(self, latent: Address) -> Tensor:
-        """[d]: what one unit of a latent adds to the residual stream, scales left out."""
-        (bound,) = self.shelf.bind([latent.dictionary])
-        return bound.unit_writes(torch.tensor([latent.index], device=self.device))[0]
-
-    def similar_latents(
-        self, latent: Address, write: Tensor, among: str, count: int, cancel: CancelToken
-    ) -> tuple[tuple[Address, float], ...]:
-        """The latents of the dictionary `among` that write most like `latent`, whose own write is
-        given, and the cosines."""
-        (others,) = self.shelf.bind([among])
-        own = latent.index if among == latent.dictionary else None
-        return self._describer.similar_latents(others, write, count, own, cancel)
-
-    @property
-    def _describer(self) -> Describer:
-        return Describer(self.architecture, self.vocabulary.listed)
+        """What a neuron or head writes and reads, without a prompt; see `components`."""
+        describer = Describer(self.architecture, self.vocabulary.listed)
+        return describer.describe(component, tokens, circuits, similar, cancel)
 
     def attribute(
         self,
@@ -293,15 +273,20 @@ class Model:
         ranking: tables.Ranking,
         cancel: CancelToken,
         read_out_tokens: int = 0,
+        reference: Reference | None = None,
     ) -> AttributeResult:
         """The node table of one run, or of a run and the one it is compared with.
 
-        `read_out_tokens` tokens are read out of every listed node; 0: none.
+        `read_out_tokens` tokens are read out of every listed node; 0: none. The estimates of a
+        single run are measured from `reference`; None: from 0.
         """
         explanations, times = attribution.explain(
             self.hooks, self.architecture, runs, norm_mode, cancel
         )
         cancel.check()
+        starts = baselines.starts(self.hooks, reference, cancel) if reference else {}
+        for group in explanations[0].groups if starts else ():
+            group.start = starts[Sublayer.of(group.address(0))]
         table = tables.build(explanations, ranking)
         cancel.check()
         return AttributeResult(
@@ -310,6 +295,7 @@ class Model:
             tuple(self._top(explanation.logits, TOP_TOKENS) for explanation in explanations),
             self._read_outs(explanations, table, read_out_tokens),
             times,
+            starts,
         )
 
     def estimate(
@@ -330,10 +316,18 @@ class Model:
         return verification.begin(self.hooks, run, ablations, cancel)
 
     def integrate(
-        self, run: ExplainedRun, nodes: Sequence[Address], steps: int, cancel: CancelToken
+        self,
+        run: ExplainedRun,
+        nodes: Sequence[Address],
+        steps: int,
+        starts: Mapping[Sublayer, Tensor],
+        along_input: bool,
+        cancel: CancelToken,
     ) -> Integration:
         """The run as it is, and the chunks in which its nodes' effects can be integrated."""
-        return integrated.begin(self.hooks, run, nodes, steps, cancel)
+        return integrated.begin(
+            self.hooks, run, nodes, steps, cancel, starts, along_input=along_input
+        )
 
     def _read_outs(
         self, explanations: Sequence[Explanation], table: tables.Table, tokens: int

@@ -49,6 +49,18 @@ def resolve(
     return _Resolver(shape, widths, {}).edits(interventions, tokens, prompt or tokens)
 
 
+def resolve_each(
+    interventions: Sequence[Intervention], shape: Shape, widths: Widths, tokens: int
+) -> tuple[Edit, ...]:
+    """Like `resolve`, for interventions that are never made in one run, so that none conflict."""
+    resolver = _Resolver(shape, widths, {})
+    edits = []
+    for number, intervention in enumerate(interventions):
+        with inside(f"[{number}]"):
+            edits.append(resolver.edit(intervention, tokens, tokens))
+    return tuple(edits)
+
+
 @dataclass(frozen=True)
 class _Resolver:
     shape: Shape
@@ -64,7 +76,7 @@ class _Resolver:
         masked: dict[Address, dict[int, int]] = defaultdict(dict)
         for number, intervention in enumerate(interventions):
             with inside(f"[{number}]"):
-                edit = self._edit(intervention, tokens, prompt)
+                edit = self.edit(intervention, tokens, prompt)
                 if edit.sets_value:
                     _claim(edit, number, taken)
                 if edit.masks:
@@ -72,7 +84,7 @@ class _Resolver:
                 edits.append(edit)
         return tuple(edits)
 
-    def _edit(self, intervention: Intervention, tokens: int, prompt: int) -> Edit:
+    def edit(self, intervention: Intervention, tokens: int, prompt: int) -> Edit:
         target, operation = intervention.target, intervention.operation
         with inside("target"):
             check_target(target, self.shape, tokens)

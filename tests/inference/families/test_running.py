@@ -247,7 +247,7 @@ def within(edits: Sequence[Edit], tokens: int) -> tuple[Edit, ...]:
 
 @every_variant
 def test_half_precision_is_close(variant: str) -> None:
-    """Forward-only work may run in bfloat16: norms are known there too, numbers are near."""
+    """Forward-only work may run in bfloat16: its norms are known there too, its numbers are near."""
     engine = engine_of(variant, torch.bfloat16)
     ours = engine.hooks.run([Row(IDS)], range(len(IDS)), gradients=False).logits
     assert ours.dtype is torch.bfloat16
