@@ -247,7 +247,7 @@ def test_an_example_is_a_link(page: Page) -> None:
 def test_the_request_can_be_copied(page: Page) -> None:
     start(page)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.get_by_role("button", name="copy as curl").click()
+    page.locator(".objective-card").get_by_role("button", name="copy as curl").click()
     expect(page.get_by_text("copied")).to_be_visible()
     command = page.evaluate("navigator.clipboard.readText()")
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
