@@ -25,7 +25,7 @@ export const QUANTITIES: Record<Quantity, Meaning> = {
   activation: {
     name: "act",
     definition:
-      "Activation: a neuron's value, a head pair's attention probability; 1 for an embedding",
+      "Activation: a neuron's or latent's value, a head pair's attention probability; 1 for an embedding",
     effect: false,
     paired: true,
   },

@@ -29,8 +29,9 @@ export type Op = keyof typeof OPS;
 export function cannot(op: Op, node: string): string | undefined {
   const { kind } = site(node);
   if (op === "mask" && kind !== "head") return "Only the score of a head's pair can be masked.";
+  if (op === "set" && ["embed", "mlp", "attn"].includes(kind))
+    return `${kind === "embed" ? "An embedding" : "A sublayer"} is a vector: it can be ablated or scaled.`;
   if (kind === "embed") {
-    if (op === "set") return "An embedding is a vector: it can be ablated or scaled.";
     const reason = whyNot("target.residual");
     if (reason) return `An embedding cannot be edited: ${reason}`;
   }

@@ -1,6 +1,7 @@
 /** The top line: which model, on what; what went wrong, if it concerns no field; the look. */
 import { start, switchModel } from "./asking";
 import { change } from "./editing";
+import { LibraryButton } from "./library";
 import { plain } from "./numbers";
 import { draft, loading, model, modelProblem, models, problemsAt } from "./state";
 import { nextTheme, theme, THEMES } from "./theme";
@@ -42,6 +43,7 @@ export function Header() {
           >
             {facts.device}
           </span>
+          <LibraryButton />
         </p>
       )}
       <Notices />

@@ -1,13 +1,15 @@
 /** The foot of the table: what no row shows, so that the direct-effect column adds up in sight. */
 import { signal } from "@preact/signals";
+import { site } from "./address";
 import { columns, difference, value, type Column } from "./columns";
+import type { RemainderRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { count, full, num, signed } from "./numbers";
 import { answer } from "./state";
 import { allRows, shownRows } from "./view";
 
 const open = signal(false);
 
-interface Part {
+export interface Part {
   node: string;
   title: string;
   after: number | undefined;
@@ -18,12 +20,8 @@ export function Remainder({ cols }: { cols: Column[] }) {
   const response = answer.value?.response;
   const { totals, compareTotals } = response ?? {};
   if (!response || !totals) return null;
-  const parts = (response.remainder ?? []).map((row): Part => ({
-    node: row.node ?? "",
-    title: "Direct effect of a part that no node carries",
-    after: num(row.directEffect),
-    before: num(row.compareDirectEffect),
-  }));
+  const parts = byComponent(response.remainder ?? []);
+  const errors = parts.some(({ node }) => node.startsWith("error."));
   const hidden = allRows.value.length - shownRows.value.length;
   const unlisted: Part = {
     node: "unlisted nodes",
@@ -32,8 +30,8 @@ export function Remainder({ cols }: { cols: Column[] }) {
     before: num(compareTotals?.unlisted),
   };
   const remainder: Part = {
-    node: "bias + rest",
-    title: "Direct effects of biases and constants, and what is not linear in the residual stream",
+    node: errors ? "bias + error + rest" : "bias + rest",
+    title: `Direct effects of biases and constants, ${errors ? "of what dictionaries do not reconstruct, " : ""}and what is not linear in the residual stream`,
     after: num(totals.remainder),
     before: num(compareTotals?.remainder),
   };
@@ -56,6 +54,26 @@ export function Remainder({ cols }: { cols: Column[] }) {
       {open.value && parts.map((part) => <Row key={part.node} part={part} cols={cols} inner />)}
     </tfoot>
   );
+}
+
+/** The remainder rows, those of one component at several tokens added up. */
+export function byComponent(rows: readonly RemainderRowJson[]): Part[] {
+  const parts = new Map<string, Part & { tokens: number }>();
+  for (const { node = "", directEffect, compareDirectEffect } of rows) {
+    const { component, position } = site(node);
+    const part = parts.get(component);
+    const sum = (a: number | undefined, b: number | undefined) =>
+      a === undefined ? b : b === undefined ? a : a + b;
+    const tokens = (part?.tokens ?? 0) + (position === undefined ? 0 : 1);
+    parts.set(component, {
+      node: component,
+      title: `Direct effect of a part that no node carries${tokens > 1 ? `, over ${tokens} tokens` : ""}`,
+      after: sum(part?.after, num(directEffect)),
+      before: sum(part?.before, num(compareDirectEffect)),
+      tokens,
+    });
+  }
+  return [...parts.values()];
 }
 
 /** The listed rows that the filters hide: with them, and with the rest of the foot, the column adds up. */

@@ -14,6 +14,7 @@ import { Remainder } from "./remainder";
 import { Row } from "./row";
 import { answer, paired, selected } from "./state";
 import { TableBar } from "./tablebar";
+import { Views } from "./views";
 import { allRows, clearFilters, cols, ends, shownRows } from "./view";
 
 const ROW_HEIGHT = 25; // as in theme.css
@@ -58,6 +59,7 @@ export function NodeTable() {
         </tbody>
         <Remainder cols={cols.value} />
       </table>
+      <Views />
     </section>
   );
 }

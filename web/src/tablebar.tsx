@@ -2,6 +2,7 @@
 import { change } from "./editing";
 import { whyNot } from "./features";
 import { count, signed } from "./numbers";
+import { LatentSwitches } from "./switches";
 import { answer, asked, problemsAt, stale } from "./state";
 import { TokenText } from "./tokens";
 import { DEFAULT_ROWS, RANK_NAMES, type Rank } from "./url";
@@ -59,6 +60,7 @@ export function TableBar() {
           ))}
         </select>
       </label>
+      <LatentSwitches />
       <Verification />
       <FilterChips />
       <span class="keys" title="Keyboard">
