@@ -72,10 +72,10 @@ export function Menu() {
       if (!(event.target instanceof Node && element.contains(event.target))) open.value = null;
     };
     addEventListener("pointerdown", away, true);
-    addEventListener("scroll", away, true);
+    addEventListener("wheel", away, true);
     return () => {
       removeEventListener("pointerdown", away, true);
-      removeEventListener("scroll", away, true);
+      removeEventListener("wheel", away, true);
     };
   }, [shown]);
   if (!shown) return null;

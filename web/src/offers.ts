@@ -164,10 +164,16 @@ export function verification(node: string): Offer {
   };
 }
 
+/** Among all that can be done, Q, K and V are no letters of their own: they would hide others. */
+function inMenu(ways: Offer[]): Offer[] {
+  if (ways.length === 1) return ways;
+  return ways.map(({ key: _, ...way }) => way);
+}
+
 export function offers(node: string): OfferGroup[] {
   return [
     { name: "change", offers: edits(node) },
-    { name: "why is it what it is?", offers: traces(node) },
+    { name: "why is it what it is?", offers: inMenu(traces(node)) },
     { name: "what would go without it?", offers: [verification(node)] },
   ];
 }

@@ -187,7 +187,7 @@ function PromptTokens() {
             + compare with another prompt
           </button>
         )}
-        <Examples />
+        {draft.value.compare === null && <Examples />}
       </div>
     </>
   );
