@@ -21,6 +21,8 @@ from services.inference.engine.resuming import Recording, Resumed, Stage, Start,
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
 """Rows times tokens of a batch: few enough that others do not wait long."""
+ROWS_PER_CHUNK = 512
+"""Each has logits of the whole vocabulary."""
 FULL_ENOUGH = 0.4
 """Share of that from which a batch no longer takes in nodes that start in a later layer."""
 
@@ -162,7 +164,7 @@ def _is_full(batch: Sequence[tuple[Start, int, Ablation]], position: int, budget
     """Whether the last of the batch would better begin another."""
     *others, (start, _, _) = batch
     width = position + 1 - min(first for _, first, _ in batch)
-    if len(batch) * width > budget:
+    if len(batch) > ROWS_PER_CHUNK or len(batch) * width > budget:
         return True
     return others[-1][0].layer != start.layer and len(others) * width >= FULL_ENOUGH * budget
 
