@@ -47,6 +47,7 @@ NOT_BUILT = {
     "TDB_REDIS_URL": "the Redis cache",
 }
 
+DATA_TYPES = ("float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -87,6 +88,12 @@ def _log_level(text: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {text!r}")
     return text.lower()
+
+
+def _data_type(text: str) -> str:
+    if text not in DATA_TYPES:
+        raise ValueError(f"must be one of {', '.join(DATA_TYPES)}, not {text!r}")
+    return text
 
 
 def _host(text: str) -> str:
@@ -234,6 +241,13 @@ class Settings:
         "cannot use more than fit together.",
         _mebibytes,
     )
+    data_type: str = _setting(
+        "TDB_DTYPE",
+        "float32",
+        "The data type of weights and activations: float32, bfloat16 or float16. In half precision "
+        "the effects of nodes are rough, which their results say, and dictionaries are refused.",
+        _data_type,
+    )
     host: str = _setting(
         "TDB_HOST",
         "127.0.0.1",
@@ -312,6 +326,11 @@ class Settings:
         if not is_loopback(settings.host) and not settings.tokens:
             raise SettingsError(
                 f"TDB_HOST is {settings.host}, which others can reach: set TDB_TOKENS as well."
+            )
+        if settings.dictionaries and settings.data_type != "float32":
+            raise SettingsError(
+                f"TDB_DTYPE is {settings.data_type}, but dictionaries need float32: leave one of "
+                "TDB_DTYPE and TDB_DICTIONARIES out."
             )
         return settings
 

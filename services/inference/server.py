@@ -47,13 +47,14 @@ def load_model(
     tokenizer: str | None,
     dictionaries: Sequence[DictionarySource] = (),
     dictionary_bytes: int = 2**30,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """Loads and warms up one model, on the GPU where there is one, and tests its dictionaries.
 
     Raises FailedPrecondition.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = loading.load(source.name, source.source, tokenizer, device, torch.float32)
+    loaded = loading.load(source.name, source.source, tokenizer, device, dtype)
     model = Model(loaded)
     model.warm_up()
     model.open_dictionaries(dictionaries, dictionary_bytes)
@@ -82,7 +83,11 @@ def main() -> int:
                 # They belong to the default model, which is the first.
                 dictionaries = () if models else settings.dictionaries
                 return load_model(
-                    source, settings.tokenizer, dictionaries, settings.dictionary_bytes
+                    source,
+                    settings.tokenizer,
+                    dictionaries,
+                    settings.dictionary_bytes,
+                    getattr(torch, settings.data_type),
                 )
 
             models[source.name] = (await worker.submit(load)).result

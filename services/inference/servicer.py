@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import grpc.aio
+import torch
 from tdb.inference.v1 import (
     attribute_pb2,
     component_pb2,
@@ -38,6 +39,10 @@ from services.inference.worker import Finished, TorchWorker
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
 
+HALF_PRECISION_WARNING = (
+    "effects were computed in half precision and repeat only roughly; serve the model with "
+    "TDB_DTYPE=float32 for numbers to rely on"
+)
 LIVE_WARNING = (
     "norm mode LIVE: a live norm ignores the length of its input, so direct effects rank nodes but "
     "explain no share of the objective"
@@ -145,6 +150,8 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                 read_out_ms=device_ms - times.forward - times.backward,
             )
             warnings = [LIVE_WARNING] if wanted.norm_mode is NormMode.LIVE else []
+            if model.dtype is not torch.float32:
+                warnings.append(HALF_PRECISION_WARNING)
             response.manifest.CopyFrom(
                 manifest.build("Attribute", model, canonical, ids, timings, warnings)
             )

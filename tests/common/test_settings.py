@@ -104,6 +104,7 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_DICTIONARIES", "a=", "must name existing paths or hf://org/repo/path"),
         ("TDB_DICTIONARIES", "a=word", "must name existing paths or hf://org/repo/path"),
         ("TDB_DICTIONARIES", "a=https://x/y", "must name existing paths or hf://org/repo/path"),
+        ("TDB_DTYPE", "fp8", "must be one of float32, bfloat16, float16, not 'fp8'"),
         ("TDB_LOG_LEVEL", "loud", "must be one of debug, info, warning, error, not 'loud'"),
         ("TDB_LOG_PROMPTS", "yes", "must be 0 or 1, not 'yes'"),
         ("TDB_DRAIN_SECONDS", "soon", "must be a number of seconds"),
@@ -121,6 +122,13 @@ def test_what_cannot_be_right_is_one_sentence(variable: str, value: str, says: s
     assert says in message
     assert message.endswith((".", "?"))
     assert "\n" not in message
+
+
+def test_dictionaries_need_float32() -> None:
+    assert read().data_type == "float32"
+    with pytest.raises(SettingsError, match="TDB_DTYPE is bfloat16, but dictionaries need float32"):
+        read(TDB_DTYPE="bfloat16", TDB_DICTIONARIES="a=org/repo")
+    assert read(TDB_DTYPE="bfloat16").data_type == "bfloat16"
 
 
 def test_variables_that_are_nobody_s_are_left_alone() -> None:

@@ -31,7 +31,7 @@ def layer_norm(width: int) -> nn.LayerNorm:
 @pytest.mark.parametrize("width", [16, 17])
 def test_layer_norm_is_measured(width: int) -> None:
     module = layer_norm(width)
-    norm = probe_norm(module, width, torch.zeros(()))
+    norm = probe_norm(module, width, torch.zeros(1))
     assert norm.centres
     assert torch.allclose(norm.gain, module.weight, atol=1e-4)
     assert torch.allclose(norm.bias, module.bias, atol=1e-6)
@@ -40,7 +40,7 @@ def test_layer_norm_is_measured(width: int) -> None:
 @pytest.mark.parametrize("width", [16, 17])
 def test_effective_gain_of_an_rms_norm_is_measured(width: int) -> None:
     module = OnePlusWeight(width).requires_grad_(False)
-    norm = probe_norm(module, width, torch.zeros(()))
+    norm = probe_norm(module, width, torch.zeros(1))
     assert not norm.centres
     assert torch.allclose(norm.gain, 1 + module.weight, atol=1e-4)
     assert norm.bias.abs().max() < 1e-6
@@ -52,14 +52,14 @@ def test_what_is_no_norm_is_refused() -> None:
             return super().forward(x).clamp(-0.5, 0.5)
 
     with pytest.raises(FailedPrecondition, match="neither a LayerNorm nor an RMSNorm"):
-        probe_norm(Clamped(16).requires_grad_(False), 16, torch.zeros(()))
+        probe_norm(Clamped(16).requires_grad_(False), 16, torch.zeros(1))
 
 
 @pytest.mark.parametrize("make", [layer_norm, OnePlusWeight])
 def test_rows_freeze_one_by_one_and_forward_values_never_change(make: type[nn.Module]) -> None:
     torch.manual_seed(1)
     module = make(16).double().requires_grad_(False)
-    norm = probe_norm(module, 16, torch.zeros((), dtype=torch.float64))
+    norm = probe_norm(module, 16, torch.zeros(1, dtype=torch.float64))
     x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(2, 3, 16, dtype=torch.float64)
     output = hold_scale(norm, x, module(x), (True, False))

@@ -56,7 +56,10 @@ def _opt(config: PretrainedConfig) -> str | None:
 FAMILIES = {
     "gpt2": Family(
         "GPT-2",
-        {"tied": "fused q/k/v, learned positions, biases, tied unembedding"},
+        {
+            "tied": "fused q/k/v, learned positions, biases, tied unembedding",
+            "by layer": "scores also divided by the layer's number, unembedding of its own",
+        },
         attn_norm="ln_1",
         mlp_norm="ln_2",
     ),
@@ -65,7 +68,7 @@ FAMILIES = {
         {
             "parallel": "attention and MLP side by side; fused q/k/v interleaved by head; rotary "
             "embedding of a part of each head",
-            "sequential": "the same with attention before the MLP",
+            "sequential": "the same with attention before the MLP, and no biases in attention",
         },
     ),
     "llama": Family(
@@ -115,7 +118,10 @@ FAMILIES = {
     ),
     "opt": Family(
         "OPT",
-        {"relu": "learned positions, biases, ReLU, MLP without a module of its own"},
+        {
+            "relu": "learned positions, biases, ReLU, MLP without a module of its own",
+            "bare": "the same without biases, and with norms without gain and bias",
+        },
         attn_norm="self_attn_layer_norm",
         mlp_norm="final_layer_norm",
         scales_queries=True,
@@ -139,6 +145,8 @@ FEATURES = {
     "ablation": "an ablated neuron, head and pair equal plain PyTorch hooks",
     "read-outs": "output tokens are the change of the logits, input tokens the gradient of the "
     "traced value",
+    "half precision": "in bfloat16 and float16 logits are those of Hugging Face's forward in that "
+    "type, and estimates correlate with float32's",
     "visible pairs": "pairs outside causality and window are never listed and never a target",
     "batches": "rows of a padded batch with edits of their own equal single rows, gradients too",
     "points": "activations by name are what plain PyTorch hooks see; the logit lens ends at the "
@@ -162,6 +170,7 @@ EXPERT_FEATURES = (
     "verification",
     "integration",
     "generation",
+    "half precision",
 )
 """Those of them that are proved where MLPs are mixtures of experts."""
 

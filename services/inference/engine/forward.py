@@ -353,7 +353,7 @@ class Hooks:
             return None
         write = output if isinstance(output, Tensor) else output[0]
         post_norm = self._architecture.layers[layer].attn_post_norm
-        current.attn_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
+        current.attn_scale.append(_scale(post_norm, args))
         write = current.at_site(SitePoint.ATTN_OUT, layer, write)
         write = current.edit_residual(Kind.ATTN, layer, write)
         if current.gradients:
@@ -384,7 +384,7 @@ class Hooks:
         if current is None:
             return None
         post_norm = self._architecture.layers[layer].mlp_post_norm
-        current.mlp_scale.append(None if post_norm is None else post_norm.scale(args[0].detach()))
+        current.mlp_scale.append(_scale(post_norm, args))
         before = self._per_token(output)
         write = current.at_site(SitePoint.MLP_OUT, layer, before)
         write = current.edit_residual(Kind.MLP, layer, write)
@@ -446,6 +446,11 @@ class Hooks:
     ) -> None:
         if self.current is not None:
             self.current.final_output = output
+
+
+def _scale(post_norm: norms.Norm | None, args: tuple[Tensor, ...]) -> Tensor | None:
+    """[B, T, 1]: scale of a post-norm called with [B, T, d], in its data type and detached."""
+    return None if post_norm is None else post_norm.scale(args[0].detach()).to(args[0].dtype)
 
 
 def _check_cancel(cancel: CancelToken, gradient: Tensor) -> None:

@@ -4,10 +4,14 @@ A norm is `(x - mean) / scale * gain + bias` (LayerNorm) or `x / scale * gain` (
 the two, the effective gain (1 + weight in some families) and the bias are measured by probing the
 module once at load, not read from attribute names, and checked on random input.
 
+In half precision the facts are measured on a copy in float32, and scales are taken in float32, as
+the modules themselves do it.
+
 Freezing never changes a forward value: the hook hands on the module's own output, and only its
 gradient is replaced by that of the norm with a constant scale. Rows of a batch freeze one by one.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,18 +41,26 @@ class Norm:
 
     def scale(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., 1]: sqrt(var + eps), or sqrt(mean square + eps) for an RMSNorm."""
+        x = at_least_float32(x)
         if self.centres:
             return (x.var(-1, keepdim=True, correction=0) + self.eps).sqrt()
         return (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def linear(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]: what the norm does to a part of its input, but for its scale."""
-        return (x - x.mean(-1, keepdim=True) if self.centres else x) * self.gain
+        passed = (x - x.mean(-1, keepdim=True) if self.centres else x) * self.gain
+        return passed.to(x.dtype)
 
     def frozen_gradient(self, grad: Tensor, scale: Tensor) -> Tensor:
         """Gradient at the input while `scale` is constant; shapes [..., d], [..., 1]."""
-        grad = grad * (self.gain / scale)
-        return grad - grad.mean(-1, keepdim=True) if self.centres else grad
+        held = grad * (self.gain / scale)
+        held = held - held.mean(-1, keepdim=True) if self.centres else held
+        return held.to(grad.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision lifted to float32; anything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 _LARGE = 2.0**13
@@ -60,7 +72,8 @@ def probe_norm(module: nn.Module, width: int, like: Tensor) -> Norm:
 
     Raises FailedPrecondition if it is no known norm.
     """
-    pattern = torch.ones(width, dtype=like.dtype, device=like.device)
+    pattern = torch.ones(width, dtype=at_least_float32(like[:0]).dtype, device=like.device)
+    probed = module if pattern.dtype == like.dtype else copy.deepcopy(module).to(pattern.dtype)
     pattern[1::2] = -1
     if width % 2:
         pattern[-3:] = torch.tensor([1.0, 1.0, -2.0])
@@ -68,7 +81,7 @@ def probe_norm(module: nn.Module, width: int, like: Tensor) -> Norm:
 
     def run(x: Tensor) -> Tensor:
         # The shape the model itself uses: some norms flatten over batch and token.
-        output: Tensor = module(x[None, None])
+        output: Tensor = probed(x[None, None])
         return output[0, 0].detach()
 
     bias = run(torch.zeros_like(pattern))

@@ -63,7 +63,7 @@ def scored(
 ) -> list[Scores]:
     """Directions [n, d] against weights [V, d], less the score of `mean` [d]: top of each."""
     found: list[Scores] = []
-    for chunk in torch.split(directions, _CHUNK):
+    for chunk in torch.split(directions.to(weights.dtype), _CHUNK):
         # In this order the product is a quarter faster on a CPU than its transpose.
         scores = (weights @ chunk.T).T.contiguous()
         if mean is not None:

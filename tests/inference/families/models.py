@@ -71,6 +71,8 @@ _GEMMA = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_OPT = {name: value for name, value in _COMMON.items() if name != "intermediate_size"}
+_OPT["ffn_dim"] = NEURONS
 _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2/tied": lambda: GPT2Config(
         vocab_size=VOCABULARY,
@@ -80,9 +82,19 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         n_head=HEADS,
         n_inner=NEURONS,
     ),
+    "gpt2/by layer": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=24,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_inner=NEURONS,
+        scale_attn_by_inverse_layer_idx=True,
+        tie_word_embeddings=False,
+    ),
     "gpt_neox/parallel": lambda: GPTNeoXConfig(**_COMMON, rotary_pct=0.5),
     "gpt_neox/sequential": lambda: GPTNeoXConfig(
-        **_COMMON, rotary_pct=0.25, use_parallel_residual=False
+        **_COMMON, rotary_pct=0.25, use_parallel_residual=False, attention_bias=False
     ),
     "llama/grouped": lambda: LlamaConfig(**_GROUPED),
     "llama/biased": lambda: LlamaConfig(
@@ -103,23 +115,14 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_moe/mixed": lambda: Qwen3MoeConfig(
         **_GROUPED,
         head_dim=12,
-        moe_intermediate_size=20,
+        moe_intermediate_size=24,
         num_experts=6,
         num_experts_per_tok=2,
         norm_topk_prob=True,
         mlp_only_layers=[1],
     ),
-    "opt/relu": lambda: OPTConfig(
-        vocab_size=VOCABULARY,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        hidden_size=WIDTH,
-        ffn_dim=NEURONS,
-        max_position_embeddings=24,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    ),
+    "opt/relu": lambda: OPTConfig(**_OPT),
+    "opt/bare": lambda: OPTConfig(**_OPT, enable_bias=False, layer_norm_elementwise_affine=False),
 }
 
 
@@ -335,7 +338,7 @@ def _held(scales: Scales) -> Iterator[None]:
     """While it lasts these norms divide by the scales given."""
 
     def forward(module: Any, x: Tensor) -> Tensor:
-        gain = module.weight
+        gain = 1 if module.weight is None else module.weight
         if type(module).__name__.startswith("Gemma"):
             gain = 1 + gain
         out: Tensor = _centred(module, x) / scales[module] * gain

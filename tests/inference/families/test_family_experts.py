@@ -27,7 +27,7 @@ from services.inference.engine.readouts import read_out
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation
-from tests.inference.families import test_family_passes
+from tests.inference.families import test_family_numbers, test_family_passes
 from tests.inference.families.models import (
     EXPERT_VARIANTS,
     IDS,
@@ -156,6 +156,12 @@ def test_estimates(variant: str, norm_mode: NormMode) -> None:
                 assert float(found[3]) == pytest.approx(slope, rel=1e-4, abs=1e-8)
                 length = float(seen["mlp", layer][0, token].norm())
                 assert float(found[1]) == pytest.approx(length)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_expert
+def test_half_precision(variant: str, dtype: torch.dtype) -> None:
+    test_family_numbers.test_half_precision(variant, dtype)
 
 
 def ablations(engine: Engine) -> list[Ablation]:

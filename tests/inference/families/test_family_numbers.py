@@ -29,6 +29,7 @@ from tests.inference.families.models import (
     untouched,
 )
 from tests.inference.families.shared import (
+    ALL,
     OBJECTIVE,
     close,
     difference,
@@ -239,6 +240,25 @@ def _check_inputs(variant: str, node: Address, found: Any, scales: Scales) -> No
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_variant
+def test_half_precision(variant: str, dtype: torch.dtype) -> None:
+    engine, exact = engine_of(variant, dtype), engine_of(variant)
+    logits = engine.hooks.run([Row(IDS)], ALL, gradients=False).logits
+    assert logits.dtype is dtype
+    assert close(logits, reference_of(variant, dtype).run(IDS, untouched), 0.01)
+    found = []
+    for each in (engine, exact):
+        (explanation,) = each.explain(explained(IDS, objective=OBJECTIVE))
+        total, size = direct_sums(explanation)
+        assert abs(total - explanation.value) <= 0.01 * size
+        columns = [group.column(Column.TOTAL_EFFECT) for group in explanation.groups]
+        found.append(torch.cat(columns).float())
+        nodes = [parse("embed~4"), parse("head.1.2~6-4")]
+        assert read_out(each.architecture, explanation, nodes, 5, VOCABULARY)
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.98
 
 
 @every_variant
