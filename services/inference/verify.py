@@ -22,6 +22,8 @@ from services.inference.requests import Attribution
 from services.inference.worker import OnDevice
 
 MAX_NODES = 10_000
+ESTIMATED_AT_ONCE = 512
+"""Nodes estimated in one pass, so that others do not wait long."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,11 @@ async def stream(
         targets = ablations(list(estimates), model, len(run.token_ids), table.baseline)
     else:
         targets = wanted.named
-        found = await timed(lambda cancel: model.estimate(run, targets, table.norm_mode, cancel))
-        estimates = {each.node: value for each, value in zip(targets, found, strict=True)}
+        estimates = {}
+        for first in range(0, len(targets), ESTIMATED_AT_ONCE):
+            some = targets[first : first + ESTIMATED_AT_ONCE]
+            found = await timed(partial(model.estimate, run, some, table.norm_mode))
+            estimates |= {each.node: value for each, value in zip(some, found, strict=True)}
     verification: Verification = await timed(lambda cancel: model.verify(run, targets, cancel))
     yield _progress(0, len(targets))
     measured: list[Verified] = []
