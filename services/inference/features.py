@@ -10,6 +10,8 @@ BUILT = (
     "objective.logit_minus_mean",
     "objective.log_prob",
     "objective.prob",
+    "objective.along",
+    "objective.traced_node",
     "intervention.zero",
     "intervention.set",
     "intervention.scale",
@@ -43,9 +45,8 @@ BUILT = (
 )
 
 NOT_BUILT = {
-    "objective.along": "the objective along",
-    "objective.traced_node": "tracing a node",
     "attribute.dictionaries": "dictionaries",
+    "attribute.integrated_steps.traced": "the integrated-gradients column of a trace",
     "attribute.integrated_steps.latents": "the integrated-gradients column of latents",
     "attribute.baseline.latents": "a baseline of latents other than 0",
     "attribute.read_outs.sources": "the sources of attention latents",

@@ -13,6 +13,7 @@ from services.inference.engine import correlation
 from services.inference.engine.integrated import Integration
 from services.inference.engine.model import AttributeResult, Model
 from services.inference.engine.verification import Verification
+from services.inference.engine.whole_verification import WholeVerification
 from services.inference.requests import Attribution
 from services.inference.verify import ablations
 from services.inference.worker import OnDevice
@@ -40,7 +41,8 @@ async def measure(
     measured = Measured()
     if wanted.verify:
         targets = ablations(nodes, model, len(run.token_ids), wanted.baseline)
-        verification: Verification = (await on_device(partial(model.verify, run, targets))).result
+        begun = partial(model.verify, run, targets, wanted.norm_mode)
+        verification: Verification | WholeVerification = (await on_device(begun)).result
         for number in range(len(verification.chunks)):
             chunk = await on_device(partial(verification.chunk, number))
             measured.verified |= {each.node: each.effect for each in chunk.result}

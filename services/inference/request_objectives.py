@@ -9,9 +9,19 @@ from tdb.type.v1 import token_pb2
 from services.common import addresses
 from services.common.addresses import Kind
 from services.common.errors import InvalidArgument, inside
-from services.inference import features, request_tokens, tensors
+from services.inference import request_tokens, request_tracing, tensors
 from services.inference.engine.model import Model
-from services.inference.engine.objectives import LogitDiff, LogitMinusMean, LogProb, Objective, Prob
+from services.inference.engine.objectives import (
+    Along,
+    LogitDiff,
+    LogitMinusMean,
+    LogProb,
+    Objective,
+    Prob,
+)
+
+FINAL_NORM = "final_norm"
+"""Name of the one point of `Along` that is no address: the output of the final norm."""
 
 
 def objective(message: objective_pb2.Objective, model: Model, tokens: int) -> Objective:
@@ -21,8 +31,13 @@ def objective(message: objective_pb2.Objective, model: Model, tokens: int) -> Ob
         raise InvalidArgument(
             "the kind of objective is required, for example logit_diff", field="kind"
         )
-    if kind in ("along", "traced_node"):
-        raise features.not_built(f"objective.{kind}", kind)
+    if kind == "traced_node":
+        if message.HasField("position"):
+            raise InvalidArgument(
+                "a traced node names its own token; leave position out", field="position"
+            )
+        with inside(kind):
+            return request_tracing.traced_node(message.traced_node, model, tokens, objective)
     position = message.position if message.HasField("position") else tokens - 1
     if not 0 <= position < tokens:
         raise InvalidArgument(
@@ -37,8 +52,42 @@ def objective(message: objective_pb2.Objective, model: Model, tokens: int) -> Ob
                 return LogitMinusMean(_targets(message.logit_minus_mean.targets, model), position)
             case "log_prob":
                 return LogProb(_targets(message.log_prob.targets, model), position)
+            case "along":
+                return Along(*_along(message.along, model), position)
             case _:
                 return Prob(_targets(message.prob.targets, model), position)
+
+
+def _along(
+    message: objective_pb2.Along, model: Model
+) -> tuple[addresses.Address | None, torch.Tensor]:
+    """The point (None: the final norm's output) and the direction."""
+    at = None
+    if message.point != FINAL_NORM:
+        with inside("point"):
+            at = addresses.parse(message.point)
+            model.architecture.shape.check(at)
+            if at.is_node:
+                raise InvalidArgument(
+                    f"{at}: the objective's position says the token; write {at.component}"
+                )
+            if at.kind not in (Kind.EMBED, Kind.RESID_MID, Kind.RESID_POST):
+                raise InvalidArgument(
+                    f"{at} is no point of the residual stream; name embed, resid_mid.L, "
+                    f"resid_post.L or {FINAL_NORM}"
+                )
+        message.point = str(at)
+    if not message.HasField("direction"):
+        raise InvalidArgument("a direction is required", field="direction", reason="REQUIRED")
+    with inside("direction"):
+        vector = direction(message.direction, model)
+        width = model.architecture.width
+        if vector.shape != (width,):
+            raise InvalidArgument(
+                f"the residual stream has width {width}, the direction has shape "
+                f"{list(vector.shape)}"
+            )
+    return at, vector
 
 
 def direction(message: objective_pb2.Direction, model: Model) -> torch.Tensor:

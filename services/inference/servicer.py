@@ -149,9 +149,12 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                 backward_ms=times.backward,
                 read_out_ms=device_ms - times.forward - times.backward,
             )
-            warnings = [LIVE_WARNING] if wanted.norm_mode is NormMode.LIVE else []
+            norms = [run.objective.reading_norms(model.architecture) for run in wanted.runs]
+            live = wanted.norm_mode is NormMode.LIVE and any(norms)
+            warnings = [LIVE_WARNING] if live else []
             if model.dtype is not torch.float32:
                 warnings.append(HALF_PRECISION_WARNING)
+            warnings += [notice for each in result.explanations for notice in each.notices]
             response.manifest.CopyFrom(
                 manifest.build("Attribute", model, canonical, ids, timings, warnings)
             )

@@ -18,6 +18,7 @@ from services.inference.engine.interventions import Intervention, Zero
 from services.inference.engine.model import Model
 from services.inference.engine.resolution import check_target, resolve_each
 from services.inference.engine.verification import Ablation, Verification, Verified
+from services.inference.engine.whole_verification import WholeVerification
 from services.inference.requests import Attribution
 from services.inference.worker import OnDevice
 
@@ -172,7 +173,9 @@ async def stream(
             some = targets[first : first + ESTIMATED_AT_ONCE]
             found = await timed(partial(model.estimate, run, some, table.norm_mode))
             estimates |= {each.node: value for each, value in zip(some, found, strict=True)}
-    verification: Verification = await timed(lambda cancel: model.verify(run, targets, cancel))
+    verification: Verification | WholeVerification = await timed(
+        lambda cancel: model.verify(run, targets, table.norm_mode, cancel)
+    )
     yield _progress(0, len(targets))
     measured: list[Verified] = []
     for number in range(len(verification.chunks)):

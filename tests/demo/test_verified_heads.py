@@ -39,7 +39,7 @@ def estimated_and_verified(model: Model, number: int) -> tuple[list[float], list
     targets = ablations(heads, model, len(ids))
     cancel = CancelToken()
     estimates = model.estimate(run, targets, NormMode.FINAL_NORM_FROZEN, cancel)
-    begun = model.verify(run, targets, cancel)
+    begun = model.verify(run, targets, NormMode.FINAL_NORM_FROZEN, cancel)
     chunks = (begun.chunk(index, cancel) for index in range(len(begun.chunks)))
     effects = {each.node: each.effect for chunk in chunks for each in chunk}
     return estimates, [effects[head] for head in heads]

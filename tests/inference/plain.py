@@ -4,7 +4,7 @@ It shares no code with the engine and none with Hugging Face but the weights, so
 and derivatives are compared with. `site(kind, layer, values)` may return other values:
 
     embed, attn, resid_mid, mlp_in, mlp, resid_post [T, d]     q, k, v [H, T, dh] per query head
-    scores, probabilities [H, T, T]                    z [T, H, dh]         neurons [T, F]
+    scores, probabilities [H, T, T]      z [T, H, dh]          gate, up, neurons [T, F]
 """
 
 from collections.abc import Callable, Sequence
@@ -114,9 +114,12 @@ def forward(
         x = site("resid_mid", layer, x + write)
         read = site("mlp_in", layer, norm(f"mlp.{layer}", second, x))
         if gpt2:
-            neurons, down = block.mlp.act(block.mlp.c_fc(read)), block.mlp.c_proj
+            neurons = block.mlp.act(site("gate", layer, block.mlp.c_fc(read)))
+            down = block.mlp.c_proj
         else:
-            neurons = torch.nn.functional.silu(block.mlp.gate_proj(read)) * block.mlp.up_proj(read)
+            gate = site("gate", layer, block.mlp.gate_proj(read))
+            up = site("up", layer, block.mlp.up_proj(read))
+            neurons = torch.nn.functional.silu(gate) * up
             down = block.mlp.down_proj
         write = site("mlp", layer, down(site("neurons", layer, neurons)))
         x = site("resid_post", layer, x + write)

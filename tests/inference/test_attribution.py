@@ -10,7 +10,7 @@ from services.common.addresses import parse
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
-from services.inference.engine.objectives import LogitDiff, LogitMinusMean, LogProb, Objective, Prob
+from services.inference.engine.objectives import LogitDiff, LogitMinusMean, LogProb, OfLogits, Prob
 from tests.inference import plain
 from tests.inference.helpers import (
     FAMILIES,
@@ -35,7 +35,7 @@ TWO = FAMILIES[:2]
 VECTOR = torch.linspace(-1, 2, WIDTH, dtype=torch.float64)
 HEAD_VECTOR = torch.linspace(1, -2, HEAD_WIDTH, dtype=torch.float64)
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[str, OfLogits] = {
     "logit_diff": LogitDiff((5, 6), (9, 11), LAST),
     "logit_diff without distractor": LogitDiff((5,), (), LAST),
     "logit_minus_mean": LogitMinusMean((5, 6), LAST),
@@ -45,7 +45,7 @@ OBJECTIVES: dict[str, Objective] = {
 LINEAR = ("logit_diff", "logit_diff without distractor", "logit_minus_mean")
 
 
-def plain_objective(objective: Objective, logits: torch.Tensor) -> float:
+def plain_objective(objective: OfLogits, logits: torch.Tensor) -> float:
     """J by its definition, from logits [T, V]."""
     here = logits[objective.position].double()
     targets = here[list(objective.targets)]
@@ -192,7 +192,7 @@ def test_live_reference_dot_is_about_zero() -> None:
 
 
 def slope(
-    model: Any, kind: str, layer: int, index: Any, held: plain.Scales | None, objective: Objective
+    model: Any, kind: str, layer: int, index: Any, held: plain.Scales | None, objective: OfLogits
 ) -> float:
     """Central difference of J by one activation, in the pass written by hand."""
     values = []

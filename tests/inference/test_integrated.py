@@ -73,7 +73,7 @@ def by_hand(
             leaf.append((share * x).detach().requires_grad_())
             return leaf[0]
 
-        objective = OBJECTIVE.value(plain.forward(random_model(family), IDS, site)[POSITION])
+        objective = OBJECTIVE.of_logits(plain.forward(random_model(family), IDS, site)[POSITION])
         gradients.append(torch.autograd.grad(objective, leaf)[0])
         objectives.append(float(objective.detach()))
     return values[0], torch.stack(gradients).mean(0), objectives
@@ -204,7 +204,7 @@ def test_from_another_runs_values_rows_add_up_too(name: str) -> None:
     there = seen_by_hand("llama", OTHER)[kind, layer]
     moved = plain.edited((kind, layer, slice(None), lambda x: there))
     changed, whole = (
-        float(OBJECTIVE.value(plain.forward(random_model("llama"), IDS, site)[POSITION]))
+        float(OBJECTIVE.of_logits(plain.forward(random_model("llama"), IDS, site)[POSITION]))
         for site in (moved, plain.untouched)
     )
     assert got == pytest.approx(whole - changed, rel=1e-2)
@@ -235,7 +235,7 @@ def test_along_the_input_every_node_is_read_off_the_same_passes(edited: bool) ->
         read: dict[str, Tensor] = {}
         moved_there = ("embed", None, slice(None), partial(_instead, leaf))
         site = _reading(plain.edited(moved_there, *base), places, read)
-        objective = OBJECTIVE.value(plain.forward(random_model(family), IDS, site)[POSITION])
+        objective = OBJECTIVE.of_logits(plain.forward(random_model(family), IDS, site)[POSITION])
         wanted = {"embed": leaf, **read}
         gradients = torch.autograd.grad(objective, list(wanted.values()))
         for name, gradient in zip(wanted, gradients, strict=True):
@@ -251,7 +251,7 @@ def test_along_the_input_every_node_is_read_off_the_same_passes(edited: bool) ->
         many = integrate(engine, run, embeddings, 128, starts_of(engine, OTHER), along_input=True)
         moved_to = plain.edited(("embed", None, slice(None), lambda x: start))
         without, whole = (
-            float(OBJECTIVE.value(plain.forward(random_model(family), IDS, site)[POSITION]))
+            float(OBJECTIVE.of_logits(plain.forward(random_model(family), IDS, site)[POSITION]))
             for site in (moved_to, plain.untouched)
         )
         assert sum(many) == pytest.approx(whole - without, rel=1e-2)

@@ -278,7 +278,7 @@ def test_gradients_under_edits_are_finite_differences(
         for step in (STEP, -STEP):
             nudge = (kind, layer, index, partial(torch.add, torch.tensor(step).double()))
             logits = plain.forward(model, IDS, plain.edited(change, nudge))
-            found.append(float(objective.value(logits[7])))
+            found.append(float(objective.of_logits(logits[7])))
         return (found[0] - found[1]) / (2 * STEP)
 
     activation = matrices(explanation, Column.ACTIVATION)

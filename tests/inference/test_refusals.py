@@ -48,7 +48,20 @@ def nested_patch(depth: int) -> dict[str, Any]:
     return {"target": "neuron.0.1~1", "patch": {"source": source}}
 
 
+def traced(node: str, **more: Any) -> dict[str, Any]:
+    return {"objective": {"tracedNode": {"node": node, **more}}}
+
+
+def through_value(**downstream: Any) -> dict[str, Any]:
+    return traced("head.0.1~6-3", through="THROUGH_VALUE", downstream=downstream)
+
+
+def along(point: str, **direction: Any) -> dict[str, Any]:
+    return {"objective": {"along": {"point": point, "direction": direction}}}
+
+
 ZERO: dict[str, Any] = {"zero": {}}
+NODE = "objective.traced_node."
 AT = "run.interventions[0]."
 
 MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -131,6 +144,136 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "position out of range": (objective(position=99), "objective.position", "valid is 0.."),
     "negative position": (objective(position=-1), "objective.position", "valid is 0.."),
+    "along no point": (along("", vector=tensor(*[1.0] * 16)), "objective.along.point", "required"),
+    "along a sublayer": (
+        along("mlp.1", vector=tensor(*[1.0] * 16)),
+        "objective.along.point",
+        "no point of the residual stream; name embed, resid_mid.L, resid_post.L or final_norm",
+    ),
+    "along a node": (
+        along("resid_post.1~3", vector=tensor(*[1.0] * 16)),
+        "objective.along.point",
+        "the objective's position says the token; write resid_post.1",
+    ),
+    "along a layer too many": (
+        along("resid_mid.2", vector=tensor(*[1.0] * 16)),
+        "objective.along.point",
+        "valid is 0..1",
+    ),
+    "along no direction": (
+        {"objective": {"along": {"point": "embed"}}},
+        "objective.along.direction",
+        "a direction is required",
+    ),
+    "along an empty direction": (along("embed"), "objective.along.direction.of", "one of vector"),
+    "along a direction of another width": (
+        along("final_norm", vector=tensor(1.0, 2.0)),
+        "objective.along.direction",
+        "has width 16, the direction has shape [2]",
+    ),
+    "no traced node": (traced(""), NODE + "node", "an address is required"),
+    "traced neuron without a token": (
+        traced("neuron.1.3"),
+        NODE + "node",
+        "name one, for example neuron.1.3~0",
+    ),
+    "traced row": (
+        traced("head.1.1~4", through="THROUGH_QUERY"),
+        NODE + "node",
+        "no single score: a query reads many keys; name one pair, for example head.1.1~4-4",
+    ),
+    "traced head": (traced("head.1.1", through="THROUGH_KEY"), NODE + "node", "name one pair"),
+    "traced masked pair": (
+        traced("head.1.1~2-5", through="THROUGH_KEY"),
+        NODE + "node",
+        "the key must be in 0..2",
+    ),
+    "traced head out of range": (
+        traced("head.1.2~5-2", through="THROUGH_KEY"),
+        NODE + "node",
+        "head 2 does not exist; valid is 0..1",
+    ),
+    "traced neuron out of range": (traced("neuron.0.64~2"), NODE + "node", "valid is 0..63"),
+    "traced token out of range": (traced("neuron.0.3~31"), NODE + "node", "31 does not exist"),
+    "traced latent of no dictionary": (traced("latent.mine.3~1"), NODE + "node", "'mine'"),
+    "traced sublayer": (traced("mlp.1~3"), NODE + "node", "no value that can be traced"),
+    "position with a traced node": (
+        {"objective": {"tracedNode": {"node": "neuron.0.3~2"}, "position": 2}},
+        "objective.position",
+        "names its own token",
+    ),
+    "head through nothing": (
+        traced("head.1.1~4-2"),
+        NODE + "through",
+        "THROUGH_QUERY, THROUGH_KEY, THROUGH_QUERY_KEY or THROUGH_VALUE",
+    ),
+    "head through a gate": (
+        traced("head.1.1~4-2", through="THROUGH_GATE"),
+        NODE + "through",
+        "not THROUGH_GATE",
+    ),
+    "neuron through a query": (
+        traced("neuron.0.3~2", through="THROUGH_QUERY"),
+        NODE + "through",
+        "THROUGH_QUERY is for heads",
+    ),
+    "ungated neuron through its gate": (
+        traced("neuron.0.3~2", through="THROUGH_GATE"),
+        NODE + "through",
+        "is not gated",
+    ),
+    "ungated neuron through up": (
+        traced("neuron.0.3~2", through="THROUGH_UP"),
+        NODE + "through",
+        "is not gated",
+    ),
+    "unknown through": (traced("head.1.1~4-2", through=17), NODE + "through", "does not define"),
+    "unknown side": (
+        traced("neuron.0.3~2", side=9),
+        NODE + "side",
+        "ActivationSide does not define",
+    ),
+    "side of a value": (
+        traced("head.0.1~6-3", through="THROUGH_VALUE", side=2, downstream=OBJECTIVE),
+        NODE + "side",
+        "leave side unset",
+    ),
+    "value without downstream": (
+        traced("head.0.1~6-3", through="THROUGH_VALUE"),
+        NODE + "downstream",
+        "measures the pair's write on another objective",
+    ),
+    "downstream of a query": (
+        traced("head.0.1~6-3", through="THROUGH_QUERY", downstream=OBJECTIVE),
+        NODE + "downstream",
+        "THROUGH_VALUE only",
+    ),
+    "downstream of a neuron": (
+        traced("neuron.0.3~2", downstream=OBJECTIVE),
+        NODE + "downstream",
+        "THROUGH_VALUE only",
+    ),
+    "downstream without a kind": (through_value(), NODE + "downstream.kind", "is required"),
+    "downstream through a value": (
+        through_value(tracedNode={"node": "head.1.1~7-2", "through": "THROUGH_VALUE"}),
+        NODE + "downstream.traced_node.through",
+        "cannot itself be traced through a value",
+    ),
+    "position of a traced downstream": (
+        through_value(tracedNode={"node": "neuron.0.3~6"}, position=6),
+        NODE + "downstream.position",
+        "names its own token",
+    ),
+    "downstream that does not exist": (
+        through_value(tracedNode={"node": "neuron.5.3~6"}),
+        NODE + "downstream.traced_node.node",
+        "layer 5 does not exist",
+    ),
+    "position of a plain downstream": (
+        through_value(**OBJECTIVE, position=99),
+        NODE + "downstream.position",
+        "valid is 0..",
+    ),
     "top_k 0": ({"topK": 0}, "top_k", "top_k is 0; valid is 1..100000"),
     "top_k too large": ({"topK": 100_001}, "top_k", "valid is 1..100000"),
     "read-outs of no tokens": ({"readOuts": {}}, "read_outs.tokens", "valid is 1..100"),
@@ -499,8 +642,10 @@ MALFORMED |= {
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
-    "along": ({"objective": {"along": {"point": "embed"}}}, "objective.along"),
-    "trace": ({"objective": {"tracedNode": {"node": "neuron.0.1~2"}}}, "objective.traced_node"),
+    "integrated effects on a traced node": (
+        {**traced("neuron.0.3~2"), "integratedSteps": 4},
+        "integrated_steps",
+    ),
     "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
 }
 

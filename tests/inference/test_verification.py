@@ -12,7 +12,7 @@ from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
-from services.inference.engine.objectives import LogitDiff, LogProb, Objective
+from services.inference.engine.objectives import LogitDiff, LogProb, OfLogits
 from services.inference.engine.resuming import Stage
 from services.inference.engine.verification import Ablation, Verified
 from tests.inference import plain
@@ -70,10 +70,10 @@ BASE: tuple[tuple[Intervention, tuple[str, int | None, Any]], ...] = (
 
 
 def by_hand(
-    family: str, changes: list[tuple[str, int | None, Any, Any]], objective: Objective
+    family: str, changes: list[tuple[str, int | None, Any, Any]], objective: OfLogits
 ) -> float:
     site = plain.edited(*changes)
-    return float(objective.value(plain.forward(random_model(family), IDS, site)[LAST]))
+    return float(objective.of_logits(plain.forward(random_model(family), IDS, site)[LAST]))
 
 
 def of_base() -> list[tuple[str, int | None, Any, Any]]:
@@ -142,8 +142,7 @@ def test_a_pair_goes_alone_and_its_row_is_not_renormalised() -> None:
         return row / row.sum()
 
     row = ("probabilities", 1, (2, 6), renormalised)
-    objective = explained(IDS).objective
-    other = by_hand("gpt2", [], objective) - by_hand("gpt2", [row], objective)
+    other = by_hand("gpt2", [], OBJECTIVE) - by_hand("gpt2", [row], OBJECTIVE)
     assert effect != pytest.approx(other, rel=1e-2)
 
 

@@ -32,6 +32,8 @@ class Layer:
     block: nn.Module
     attention: nn.Module
     attention_out: nn.Module
+    attn_projections: tuple[nn.Module, ...]
+    """The projections to q, k and v, or the one that is fused of them."""
     mlp: nn.Module
     """Its output is the MLP's, before a post-norm."""
     mlp_gate: nn.Module | None
@@ -173,7 +175,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
         final_norm = probe_norm(arch.final_norm, arch.d_model, w_e)
         w_u = _write_weight(arch.lm_head).T
     softcap = getattr(config, "final_logit_softcapping", None)
-    unembed_bias = _bias(arch.lm_head)
+    unembed_bias = bias_of(arch.lm_head)
     if softcap is not None and unembed_bias is not None:
         raise unsupported("an unembedding bias below a soft cap of the logits is not supported")
     return Architecture(
@@ -224,6 +226,7 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
         block=block,
         attention=attention,
         attention_out=attn_out,
+        attn_projections=_attn_projections(attention),
         mlp=mlp.module,
         mlp_gate=mlp.gate,
         mlp_up=mlp.up,
@@ -246,9 +249,9 @@ def _layer(arch: ArchSpec, index: int, family: Family, config: PretrainedConfig)
         w_v=value[0],
         b_v=value[1],
         w_in=mlp.w_in,
-        b_in=None if mlp.gate is None else _bias(mlp.gate),
+        b_in=None if mlp.gate is None else bias_of(mlp.gate),
         w_up=None if mlp.up is None else _write_weight(mlp.up).T,
-        b_up=None if mlp.up is None else _bias(mlp.up),
+        b_up=None if mlp.up is None else bias_of(mlp.up),
         activation=mlp.activation,
         w_o=w_o,
         b_o=b_o,
@@ -294,10 +297,17 @@ def _mlp(arch: ArchSpec, index: int, post_norm: Norm | None) -> _Mlp:
 
 def _folded(projection: nn.Module, post_norm: Norm | None) -> tuple[Tensor, Tensor | None]:
     """Write weight [in, d] and bias [d] of a projection, through the linear part of a post-norm."""
-    weight, bias = _write_weight(projection), _bias(projection)
+    weight, bias = _write_weight(projection), bias_of(projection)
     if post_norm is None:
         return weight, bias
     return post_norm.linear(weight), None if bias is None else post_norm.linear(bias)
+
+
+def _attn_projections(attention: nn.Module) -> tuple[nn.Module, ...]:
+    for name in ("c_attn", "query_key_value"):
+        if hasattr(attention, name):
+            return (getattr(attention, name),)
+    return tuple(getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
 
 
 Projection = tuple[Tensor, Tensor | None]
@@ -306,23 +316,23 @@ Projection = tuple[Tensor, Tensor | None]
 
 def _query_key_value(attention: nn.Module, head_width: int) -> tuple[Projection, ...]:
     """Projections of q, k and v per head, of a fused or a separate layout."""
-    interleaved = getattr(attention, "query_key_value", None)
-    fused = getattr(attention, "c_attn", None)
-    if isinstance(interleaved, nn.Module):
+    projections = _attn_projections(attention)
+    if hasattr(attention, "query_key_value"):
         # Rows are ordered by head, then q, k, v.
+        (interleaved,) = projections
         weights = _interleaved(_weight(interleaved), head_width)
-        bias = _bias(interleaved)
+        bias = bias_of(interleaved)
         biases: Sequence[Tensor | None] = (
             (None,) * 3 if bias is None else _interleaved(bias, head_width)
         )
-    elif isinstance(fused, nn.Module):
+    elif len(projections) == 1:
+        (fused,) = projections
         weights = _write_weight(fused).T.chunk(3)
-        bias = _bias(fused)
+        bias = bias_of(fused)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
     else:
-        projections = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
         weights = tuple(_weight(projection) for projection in projections)
-        biases = [_bias(projection) for projection in projections]
+        biases = [bias_of(projection) for projection in projections]
     return tuple(
         (
             weight.reshape(-1, head_width, weight.shape[-1]),
@@ -365,6 +375,6 @@ def _write_weight(projection: nn.Module) -> Tensor:
     return weight if isinstance(projection, Conv1D) else weight.T
 
 
-def _bias(projection: nn.Module) -> Tensor | None:
+def bias_of(projection: nn.Module) -> Tensor | None:
     bias = getattr(projection, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None

@@ -7,6 +7,7 @@ its nodes and its remainder rows; `tables.build` lists the top k of them.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -14,6 +15,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
+from services.common.addresses import Address, Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
@@ -25,10 +27,11 @@ from services.inference.engine.columns import (
     NeuronNodes,
     NodeGroup,
 )
-from services.inference.engine.direct_path import DirectPath, direct_path, head_path
+from services.inference.engine.direct_path import DirectPath, direct_path, head_path, through
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
-from services.inference.engine.objectives import Objective
+from services.inference.engine.objectives import Constant, EditedVectors, Objective
+from services.inference.engine.run_view import RunView, before_post_norm
 
 
 class NormMode(Enum):
@@ -58,6 +61,8 @@ class Explanation:
     """Direct effect of each bias, of the objective's constants and of the rest."""
     logits: Tensor
     """[V] at the objective's position."""
+    notices: tuple[str, ...]
+    """Sentences about J that its reader must see."""
     captured: Pass
     row: int
     """Which row of the captured batch this run is."""
@@ -86,97 +91,112 @@ def explain(
 
     Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
     """
-    rows = [
-        Row(
-            token_ids=run.token_ids,
-            edits=run.edits,
-            final_norm_frozen=norm_mode is not NormMode.LIVE,
-            block_norms_frozen=norm_mode is NormMode.ALL_NORMS_FROZEN,
-        )
-        for run in runs
-    ]
-    positions = sorted({run.objective.position for run in runs})
+    rows = [row_of(architecture, run, norm_mode) for run in runs]
+    positions = sorted({each for run in runs for each in run.objective.logit_positions})
     current = hooks.run(rows, positions, gradients=True, cancel=cancel)
-    logits = [
-        current.logits[row, positions.index(run.objective.position)] for row, run in enumerate(runs)
-    ]
-    objectives = [run.objective.value(row) for run, row in zip(runs, logits, strict=True)]
+    views = [RunView(architecture, current, row) for row in range(len(runs))]
     started = time.perf_counter()
-    gradients = _Gradients.take(current, torch.stack(objectives).sum())
+    objectives = [run.objective.hold(view) for run, view in zip(runs, views, strict=True)]
+    values = [each.value(view) for each, view in zip(objectives, views, strict=True)]
+    readings = [
+        _Reading.of(view, objective) for view, objective in zip(views, objectives, strict=True)
+    ]
+    gradients = _Gradients.take(current, torch.stack(values).sum(), readings)
     backward = (time.perf_counter() - started) * 1e3
     explanations = tuple(
-        _explanation(architecture, current, gradients, row, run, objectives[row], logits[row])
-        for row, run in enumerate(runs)
+        _explanation(view, gradients, reading, float(value.detach()))
+        for view, reading, value in zip(views, readings, values, strict=True)
     )
     return explanations, StageTimes(current.forward_ms, backward)
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    """G of everything a pass captured. Rows of the batch do not mix: J is summed over them."""
+def row_of(architecture: Architecture, run: ExplainedRun, norm_mode: NormMode) -> Row:
+    """The run as a row of a batch, the norms held constant that its objective looks through."""
+    everything = norm_mode is NormMode.ALL_NORMS_FROZEN
+    reading = run.objective.reading_norms(architecture)
+    return Row(
+        token_ids=run.token_ids,
+        edits=run.edits,
+        final_norm_frozen=everything,
+        block_norms_frozen=everything,
+        frozen_norms=frozenset() if norm_mode is NormMode.LIVE else reading,
+    )
 
-    embed: Tensor
-    final_input: Tensor
-    final_output: Tensor
-    logits: Tensor
-    probabilities: tuple[Tensor, ...]
-    edited: tuple[Tensor | None, ...]
-    experts: dict[int, Tensor]
-    neurons: tuple[Tensor, ...]
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one run's objective reads: the tensors between x_ref and J."""
+
+    objective: Objective
+    point: Address
+    reference: Tensor
+    """[B, T, d]"""
+    constants: tuple[Constant, ...]
+    edited: tuple[EditedVectors, ...]
 
     @classmethod
-    def take(cls, current: Pass, objective: Tensor) -> "_Gradients":
-        single = (current.embed, current.final_input, current.final_output, current.logits)
-        probabilities = [site.probabilities for site in current.attention]
-        edited = [site.edited for site in current.attention if site.edited is not None]
-        experts = [write.after for write in current.experts.values()]
-        wanted = [*single, *probabilities, *edited, *experts, *current.neurons]
-        # Where edits cut every path (all heads of a layer zeroed, say) the gradient is zero.
-        taken = iter(torch.autograd.grad(objective, wanted, materialize_grads=True))
-        embed, final_input, final_output, logits = (next(taken) for _ in single)
-        of_probabilities = tuple(next(taken) for _ in probabilities)
-        of_edited = tuple(
-            None if site.edited is None else next(taken) for site in current.attention
-        )
-        of_experts = {layer: next(taken) for layer in current.experts}
+    def of(cls, view: RunView, objective: Objective) -> "_Reading":
+        point = objective.point(view.architecture)
         return cls(
-            embed,
-            final_input,
-            final_output,
-            logits,
-            of_probabilities,
-            of_edited,
-            of_experts,
-            tuple(taken),
+            objective,
+            point,
+            view.residual(point),
+            objective.constants(view),
+            objective.edited(view),
         )
 
-    def of_used_probabilities(self, layer: int, site: AttentionSite, row: int) -> Tensor:
+    @property
+    def tensors(self) -> list[Tensor]:
+        constants = [each.at for each in self.constants]
+        return [self.reference, *constants, *(each.at for each in self.edited)]
+
+
+class _Gradients:
+    """G of what a pass captured. Rows of the batch do not mix: J is summed over them."""
+
+    def __init__(self, found: dict[int, Tensor]) -> None:
+        self._found = found
+
+    @classmethod
+    def take(cls, current: Pass, objective: Tensor, readings: Sequence["_Reading"]) -> "_Gradients":
+        wanted = [current.embed, *current.neurons]
+        wanted += [write.after for write in current.experts.values()]
+        for site in current.attention:
+            wanted += [site.probabilities, *([] if site.edited is None else [site.edited])]
+        for reading in readings:
+            wanted += reading.tensors
+        distinct = {id(tensor): tensor for tensor in wanted}
+        if not objective.requires_grad:  # J depends on nothing, as where no path leads to it
+            taken = tuple(torch.zeros_like(tensor) for tensor in distinct.values())
+        else:
+            # Where edits cut every path (all heads of a layer zeroed, say) the gradient is zero.
+            taken = torch.autograd.grad(objective, list(distinct.values()), materialize_grads=True)
+        return cls(dict(zip(distinct, taken, strict=True)))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The gradient at one of the tensors that were asked for."""
+        return self._found[id(tensor)]
+
+    def of_used_probabilities(self, site: AttentionSite, row: int) -> Tensor:
         """[H, T, T]: G of the probabilities that the row's values were summed with."""
-        edited = self.edited[layer]
-        if row in site.edited_rows and edited is not None:
-            return edited[site.edited_rows.index(row)]
-        return self.probabilities[layer][row]
+        if row in site.edited_rows and site.edited is not None:
+            return self.of(site.edited)[site.edited_rows.index(row)]
+        return self.of(site.probabilities)[row]
 
 
 def _explanation(
-    architecture: Architecture,
-    current: Pass,
-    gradients: _Gradients,
-    row: int,
-    run: ExplainedRun,
-    objective: Tensor,
-    logits: Tensor,
+    view: RunView, gradients: _Gradients, reading: _Reading, value: float
 ) -> Explanation:
-    length = len(run.token_ids)
-    reads = (run.objective.position,)
-    reference = current.final_input[row, :length].detach()
-    gradient = gradients.final_input[row, :length]
-    applied = current.applied(row)
-    path = direct_path(gradient, applied, len(architecture.layers))
+    architecture, current, row, length = view.architecture, view.captured, view.row, view.tokens
+    reads, applied = reading.objective.reads, view.edits
+    reference = reading.reference[row, :length].detach()
+    gradient = gradients.of(reading.reference)[row, :length]
+    path = direct_path(gradient, reading.point, applied, len(architecture.layers))
+    embed_gradient = gradients.of(current.embed)[row, :length]
     groups: list[NodeGroup] = [
         EmbedNodes(
             current.embed[row, :length].detach(),
-            gradients.embed[row, :length],
+            embed_gradient,
             written=current.embed_before[row, :length],
             read=path.embed,
         )
@@ -185,10 +205,10 @@ def _explanation(
         probabilities = site.used(row)[:, :length, :length]
         values = site.values_per_head(row)[:, :length]
         edits = [edit for edit in applied if edit.target.layer == index]
-        scale = _scale_of(current.attn_scale[index], row, length)
-        met = path.attention[index] if scale is None else path.attention[index] / scale
+        met = before_post_norm(view, path, Kind.ATTN, index)
         heads = head_path(met, reads, layer.w_o, values, probabilities, edits, path.edits)
-        grads = gradients.of_used_probabilities(index, site, row)[:, :length, :length]
+        grads = gradients.of_used_probabilities(site, row)[:, :length, :length]
+        scale = view.post_norm_scale(Kind.ATTN, index)
         groups.append(HeadNodes(index, layer, probabilities, grads, values, scale, heads, reads))
     for index, layer in enumerate(architecture.layers):
         if layer.experts:
@@ -197,70 +217,72 @@ def _explanation(
                 ExpertsNodes(
                     index,
                     write.after[row, :length].detach(),
-                    gradients.experts[index][row, :length],
+                    gradients.of(write.after)[row, :length],
                     written=write.before[row, :length],
                     read=path.mlp[index],
                 )
             )
             continue
-        scale = _scale_of(current.mlp_scale[index], row, length)
+        neurons = current.neurons[index]
         groups.append(
             NeuronNodes(
                 index,
                 layer,
-                current.neurons[index][row, :length].detach(),
-                gradients.neurons[index][row, :length],
-                scale,
-                path.mlp[index] if scale is None else path.mlp[index] / scale,
+                neurons[row, :length].detach(),
+                gradients.of(neurons)[row, :length],
+                view.post_norm_scale(Kind.MLP, index),
+                before_post_norm(view, path, Kind.MLP, index),
                 reads,
             )
         )
-    value = float(objective.detach())
-    constants = _dot(architecture.final_norm.bias, gradients.final_output[row].sum(0))
-    if architecture.unembed_bias is not None:
-        constants += _dot(architecture.unembed_bias, gradients.logits[row].sum(0))
-    explained = _dot(reference, gradient)
-    remainder = _bias_rows(architecture, current, row, path)
-    remainder.update({f"edit.{node}": effect for node, effect in path.edits.items()})
+    constants: float = sum(
+        _dot(each.vector, gradients.of(each.at)[row].reshape(-1, len(each.vector)).sum(0))
+        for each in reading.constants
+    )
+    between = _edits_between(reading, gradients, row, length)
+    remainder = _bias_rows(view, path)
+    for node, effect in (*path.edits.items(), *between.items()):
+        remainder[f"edit.{node}"] = remainder.get(f"edit.{node}", 0.0) + effect
     remainder["bias.read"] = constants
-    remainder["rest"] = value - explained - constants
-    _require_finite(value, remainder, gradients.embed[row, :length])
-    return Explanation(value, tuple(groups), remainder, logits.detach(), current, row)
+    remainder["rest"] = value - _dot(reference, gradient) - constants - sum(between.values())
+    _require_finite(value, remainder, embed_gradient)
+    return Explanation(
+        value,
+        tuple(groups),
+        remainder,
+        view.logits(reading.objective.position).detach(),
+        reading.objective.notices,
+        current,
+        row,
+    )
 
 
-def _scale_of(scales: Tensor | None, row: int, length: int) -> Tensor | None:
-    """[T, 1]: scale of a post-norm in one row, None where there is no post-norm."""
-    return None if scales is None else scales[row, :length]
+def _edits_between(
+    reading: _Reading, gradients: _Gradients, row: int, length: int
+) -> dict[Address, float]:
+    """Direct effects of what edits add between x_ref and J, by the edited node."""
+    rows: dict[Address, float] = defaultdict(float)
+    for each in reading.edited:
+        gradient = gradients.of(each.at)[row, each.head, :length]
+        for edit in reversed(each.edits):
+            gradient = through(edit, edit.target, gradient, rows)
+    return rows
 
 
-def _bias_rows(
-    architecture: Architecture, current: Pass, row: int, path: DirectPath
-) -> dict[str, float]:
+def _bias_rows(view: RunView, path: DirectPath) -> dict[str, float]:
     """Direct effect of the output biases and of the post-norms', summed over tokens."""
     rows: dict[str, float] = {}
-    for index, layer in enumerate(architecture.layers):
-        for name, met, scales, bias, post_norm in (
-            (
-                f"bias.attn.{index}",
-                path.attention[index],
-                current.attn_scale[index],
-                layer.b_o,
-                layer.attn_post_norm,
-            ),
-            (
-                f"bias.mlp.{index}",
-                path.mlp[index],
-                current.mlp_scale[index],
-                layer.b_out,
-                None if layer.experts else layer.mlp_post_norm,  # there the whole write is a node
-            ),
+    for index, layer in enumerate(view.architecture.layers):
+        # Of experts the whole write is a node, so nothing of its norm is left over.
+        mlp_post_norm = None if layer.experts else layer.mlp_post_norm
+        for name, kind, met, bias, post_norm in (
+            (f"bias.attn.{index}", Kind.ATTN, path.attention, layer.b_o, layer.attn_post_norm),
+            (f"bias.mlp.{index}", Kind.MLP, path.mlp, layer.b_out, mlp_post_norm),
         ):
-            scale = _scale_of(scales, row, len(met))
             if bias is not None:
-                before = met if scale is None else met / scale
-                rows[name] = _dot(bias, before.sum(0))
+                rows[name] = _dot(bias, before_post_norm(view, path, kind, index).sum(0))
             if post_norm is not None and post_norm.bias.any():
-                rows[name] = rows.get(name, 0.0) + _dot(post_norm.bias, met.sum(0))
+                rows[name] = rows.get(name, 0.0) + _dot(post_norm.bias, met[index].sum(0))
     return rows
 
 

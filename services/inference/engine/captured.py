@@ -110,6 +110,8 @@ class Pass:
     """
 
     rows: Sequence[Row]
+    positions: Sequence[int]
+    """Where `logits` are."""
     gradients: bool
     cancel: CancelToken
     embed: Tensor = field(init=False)
@@ -120,6 +122,11 @@ class Pass:
     """Per layer [B, T, d]: the residual stream that the block reads."""
     attn_in: list[Tensor] = field(default_factory=list)
     """Per layer [B, T, d]: output of the norm before attention (with gradients)."""
+    biased: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By layer: bias [w] and output [B, T, w] of each projection to q, k and v that has a bias
+    (with gradients)."""
+    qk_normed: dict[NormPlace, Tensor] = field(default_factory=dict)
+    """Outputs of QK-norms, token axis anywhere but first (with gradients)."""
     attn_scale: list[Tensor | None] = field(default_factory=list)
     """Per layer [B, T, 1], detached: scale of the norm behind attention, if there is one."""
     attn_write: list[Tensor] = field(default_factory=list)
@@ -134,10 +141,10 @@ class Pass:
     """[B, T, d]: what the MLP that ran last adds to the stream."""
     mlp_in: list[Tensor] = field(default_factory=list)
     """Per layer [B, T, d]: output of the norm before the MLP (with gradients)."""
-    gates: list[Tensor] = field(default_factory=list)
-    """Per layer [B, T, F]: pre-activations, of the gate where it is gated (with gradients)."""
-    ups: list[Tensor] = field(default_factory=list)
-    """Per layer [B, T, F]: the other branch of gated MLPs, else empty (with gradients)."""
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    """By layer [B, T, F]: pre-activations, of the gate where it is gated (with `branches`)."""
+    ups: dict[int, Tensor] = field(default_factory=dict)
+    """By layer [B, T, F]: the other branch of gated MLPs, else empty (with `branches`)."""
     mlp_scale: list[Tensor | None] = field(default_factory=list)
     """Per layer [B, T, 1], detached: scale of the norm behind the MLP, if there is one."""
     mlp_write: list[Tensor] = field(default_factory=list)
@@ -157,8 +164,10 @@ class Pass:
     final_output: Tensor = field(init=False)
     """[B, T, d]: output of the final norm."""
     logits: Tensor = field(init=False)
-    """[B, P, V] at the positions asked for."""
+    """[B, P, V] at `positions`."""
     forward_ms: float = 0.0
+    branches: bool = False
+    """Whether pre-activations of neurons are kept."""
     wanted: frozenset[Point] = frozenset()
     """Points to keep beyond what every pass captures."""
     kept: dict[Point, Tensor] = field(default_factory=dict)

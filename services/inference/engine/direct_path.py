@@ -30,12 +30,19 @@ class DirectPath:
     """Direct effect of each edit's constant, by the edited node."""
 
 
-def direct_path(reference: Tensor, edits: Sequence[Edit], layers: int) -> DirectPath:
-    """`reference` is g*, [T, d], at the residual stream after the last layer's edits."""
+def direct_path(
+    reference: Tensor, point: Address, edits: Sequence[Edit], layers: int
+) -> DirectPath:
+    """`reference` is g*, [T, d], at a point of the residual stream after its edits.
+
+    Whatever is not upstream of the point meets a gradient of 0.
+    """
     rows: dict[Address, float] = defaultdict(float)
 
     def before(kind: Kind, layer: int | None, gradient: Tensor) -> Tensor:
         """The gradient before the edits of one site; the last edit comes first."""
+        if (kind, layer) == (point.kind, point.layer):
+            gradient = reference
         for edit in reversed(edits):
             if edit.target.kind is kind and edit.target.layer == layer:
                 gradient = through(edit, edit.target, gradient, rows)
@@ -43,7 +50,7 @@ def direct_path(reference: Tensor, edits: Sequence[Edit], layers: int) -> Direct
 
     attention: list[Tensor] = []
     mlp: list[Tensor] = []
-    gradient = reference
+    gradient = torch.zeros_like(reference)
     for layer in reversed(range(layers)):
         gradient = before(Kind.RESID_POST, layer, gradient)
         mlp.append(before(Kind.MLP, layer, gradient))

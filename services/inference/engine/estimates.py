@@ -6,16 +6,16 @@ formula per kind of target: whatever can be edited can be estimated.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from services.inference.engine.attribution import ExplainedRun, NormMode
+from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
+from services.inference.engine.run_view import RunView
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def estimate(
         _Weighted(edit.target, edit.positions, edit.operation, weight=weight, baseline=edit)
         for edit, weight in zip(baselines, weights.unbind(), strict=True)
     ]
-    row = Row(
-        run.token_ids,
-        (*run.edits, *moved),
-        final_norm_frozen=norm_mode is not NormMode.LIVE,
-        block_norms_frozen=norm_mode is NormMode.ALL_NORMS_FROZEN,
-    )
-    current = hooks.run([row], [run.objective.position], gradients=True, cancel=cancel)
-    objective = run.objective.value(current.logits[0, 0])
-    (gradient,) = torch.autograd.grad(objective, weights)
+    objective, positions = run.objective, run.objective.logit_positions
+    row = row_of(hooks.architecture, run, norm_mode)
+    if objective.holds:
+        current = hooks.run([row], positions, gradients=True, cancel=cancel)
+        objective = objective.hold(RunView(hooks.architecture, current, 0))
+    row = replace(row, edits=(*run.edits, *moved))
+    current = hooks.run([row], positions, gradients=True, cancel=cancel)
+    value = objective.value(RunView(hooks.architecture, current, 0))
+    (gradient,) = torch.autograd.grad(value, weights, materialize_grads=True)
     found: list[float] = gradient.double().tolist()
     return found

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine import attention, norms, references, resuming
-from services.inference.engine.architecture import Architecture
+from services.inference.engine.architecture import Architecture, bias_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import ExpertsWrite, Pass, Row
 from services.inference.engine.dictionaries.sites import Point as SitePoint
@@ -38,7 +38,7 @@ _ALWAYS = (
     "neurons",
     "mlp_scale",
 )
-_WITH_GRADIENTS = ("attn_in", "attn_write", "mlp_in", "gates", "mlp_write")
+_WITH_GRADIENTS = ("attn_in", "attn_write", "mlp_in", "mlp_write")
 """What a pass must hold once per layer."""
 
 
@@ -73,7 +73,7 @@ class Hooks:
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self._model = model
-        self._architecture = architecture
+        self.architecture = architecture
         self.current: Pass | None = None
         resuming.install(architecture, lambda: self.current)
         self.shelf = Shelf(of=architecture)
@@ -88,15 +88,19 @@ class Hooks:
             for place, norm in layer.norms(index):
                 norm.module.register_forward_hook(partial(self._leave_norm, place, norm))
             layer.attn_norm.module.register_forward_hook(partial(self._capture, "attn_in"))
+            for projection in layer.attn_projections:
+                if (bias := bias_of(projection)) is not None:
+                    hook = partial(self._capture_biased, index, bias)
+                    projection.register_forward_hook(hook)
             layer.mlp_norm.module.register_forward_hook(partial(self._capture, "mlp_in"))
             layer.mlp_norm.module.register_forward_hook(partial(self._leave_mlp_norm, index))
             if layer.mlp_gate is None or layer.mlp_down is None:
                 layer.mlp.register_forward_pre_hook(partial(self._enter_experts, index))
             else:
-                layer.mlp_gate.register_forward_hook(partial(self._capture, "gates"))
+                layer.mlp_gate.register_forward_hook(partial(self._capture_branch, "gates", index))
                 layer.mlp_down.register_forward_pre_hook(partial(self._enter_mlp_down, index))
             if layer.mlp_up is not None:
-                layer.mlp_up.register_forward_hook(partial(self._capture, "ups"))
+                layer.mlp_up.register_forward_hook(partial(self._capture_branch, "ups", index))
             attn, mlp = layer.attn_post_norm, layer.mlp_post_norm
             layer.attention.register_forward_hook(partial(self._before_attn_post_norm, index))
             layer.mlp.register_forward_hook(partial(self._before_mlp_post_norm, index))
@@ -117,6 +121,7 @@ class Hooks:
         positions: Sequence[int],
         *,
         gradients: bool,
+        branches: bool = False,
         cancel: CancelToken | None = None,
         keep: frozenset[Point] = frozenset(),
         dictionaries: Sequence[str] = (),
@@ -124,30 +129,38 @@ class Hooks:
     ) -> Pass:
         """Runs the model over the rows; logits at `positions` (of every row).
 
-        `keep` names points to keep beyond what every pass captures, `dictionaries` the ids of
-        those to be read; the ones that edits name are read besides. With a `cache` the rows go on
-        from the tokens in it, which it then holds too; positions count from the rows' first.
+        `branches` keeps pre-activations of neurons without gradients too, `keep` names points to
+        keep beyond what every pass captures, `dictionaries` the ids of those to be read; the ones
+        that edits name are read besides. With a `cache` the rows go on from the tokens in it, which
+        it then holds too; positions count from the rows' first.
 
         Raises FailedPrecondition (reason NON_FINITE) where a value is not finite, Cancelled and
         DeadlineExceeded from the token.
         """
         cancel = cancel or CancelToken()
         rows = [replace(row, edits=self.fill(row.edits, cancel)) for row in rows]
-        current = Pass(rows, gradients, cancel, wanted=keep)
-        self._run(current, positions, dictionaries, cache)
+        current = Pass(
+            rows,
+            tuple(positions),
+            gradients,
+            cancel,
+            wanted=keep,
+            branches=branches or gradients,
+        )
+        self._run(current, dictionaries, cache)
         return current
 
     def look(self, rows: Sequence[Row], probe: Probe, cancel: CancelToken) -> None:
         """Runs the model over rows without edits, showing `probe` the sites it wants."""
-        self._run(Pass(rows, False, cancel, sites=probe), [0])
+        self._run(Pass(rows, (0,), False, cancel, sites=probe))
 
     def record(
         self, row: Row, positions: Sequence[int], *, cancel: CancelToken, gradients: bool = False
     ) -> Recording:
         """Like `run` of one row, remembering what `resume` starts from."""
         row = replace(row, edits=self.fill(row.edits, cancel))
-        current = Recording([row], gradients, cancel)
-        self._run(current, positions)
+        current = Recording([row], tuple(positions), gradients, cancel)
+        self._run(current)
         return current
 
     def fill(self, edits: Sequence[Edit], cancel: CancelToken) -> tuple[Edit, ...]:
@@ -165,7 +178,7 @@ class Hooks:
         Raises Cancelled and DeadlineExceeded from its token.
         """
         self._attach(current)
-        device = self._architecture.final_norm.gain.device
+        device = self.architecture.final_norm.gain.device
         ids = torch.tensor(current.token_ids, device=device).expand(len(current.rows), -1)
         last = torch.tensor([len(current.token_ids) - 1], device=device)
         with self._running(current), torch.set_grad_enabled(current.gradients):
@@ -184,14 +197,13 @@ class Hooks:
     def _run(
         self,
         current: Pass,
-        positions: Sequence[int],
         dictionaries: Sequence[str] = (),
         cache: DynamicCache | None = None,
     ) -> None:
         started = time.perf_counter()
         rows, gradients = current.rows, current.gradients
         self._attach(current, dictionaries)
-        device = self._architecture.final_norm.gain.device
+        device = self.architecture.final_norm.gain.device
         longest = max(len(row.token_ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         for index, row in enumerate(rows):
@@ -199,7 +211,7 @@ class Hooks:
         with self._running(current), torch.set_grad_enabled(gradients):
             output = self._model(
                 input_ids=ids.to(device),
-                logits_to_keep=torch.tensor(list(positions), device=device),
+                logits_to_keep=torch.tensor(current.positions, device=device),
                 use_cache=cache is not None,
                 cache=cache,
             )
@@ -216,7 +228,7 @@ class Hooks:
             self.current = None
 
     def _check_captured(self, current: Pass) -> None:
-        layers = len(self._architecture.layers)
+        layers = len(self.architecture.layers)
         names = (*_ALWAYS, *_WITH_GRADIENTS) if current.gradients else _ALWAYS
         counts = {name: len(getattr(current, name)) for name in names}
         if any(count != layers for count in counts.values()):
@@ -293,8 +305,9 @@ class Hooks:
         if current is None:
             return None
         edited = current.edited_middle
-        current.middles.append(self._per_token(args[0]) if edited is None else edited)
-        return None if edited is None else (edited.view_as(args[0]), *args[1:])
+        middle = self._per_token(args[0]) if edited is None else edited
+        current.middles.append(middle)
+        return None if middle is args[0] else (middle.view_as(args[0]), *args[1:])
 
     def _after_block(self, output: Tensor) -> Tensor:
         """[B, T, d]: the stream after a block, without the rounding of an edited middle."""
@@ -307,10 +320,35 @@ class Hooks:
 
     def _capture(
         self, name: str, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         """Enters an output in the list of that name of a pass with gradients."""
+        if self.current is None or not self.current.gradients:
+            return None
+        values = self._per_token(output)
+        getattr(self.current, name).append(values)
+        # What is captured must lie on the way to the logits, or gradients would pass it by.
+        return None if values is output else values.view_as(output)
+
+    def _capture_branch(
+        self,
+        name: str,
+        layer: int,
+        module: torch.nn.Module,
+        args: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> Tensor | None:
+        """Enters pre-activations of neurons in the dictionary of that name."""
+        if self.current is None or not self.current.branches:
+            return None
+        values = self._per_token(output)
+        getattr(self.current, name)[layer] = values
+        return None if values is output else values.view_as(output)
+
+    def _capture_biased(
+        self, layer: int, bias: Tensor, module: torch.nn.Module, args: object, output: Tensor
+    ) -> None:
         if self.current is not None and self.current.gradients:
-            getattr(self.current, name).append(self._per_token(output))
+            self.current.biased.setdefault(layer, []).append((bias, output))
 
     def _per_token(self, x: Tensor) -> Tensor:
         """[B, T, w] of what some families flatten to [B * T, w] for the MLP."""
@@ -352,7 +390,7 @@ class Hooks:
         if current is None:
             return None
         write = output if isinstance(output, Tensor) else output[0]
-        post_norm = self._architecture.layers[layer].attn_post_norm
+        post_norm = self.architecture.layers[layer].attn_post_norm
         current.attn_scale.append(_scale(post_norm, args))
         write = current.at_site(SitePoint.ATTN_OUT, layer, write)
         write = current.edit_residual(Kind.ATTN, layer, write)
@@ -383,12 +421,12 @@ class Hooks:
         current = self.current
         if current is None:
             return None
-        post_norm = self._architecture.layers[layer].mlp_post_norm
+        post_norm = self.architecture.layers[layer].mlp_post_norm
         current.mlp_scale.append(_scale(post_norm, args))
         before = self._per_token(output)
         write = current.at_site(SitePoint.MLP_OUT, layer, before)
         write = current.edit_residual(Kind.MLP, layer, write)
-        if self._architecture.layers[layer].experts:
+        if self.architecture.layers[layer].experts:
             current.experts[layer] = ExpertsWrite(before.detach(), write)
         current.last_write = write
         if current.gradients:
@@ -400,8 +438,6 @@ class Hooks:
         if current is None:
             return
         none = self._per_token(args[0])[..., :0]
-        if current.gradients:
-            current.gates.append(none)
         current.edit_neurons(layer, none)
 
     def _enter_mlp_down(
@@ -425,10 +461,12 @@ class Hooks:
         if current is None or not current.gradients:
             return None
         frozen = tuple(row.freezes(place) for row in current.rows)
-        if not any(frozen):
-            return None
-        held = norms.hold_scale(norm, self._per_token(args[0]), self._per_token(output), frozen)
-        return held.view_as(output)
+        if any(frozen):
+            x, output = self._per_token(args[0]), self._per_token(output)
+            output = norms.hold_scale(norm, x, output, frozen).view_as(args[0])
+        if place[0] in ("q", "k"):
+            current.qk_normed[place] = output
+        return output
 
     def _enter_final_norm(
         self, module: torch.nn.Module, args: tuple[Tensor, ...]
@@ -436,7 +474,7 @@ class Hooks:
         current = self.current
         if current is None:
             return None
-        last = len(self._architecture.layers) - 1
+        last = len(self.architecture.layers) - 1
         after = current.at_site(SitePoint.RESID_POST, last, self._after_block(args[0]))
         current.final_input = current.edit_residual(Kind.RESID_POST, last, after)
         return (current.final_input, *args[1:])

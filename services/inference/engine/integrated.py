@@ -22,6 +22,7 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
+from services.inference.engine.objectives import OfLogits
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start
 from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
 
@@ -97,6 +98,7 @@ class Integration:
     """What moves, and at which shares of the way from x0 to x."""
     _hooks: Hooks
     _run: ExplainedRun
+    _objective: OfLogits
     _recording: Recording
     _wanted: tuple[Sublayer, ...]
     _starts: Mapping[Sublayer, Tensor]
@@ -119,7 +121,7 @@ class Integration:
         edits = tuple(edit for edit in self._run.edits if not _belongs(edit, moving))
         current = _Between(self._recording, moving, points, edits, cancel)
         logits = self._hooks.resume(current)
-        objective = torch.stack([self._run.objective.value(row) for row in logits]).sum()
+        objective = torch.stack([self._objective.of_logits(row) for row in logits]).sum()
         read = self._wanted if self._along_input else (moving,)
         sites = [
             current.points if sublayer == moving else sublayer.sites(current) for sublayer in read
@@ -144,7 +146,7 @@ class Integration:
             effects = moved * self._sums[sublayer] / self._steps
             vectors = sublayer.kind in (Kind.EMBED, Kind.MLP)
             found[sublayer] = effects.sum(-1) if vectors else effects
-        last = self._run.objective.position
+        last = self._objective.position
         return [
             0.0 if (node.position or 0) > last else float(found[Sublayer.of(node)][_index(node)])
             for node in nodes
@@ -160,7 +162,7 @@ class Integration:
 
     def _cut(self, sublayer: Sublayer, values: Tensor) -> Tensor:
         """Values over the tokens up to J's."""
-        tokens = self._run.objective.position + 1
+        tokens = self._objective.position + 1
         if sublayer.kind is Kind.HEAD:
             return values[:, :tokens, :tokens]
         return values[:tokens]
@@ -182,7 +184,9 @@ def begin(
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
     run = replace(run, edits=hooks.fill(run.edits, cancel))
-    position = run.objective.position
+    objective = run.objective
+    assert isinstance(objective, OfLogits)
+    position = objective.position
     recording = hooks.record(Row(run.token_ids, run.edits), [position], cancel=cancel)
     budget = TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
     size = max(1, budget // (position + 1))
@@ -191,7 +195,9 @@ def begin(
     wanted = tuple(dict.fromkeys(map(Sublayer.of, nodes)))
     moving = (EMBEDDINGS,) if along_input else wanted
     chunks = tuple((sublayer, batch) for sublayer in moving for batch in batches)
-    return Integration(chunks, hooks, run, recording, wanted, starts or {}, steps, along_input)
+    return Integration(
+        chunks, hooks, run, objective, recording, wanted, starts or {}, steps, along_input
+    )
 
 
 def _belongs(edit: Edit, sublayer: Sublayer) -> bool:

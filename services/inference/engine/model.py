@@ -24,6 +24,7 @@ from services.inference.engine import (
     loading,
     tables,
     verification,
+    whole_verification,
 )
 from services.inference.engine.architecture import Architecture, resolve
 from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
@@ -37,7 +38,7 @@ from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.lens import lens_logits
-from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.objectives import LogitDiff, OfLogits
 from services.inference.engine.points import Point
 from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
 from services.inference.engine.readouts import ReadOut, read_out
@@ -47,6 +48,7 @@ from services.inference.engine.shelving import fill_shelf
 from services.inference.engine.sublayers import Sublayer
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation, Verification
+from services.inference.engine.whole_verification import WholeVerification
 
 
 @dataclass(frozen=True)
@@ -310,10 +312,16 @@ class Model:
         return estimates.estimate(self.hooks, run, edits, norm_mode, cancel)
 
     def verify(
-        self, run: ExplainedRun, ablations: Sequence[Ablation], cancel: CancelToken
-    ) -> Verification:
+        self,
+        run: ExplainedRun,
+        ablations: Sequence[Ablation],
+        norm_mode: NormMode,
+        cancel: CancelToken,
+    ) -> Verification | WholeVerification:
         """The run as it is, and the chunks in which its nodes can be verified."""
-        return verification.begin(self.hooks, run, ablations, cancel)
+        if isinstance(run.objective, OfLogits):
+            return verification.begin(self.hooks, run, ablations, cancel)
+        return whole_verification.begin(self.hooks, run, ablations, norm_mode, cancel)
 
     def integrate(
         self,

@@ -171,7 +171,10 @@ class Resumed(Pass):
         (run,) = recording.rows
         self.token_ids = run.token_ids[self.first : self.last + 1]
         super().__init__(
-            [Row(self.token_ids, self._moved(each)) for each in edits], gradients, cancel
+            [Row(self.token_ids, self._moved(each)) for each in edits],
+            (self.last,),
+            gradients,
+            cancel,
         )
         for each in fields(Pass):
             if each.default_factory is list and not keeps_layers:

@@ -17,6 +17,7 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.objectives import OfLogits
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
@@ -68,6 +69,7 @@ class Verification:
     chunks: tuple[Chunk, ...]
     _hooks: Hooks
     _run: ExplainedRun
+    _objective: OfLogits
     _recording: Recording
 
     def chunk(self, number: int, cancel: CancelToken) -> list[Verified]:
@@ -82,13 +84,13 @@ class Verification:
         current = Resumed(
             self._recording,
             chunk.start,
-            (chunk.first, run.objective.position),
+            (chunk.first, self._objective.position),
             [(*run.edits, each.edit) for each in chunk.ablations],
             cancel,
         )
         found = []
         for ablation, logits in zip(chunk.ablations, self._hooks.resume(current), strict=True):
-            value = float(run.objective.value(logits))
+            value = float(self._objective.of_logits(logits))
             if not math.isfinite(value):
                 raise FailedPrecondition(
                     f"the objective is not finite once {ablation.node} is at its baseline",
@@ -105,7 +107,7 @@ def begin(
     cancel: CancelToken,
     tokens_per_chunk: int | None = None,
 ) -> Verification:
-    """Runs the model as it is, and plans the rest.
+    """Runs the model as it is, and plans the rest. The objective is one of the logits.
 
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
@@ -115,15 +117,17 @@ def begin(
     ablations = [
         replace(each, edit=edit) for each, edit in zip(ablations, filled[own:], strict=True)
     ]
-    position = run.objective.position
+    objective = run.objective
+    assert isinstance(objective, OfLogits)
+    position = objective.position
     recording = hooks.record(Row(run.token_ids, run.edits), [position], cancel=cancel)
-    value = float(run.objective.value(recording.logits[0, 0]))
+    value = float(objective.of_logits(recording.logits[0, 0]))
     if not math.isfinite(value):
         raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
     budget = tokens_per_chunk or TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
     starts = [start_of(each.edit.target, hooks.shelf.site_of) for each in ablations]
     chunks = _chunks(ablations, starts, position, len(recording.neurons), budget)
-    return Verification(value, recording.receipts(0), chunks, hooks, run, recording)
+    return Verification(value, recording.receipts(0), chunks, hooks, run, objective, recording)
 
 
 def _chunks(

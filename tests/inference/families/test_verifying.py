@@ -56,7 +56,7 @@ def of_base() -> list[tuple[str, int | None, Any, Any]]:
 
 def objective_of(variant: str, *changes: tuple[str, int | None, Any, Any]) -> float:
     logits = reference_of(variant).run(IDS, edited(*of_base(), *changes))[0, LAST]
-    return float(OBJECTIVE.value(logits))
+    return float(OBJECTIVE.of_logits(logits))
 
 
 @every_variant
@@ -125,5 +125,5 @@ def _at(variant: str, site: str, share: float) -> tuple[Tensor, Tensor]:
         return leaf[1]
 
     logits = reference_of(variant).run(IDS, visit)[0, LAST]
-    (gradient,) = torch.autograd.grad(OBJECTIVE.value(logits), [leaf[1]])
+    (gradient,) = torch.autograd.grad(OBJECTIVE.of_logits(logits), [leaf[1]])
     return leaf[0][0], gradient[0]
