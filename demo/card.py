@@ -96,6 +96,22 @@ MIT, corpus and weights included.
 """
 
 
+_DICTIONARIES = """In `demo/dictionaries`, trained by
+
+    {command}
+
+on the corpus: TopK sparse autoencoders of {latents:,} latents, {k} active at most, of what each
+sublayer writes into the residual stream, in SAELens's layout. Measured on `sample.txt` beside them,
+{tokens:,} tokens of corpus text that no training step read. *FVU*: fraction of variance
+unexplained. *L0*: mean number of active latents per token. *Dead*: share of latents which none of
+another {many:,} tokens of the corpus makes active. Training took {minutes:.1f} minutes with
+{threads} thread(s) on two CPU cores that had other work too.
+
+| dictionary | FVU | L0 | dead |
+|---|---|---|---|
+{rows}"""
+
+
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
@@ -178,3 +194,18 @@ def write(model: Any, tokenizer: Any, out: Path, settings: Settings, seconds: fl
     ]
     (out / "behaviours.json").write_text(json.dumps(behaviours, indent=2) + "\n")
     (out / "README.md").write_text(_text(model, settings, seconds, examples, summaries))
+
+
+def state_dictionaries(
+    card: Path, figures: Mapping[str, object], rows: Sequence[tuple[str, float, float, float]]
+) -> None:
+    """Puts the dictionaries' figures before a card's limits; rows are name, FVU, L0, dead."""
+    before, limits, after = card.read_text().partition("## Limits\n")
+    if not limits:
+        raise ValueError(f"{card} is no card of the demo model; `python -m demo.train` writes one.")
+    before = before.partition("## Dictionaries\n")[0]
+    table = "\n".join(
+        _row(f"`{name}`", f"{fvu:.4f}", f"{l0:.2f}", f"{dead:.1%}") for name, fvu, l0, dead in rows
+    )
+    text = _DICTIONARIES.format(rows=table, threads=torch.get_num_threads(), **figures)
+    card.write_text(f"{before}## Dictionaries\n\n{text}\n\n{limits}{after}")
