@@ -240,6 +240,14 @@ def test_exactly_the_tokens_asked_for_largest_first_and_never_undecodable_ones()
             assert len(ours) in (0, 5)
 
 
+def test_layers_of_experts_have_no_neurons_to_compare_with() -> None:
+    architecture = engine_of("qwen3_moe/mixed").architecture
+    found = described("qwen3_moe/mixed", "neuron.1.7", similar=10_000).similar
+    assert {each.layer for each, _ in found} == {1}
+    assert len(found) == architecture.neurons - 1
+    assert {each.layer for each, _ in described("qwen3_moe/mixed", "head.1.3").similar} == {0, 1, 2}
+
+
 def test_what_writes_nothing_is_similar_to_nothing() -> None:
     engine = engine_of("opt/relu")
     row = engine.architecture.layers[1].w_out[7]

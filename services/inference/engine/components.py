@@ -141,14 +141,15 @@ class Describer:
         )
 
     def _neuron_cosines(self, neuron: Address, cancel: CancelToken) -> Tensor:
-        """[layers, F]: of the writes of all neurons."""
+        """[layers, F]: of the writes of all neurons; not numbers where a layer has fewer."""
         write = self._layer(neuron).w_out[neuron.index].float()
-        rows = []
-        for layer in self._architecture.layers:
+        layers = self._architecture.layers
+        found = write.new_full((len(layers), self._architecture.neurons), torch.nan)
+        for row, layer in zip(found, layers, strict=True):
             cancel.check()
             lengths = layer.w_out_norm.float() * torch.linalg.vector_norm(write)
-            rows.append((layer.w_out.float() @ write) / lengths)
-        return torch.stack(rows)
+            row[: len(lengths)] = (layer.w_out.float() @ write) / lengths
+        return found
 
     def _head_cosines(self, head: Address, cancel: CancelToken) -> Tensor:
         """[layers, H]: of the output-value maps of all heads."""

@@ -169,6 +169,7 @@ EXPERT_FEATURES = (
     "batches",
     "verification",
     "integration",
+    "points",
     "generation",
     "half precision",
 )

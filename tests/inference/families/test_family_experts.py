@@ -27,7 +27,7 @@ from services.inference.engine.readouts import read_out
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation
-from tests.inference.families import test_family_numbers, test_family_passes
+from tests.inference.families import test_family_numbers, test_family_passes, test_running
 from tests.inference.families.models import (
     EXPERT_VARIANTS,
     IDS,
@@ -289,6 +289,11 @@ def test_generation(variant: str) -> None:
         expected = reference.run(ids, site)[0, -1].log_softmax(-1)
         assert close(torch.tensor(sorted(step.top))[:, 1], expected, 1e-4)
         ids.append(step.token_id)
+
+
+@every_expert
+def test_points(variant: str) -> None:
+    test_running.check_points(variant)
 
 
 def test_every_feature_of_experts_has_its_test() -> None:
