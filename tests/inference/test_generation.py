@@ -16,7 +16,16 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.dictionaries.sites import Point
 from services.inference.engine.generation import Continuation, Ending, Finish, Generated
-from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
+from services.inference.engine.interventions import (
+    Add,
+    Intervention,
+    Mean,
+    Patch,
+    Scale,
+    SetTo,
+    Source,
+    Zero,
+)
 from services.inference.engine.sampling import Sampler, Sampling
 from services.inference.engine.text import Vocabulary
 from tests.inference import plain
@@ -158,15 +167,9 @@ def test_random_edits_of_prompt_and_continuation(family: str, data: st.DataObjec
     check_steps(engine, model, wanted)
 
 
-@pytest.mark.parametrize("point", [Point.Z, Point.MLP_OUT, Point.RESID_POST])
-def test_latents_of_prompt_and_continuation(point: Point) -> None:
-    engine = random_engine("llama", dictionaries=[random_dictionary("D", point, 1)])
-    wanted = [
-        Intervention(parse("latent.D.3"), SetTo(2.0)),
-        Intervention(parse("latent.D.7~8"), SetTo(-4.0)),
-        Intervention(parse("error.D"), Scale(0.3), (2, 6)),
-    ]
-    edits = engine.edits(*wanted, tokens=TOKENS)
+def check_uncached(engine: Engine, wanted: Sequence[Intervention]) -> Continuation:
+    """Raises unless every step is what our own pass over the whole sequence says."""
+    edits = engine.hooks.fill(engine.edits(*wanted, tokens=TOKENS), CancelToken())
     continuation, steps = continued(engine, wanted)
     ids = list(PROMPT)
     for step in steps:
@@ -179,10 +182,33 @@ def test_latents_of_prompt_and_continuation(point: Point) -> None:
         uncached = run.logits[0, 0].double().log_softmax(-1)
         assert (distribution(step) - uncached).abs().max() < 1e-4
         ids.append(step.token_id)
-    assert [receipt.sites for receipt in continuation.receipts] == [TOKENS, 1, 2]
-    assert continuation.receipts[1].positions == (8,)
     _, clean = continued(engine)
     assert (distribution(steps[0]) - distribution(clean[0])).abs().max() > 1e-3
+    return continuation
+
+
+def test_values_of_other_runs_in_prompt_and_continuation() -> None:
+    engine = random_engine("llama")
+    source = Source((9, 8, 7, 6), (Intervention(parse("mlp.0"), Zero()),))
+    wanted = [
+        Intervention(parse("neuron.1.7"), Mean((source, Source((1, 2))))),
+        Intervention(parse("attn.1"), Patch(source, ((1, 3), (7, 0), (8, 2))), (1, 7, 8)),
+        Intervention(parse("head.0.3.k~6"), Patch(source, ((6, 1),))),
+    ]
+    check_uncached(engine, wanted)
+
+
+@pytest.mark.parametrize("point", [Point.Z, Point.MLP_OUT, Point.RESID_POST])
+def test_latents_of_prompt_and_continuation(point: Point) -> None:
+    engine = random_engine("llama", dictionaries=[random_dictionary("D", point, 1)])
+    wanted = [
+        Intervention(parse("latent.D.3"), SetTo(2.0)),
+        Intervention(parse("latent.D.7~8"), SetTo(-4.0)),
+        Intervention(parse("error.D"), Scale(0.3), (2, 6)),
+    ]
+    continuation = check_uncached(engine, wanted)
+    assert [receipt.sites for receipt in continuation.receipts] == [TOKENS, 1, 2]
+    assert continuation.receipts[1].positions == (8,)
 
 
 def test_an_edit_applied_in_its_own_step_only_would_be_noticed() -> None:
