@@ -19,7 +19,7 @@ import { attributeRequest, likelyIds, predictionRequest } from "./requests";
 import { decodeSampling } from "./sampling";
 import * as state from "./state";
 import { tokens } from "./tokenise";
-import { beside, decode, encode, USUAL, type Question } from "./url";
+import { beside, decode, encode, hasLens, USUAL, type Question } from "./url";
 import { cancelVerify, stillVerified } from "./verifying";
 import { leavePlaces, writeAddress } from "./view";
 
@@ -35,6 +35,7 @@ export async function start(): Promise<void> {
     question = decode(location.hash);
     state.filters.value = decodeFilters(location.hash);
     sampling.value = decodeSampling(location.hash);
+    state.lens.value = hasLens(location.hash);
   } catch (error) {
     state.found.value = problems(error);
   }
@@ -62,6 +63,7 @@ export async function follow(): Promise<void> {
     if (question) {
       state.filters.value = decodeFilters(location.hash);
       sampling.value = decodeSampling(location.hash);
+      state.lens.value = hasLens(location.hash);
     }
     if (!question || (state.asked.value && encode(state.asked.value) === encode(question))) return;
     if (question.model !== currentModel() && !(await loadModel(question.model))) return;

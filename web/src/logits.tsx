@@ -2,8 +2,10 @@
 import { difference } from "./columns";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
 import { full, num, percent, plain, signed } from "./numbers";
-import { answer, compared, paired, problemsAt, type Outlook } from "./state";
+import { Lens } from "./lens";
+import { answer, compared, lens, paired, problemsAt, type Outlook } from "./state";
 import { TokenText } from "./tokens";
+import { writeAddress } from "./view";
 
 const MARKS = {
   target: { mark: "●", title: "target" },
@@ -12,6 +14,32 @@ const MARKS = {
 } as const;
 
 export function Logits() {
+  return (
+    <section class="card logits" aria-label="Next token">
+      <header class="card-head">
+        <h2>{lens.value ? "Logit lens" : "Next token"}</h2>
+        <button
+          type="button"
+          class="link"
+          title={
+            lens.value
+              ? "Back to what the model says next"
+              : "What the residual stream at a token would predict, layer by layer"
+          }
+          onClick={() => {
+            lens.value = !lens.value;
+            writeAddress();
+          }}
+        >
+          {lens.value ? "next token" : "logit lens"}
+        </button>
+      </header>
+      {lens.value ? <Lens /> : <NextToken />}
+    </section>
+  );
+}
+
+function NextToken() {
   const outlooks = answer.value?.outlooks;
   const two = paired.value;
   const b = compared.value === "b";
@@ -20,8 +48,7 @@ export function Logits() {
     : ["now", "base", "without the interventions"];
   const refused = problemsAt("prediction")[0]?.text;
   return (
-    <section class="card logits" aria-label="Next token">
-      <h2>Next token</h2>
+    <>
       {refused && (
         <p class="error" role="alert">
           {refused}
@@ -60,7 +87,7 @@ export function Logits() {
           ))}
         </tbody>
       </table>
-    </section>
+    </>
   );
 }
 

@@ -70,6 +70,19 @@ function edited(prompt: string, interventions: InterventionJson[]): RunJson {
   return { prompt: { text: prompt }, ...(interventions.length > 0 ? { interventions } : {}) };
 }
 
+/** The logit lens of the edited run at one position, with the targets' and distractors' logits. */
+export function lensRequest(question: Question, position: number, topK: number): RunRequestJson {
+  const { model, prompt, targets, distractors, interventions } = question;
+  return {
+    ...(model ? { model } : {}),
+    run: edited(prompt, interventions),
+    positions: { list: { positions: [position] } },
+    topK,
+    tokens: [...targets, ...distractors].map((text) => ({ text })),
+    logitLens: {},
+  };
+}
+
 /** Exact effects of these nodes on the question's objective, in its own run. */
 export function verifyRequest(question: Question, nodes: string[]): VerifyRequestJson {
   const { compare, topK, rankBy, ...table } = attributeRequest(question, false);

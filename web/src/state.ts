@@ -77,6 +77,8 @@ export const locked = signal(false);
 export const selected = signal<string | null>(null);
 /** The open field for a new value or a factor, in the details of a row. */
 export const valueForm = signal<{ node: string; op: "set" | "scale" } | null>(null);
+/** Whether the logit lens stands in place of the next token. */
+export const lens = signal(false);
 export const sort = signal<Sort | null>(null);
 export const filters = signal<Filters>({});
 

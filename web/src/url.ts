@@ -137,3 +137,8 @@ function rowCount(text: string): number {
   if (/^[1-9]\d{0,5}$/.test(text)) return Number(text);
   throw new Error(`This link asks for “${text}” rows; it takes a whole number from 1.`);
 }
+
+/** Whether a link shows the logit lens. */
+export function hasLens(hash: string): boolean {
+  return new URLSearchParams(hash.replace(/^#/, "")).has("lens");
+}

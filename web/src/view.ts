@@ -30,6 +30,12 @@ export const shownRows = computed(() => sorted(kept.value, state.sort.value, col
 
 const places = computed(() => spans(state.filters.value["at"] ?? "") ?? []);
 
+/** The one token that the table is filtered to, if it is one. */
+export const onePlace = computed(() => {
+  const [span, ...more] = places.value;
+  return span && more.length === 0 && span[0] === span[1] ? span[0] : null;
+});
+
 /** Whether the table is filtered to the token, alone or among others. */
 export function isPlace(position: number): boolean {
   return within(places.value, position);
@@ -75,6 +81,6 @@ export function writeAddress(): void {
   history.replaceState(
     null,
     "",
-    `#${encode(question)}${encodeFilters(state.filters.value)}${encodeSampling(sampling.value)}`,
+    `#${encode(question)}${encodeFilters(state.filters.value)}${encodeSampling(sampling.value)}${state.lens.value ? "&lens" : ""}`,
   );
 }
