@@ -66,7 +66,7 @@ const VALUES: Record<string, Value> = {
   value: {
     name: "Write of",
     unit: "direct effect",
-    rest: "the direct effect of what the head writes here, with its attention held constant, on",
+    rest: "the direct effect of what the head writes, with its attention held constant, on",
   },
 };
 
@@ -77,9 +77,8 @@ export function Meaning({ answer: { question, response } }: { answer: Answer }) 
   const before = question.trace.at(-2);
   return (
     <p class="meaning">
-      J is {valueOf(step).rest}{" "}
-      {step.through === "value" && (before ? stepWords(before) : formula(question))} at{" "}
-      <Place node={step.node} tokens={response.tokens ?? []} />
+      J is, at <Place node={step.node} tokens={response.tokens ?? []} />, {valueOf(step).rest}{" "}
+      {step.through === "value" && (before ? stepWords(before) : formula(question))}
     </p>
   );
 }

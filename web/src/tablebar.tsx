@@ -1,4 +1,5 @@
 /** The line above the table: how many rows, ranked by what, and the filters. */
+import { Fragment } from "preact";
 import { change } from "./editing";
 import { whyNot } from "./features";
 import { count, signed } from "./numbers";
@@ -16,6 +17,8 @@ const RANK_WORDS: Record<Rank, string> = {
   activation: "activation",
   each: "each column",
 };
+
+const KEYS = ["ablate", "trace", "verify", "generate", "undo", "filter"];
 
 export function TableBar() {
   const { rankBy = "total", rows: wanted = DEFAULT_ROWS } = asked.value ?? {};
@@ -63,9 +66,19 @@ export function TableBar() {
       <LatentSwitches />
       <Verification />
       <FilterChips />
-      <span class="keys" title="Keyboard">
-        <kbd>j</kbd> <kbd>k</kbd> move · <kbd>a</kbd> ablate · <kbd>t</kbd> trace · <kbd>v</kbd>{" "}
-        verify · <kbd>u</kbd> undo · <kbd>f</kbd> filter · <kbd>/</kbd> prompt
+      <span
+        class="keys"
+        title="Keyboard: j and k move, the others do what they stand for; V verifies all, / goes to the prompt"
+      >
+        <kbd>j</kbd>
+        <kbd>k</kbd>{" "}
+        {KEYS.map((word) => (
+          <Fragment key={word}>
+            <kbd>{word[0]}</kbd>
+            {word.slice(1)}{" "}
+          </Fragment>
+        ))}
+        <kbd>/</kbd>
       </span>
     </div>
   );
