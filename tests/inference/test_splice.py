@@ -33,27 +33,31 @@ PLAIN = {
 
 
 def by_hand(
-    model: Any, dictionary: Dictionary, change: Callable[[ByHand, Tensor, Tensor], Tensor]
+    model: Any,
+    dictionary: Dictionary,
+    change: Callable[[ByHand, Tensor, Tensor], Tensor],
+    held: plain.Scales | None = None,
+    seen: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits [T, V] of the pass written by hand; `change(formulas, x, target)` is what is added
-    at the dictionary's output site, [T, d_out]."""
+    at the dictionary's output site, [T, d_out]. `seen` gets what stands at each kind of site last.
+    """
     formulas = ByHand(dictionary)
-    seen: dict[str, Tensor] = {}
+    seen = {} if seen is None else seen
     site_in, site_out = dictionary.header.site_in, dictionary.header.site_out
     kind, layer = PLAIN.get(site_out.point, "resid_post"), site_out.layer
     if site_out.point is Point.RESID_PRE:
         layer -= 1
 
     def site(name: str, at: int | None, values: Tensor) -> Tensor:
-        if (name, at) == ("mlp_in", site_in.layer):
-            seen["mlp_in"] = values
-        if (name, at) != (kind, layer):
-            return values
-        target = values.flatten(1)
-        x = seen["mlp_in"] if site_in.point is Point.MLP_IN else target
-        return (target + change(formulas, x, target)).view_as(values)
+        if (name, at) == (kind, layer):
+            target = values.flatten(1)
+            x = seen["mlp_in"] if site_in.point is Point.MLP_IN else target
+            values = (target + change(formulas, x, target)).view_as(values)
+        seen[name] = values
+        return values
 
-    return plain.forward(model, IDS, site)
+    return plain.forward(model, IDS, site, held)
 
 
 def spliced(
