@@ -99,8 +99,10 @@ class Engine:
         self,
         *runs: ExplainedRun,
         norm_mode: NormMode = NormMode.FINAL_NORM_FROZEN,
+        dictionaries: Sequence[str] = (),
     ) -> tuple[Explanation, ...]:
-        return explain(self.hooks, self.architecture, runs, norm_mode, CancelToken())[0]
+        cancel = CancelToken()
+        return explain(self.hooks, self.architecture, runs, norm_mode, cancel, dictionaries)[0]
 
 
 def random_engine(

@@ -27,6 +27,7 @@ from services.inference.engine.columns import (
     NeuronNodes,
     NodeGroup,
 )
+from services.inference.engine.decomposition import Standing, View, decompose, dot
 from services.inference.engine.direct_path import DirectPath, direct_path, head_path, through
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
@@ -58,7 +59,9 @@ class Explanation:
     groups: tuple[NodeGroup, ...]
     """In address order: embeddings, heads by layer, neurons by layer."""
     remainder: dict[str, float]
-    """Direct effect of each bias, of the objective's constants and of the rest."""
+    """Direct effect of each bias, of what dictionaries leave, of the objective's constants and of
+    the rest."""
+    views: tuple[View, ...]
     logits: Tensor
     """[V] at the objective's position."""
     notices: tuple[str, ...]
@@ -86,14 +89,19 @@ def explain(
     runs: Sequence[ExplainedRun],
     norm_mode: NormMode,
     cancel: CancelToken,
+    dictionaries: Sequence[str] = (),
 ) -> tuple[tuple[Explanation, ...], StageTimes]:
     """Forward and backward of all runs in one batch.
+
+    `dictionaries` names those whose latents stand in the tables.
 
     Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
     """
     rows = [row_of(architecture, run, norm_mode) for run in runs]
     positions = sorted({each for run in runs for each in run.objective.logit_positions})
-    current = hooks.run(rows, positions, gradients=True, cancel=cancel)
+    read = (*dictionaries, *(each for run in runs for each in run.objective.dictionaries))
+    current = hooks.run(rows, positions, gradients=True, cancel=cancel, dictionaries=read)
+    standing = Standing([current.sites.found[name].bound for name in dictionaries])
     views = [RunView(architecture, current, row) for row in range(len(runs))]
     started = time.perf_counter()
     objectives = [run.objective.hold(view) for run, view in zip(runs, views, strict=True)]
@@ -101,10 +109,10 @@ def explain(
     readings = [
         _Reading.of(view, objective) for view, objective in zip(views, objectives, strict=True)
     ]
-    gradients = _Gradients.take(current, torch.stack(values).sum(), readings)
+    gradients = _Gradients.take(current, torch.stack(values).sum(), readings, standing)
     backward = (time.perf_counter() - started) * 1e3
     explanations = tuple(
-        _explanation(view, gradients, reading, float(value.detach()))
+        _explanation(view, gradients, reading, standing, float(value.detach()))
         for view, reading, value in zip(views, readings, values, strict=True)
     )
     return explanations, StageTimes(current.forward_ms, backward)
@@ -158,11 +166,23 @@ class _Gradients:
         self._found = found
 
     @classmethod
-    def take(cls, current: Pass, objective: Tensor, readings: Sequence["_Reading"]) -> "_Gradients":
-        wanted = [current.embed, *current.neurons]
+    def take(
+        cls,
+        current: Pass,
+        objective: Tensor,
+        readings: Sequence["_Reading"],
+        standing: Standing,
+    ) -> "_Gradients":
+        wanted = [current.embed]
+        for layer, (site, neurons) in enumerate(
+            zip(current.attention, current.neurons, strict=True)
+        ):
+            if not standing.of(Kind.MLP, layer):
+                wanted.append(neurons)
+            if not standing.of(Kind.ATTN, layer):
+                wanted += [site.probabilities, *([] if site.edited is None else [site.edited])]
         wanted += [write.after for write in current.experts.values()]
-        for site in current.attention:
-            wanted += [site.probabilities, *([] if site.edited is None else [site.edited])]
+        wanted += [current.sites.found[bound.id].after for bound in standing.dictionaries]
         for reading in readings:
             wanted += reading.tensors
         distinct = {id(tensor): tensor for tensor in wanted}
@@ -185,7 +205,7 @@ class _Gradients:
 
 
 def _explanation(
-    view: RunView, gradients: _Gradients, reading: _Reading, value: float
+    view: RunView, gradients: _Gradients, reading: _Reading, standing: Standing, value: float
 ) -> Explanation:
     architecture, current, row, length = view.architecture, view.captured, view.row, view.tokens
     reads, applied = reading.objective.reads, view.edits
@@ -202,6 +222,8 @@ def _explanation(
         )
     ]
     for index, (layer, site) in enumerate(zip(architecture.layers, current.attention, strict=True)):
+        if standing.of(Kind.ATTN, index):
+            continue
         probabilities = site.used(row)[:, :length, :length]
         values = site.values_per_head(row)[:, :length]
         edits = [edit for edit in applied if edit.target.layer == index]
@@ -210,7 +232,20 @@ def _explanation(
         grads = gradients.of_used_probabilities(site, row)[:, :length, :length]
         scale = view.post_norm_scale(Kind.ATTN, index)
         groups.append(HeadNodes(index, layer, probabilities, grads, values, scale, heads, reads))
+    latents = decompose(
+        view,
+        standing,
+        path,
+        {
+            bound.id: gradients.of(current.sites.found[bound.id].after)
+            for bound in standing.dictionaries
+        },
+        reads,
+    )
+    groups += latents.groups
     for index, layer in enumerate(architecture.layers):
+        if standing.of(Kind.MLP, index):
+            continue
         if layer.experts:
             write = current.experts[index]
             groups.append(
@@ -236,20 +271,21 @@ def _explanation(
             )
         )
     constants: float = sum(
-        _dot(each.vector, gradients.of(each.at)[row].reshape(-1, len(each.vector)).sum(0))
+        dot(each.vector, gradients.of(each.at)[row].reshape(-1, len(each.vector)).sum(0))
         for each in reading.constants
     )
     between = _edits_between(reading, gradients, row, length)
-    remainder = _bias_rows(view, path)
+    remainder = _bias_rows(view, path, standing) | latents.remainder
     for node, effect in (*path.edits.items(), *between.items()):
         remainder[f"edit.{node}"] = remainder.get(f"edit.{node}", 0.0) + effect
     remainder["bias.read"] = constants
-    remainder["rest"] = value - _dot(reference, gradient) - constants - sum(between.values())
+    remainder["rest"] = value - dot(reference, gradient) - constants - sum(between.values())
     _require_finite(value, remainder, embed_gradient)
     return Explanation(
         value,
         tuple(groups),
         remainder,
+        tuple(latents.views),
         view.logits(reading.objective.position).detach(),
         reading.objective.notices,
         current,
@@ -269,8 +305,9 @@ def _edits_between(
     return rows
 
 
-def _bias_rows(view: RunView, path: DirectPath) -> dict[str, float]:
-    """Direct effect of the output biases and of the post-norms', summed over tokens."""
+def _bias_rows(view: RunView, path: DirectPath, standing: Standing) -> dict[str, float]:
+    """Direct effect of the output biases and of the post-norms', summed over tokens, where no
+    dictionary's own bias row holds them."""
     rows: dict[str, float] = {}
     for index, layer in enumerate(view.architecture.layers):
         # Of experts the whole write is a node, so nothing of its norm is left over.
@@ -279,15 +316,14 @@ def _bias_rows(view: RunView, path: DirectPath) -> dict[str, float]:
             (f"bias.attn.{index}", Kind.ATTN, path.attention, layer.b_o, layer.attn_post_norm),
             (f"bias.mlp.{index}", Kind.MLP, path.mlp, layer.b_out, mlp_post_norm),
         ):
-            if bias is not None:
-                rows[name] = _dot(bias, before_post_norm(view, path, kind, index).sum(0))
-            if post_norm is not None and post_norm.bias.any():
-                rows[name] = rows.get(name, 0.0) + _dot(post_norm.bias, met[index].sum(0))
+            bound = standing.of(kind, index)
+            held = bound is not None and bound.site.contains_bias
+            if bias is not None and not held:
+                rows[name] = dot(bias, before_post_norm(view, path, kind, index).sum(0))
+            behind = held and bound is not None and not bound.passes_post_norm
+            if post_norm is not None and post_norm.bias.any() and not behind:
+                rows[name] = rows.get(name, 0.0) + dot(post_norm.bias, met[index].sum(0))
     return rows
-
-
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float((left.double() * right.double()).sum())
 
 
 def _require_finite(value: float, remainder: dict[str, float], embed_gradient: Tensor) -> None:

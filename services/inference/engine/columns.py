@@ -42,6 +42,10 @@ class NodeGroup(ABC):
         """x - x0"""
         return values if self.start is None else values - self.start
 
+    def prepare(self, k: int) -> None:  # noqa: B027  # most groups have nothing to prepare
+        """Called before `column` with the number of nodes wanted; groups that count only some of
+        their nodes make sure that there are enough."""
+
     @abstractmethod
     def column(self, column: Column) -> Tensor:
         """[size]: one column of every node."""

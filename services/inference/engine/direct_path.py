@@ -26,6 +26,8 @@ class DirectPath:
     """Per layer, for heads and the output bias."""
     mlp: tuple[Tensor, ...]
     """Per layer, for neurons and the output bias."""
+    residual: dict[Address, Tensor]
+    """At each point of the residual stream, for what is added there before its edits."""
     edits: dict[Address, float]
     """Direct effect of each edit's constant, by the edited node."""
 
@@ -50,14 +52,20 @@ def direct_path(
 
     attention: list[Tensor] = []
     mlp: list[Tensor] = []
+    residual: dict[Address, Tensor] = {}
+
+    def at(kind: Kind, layer: int | None, gradient: Tensor) -> Tensor:
+        residual[Address(kind, layer)] = found = before(kind, layer, gradient)
+        return found
+
     gradient = torch.zeros_like(reference)
     for layer in reversed(range(layers)):
-        gradient = before(Kind.RESID_POST, layer, gradient)
+        gradient = at(Kind.RESID_POST, layer, gradient)
         mlp.append(before(Kind.MLP, layer, gradient))
-        gradient = before(Kind.RESID_MID, layer, gradient)
+        gradient = at(Kind.RESID_MID, layer, gradient)
         attention.append(before(Kind.ATTN, layer, gradient))
-    embed = before(Kind.EMBED, None, gradient)
-    return DirectPath(embed, tuple(reversed(attention)), tuple(reversed(mlp)), rows)
+    embed = at(Kind.EMBED, None, gradient)
+    return DirectPath(embed, tuple(reversed(attention)), tuple(reversed(mlp)), residual, rows)
 
 
 def through(edit: Edit, target: Address, gradient: Tensor, rows: dict[Address, float]) -> Tensor:

@@ -57,6 +57,10 @@ class Objective(Protocol):
         """Sentences about this J that its reader must see."""
 
     @property
+    def dictionaries(self) -> tuple[str, ...]:
+        """Ids of the dictionaries that J reads."""
+
+    @property
     def holds(self) -> bool:
         """Whether J holds anything constant, so that `hold` matters."""
 
@@ -91,6 +95,10 @@ class Unconditional:
 
     @property
     def notices(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def dictionaries(self) -> tuple[str, ...]:
         return ()
 
     def hold(self, run: RunView) -> Self:

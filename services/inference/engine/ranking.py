@@ -41,6 +41,7 @@ def select(groups: Sequence[NodeGroup], column: Column, k: int) -> Selection:
     """The top k nodes over all `groups`, which must stand in address order."""
     candidates = []
     for number, group in enumerate(groups):
+        group.prepare(k)
         values = group.column(column)
         indices = top_indices(values, k, group)
         candidates.append(

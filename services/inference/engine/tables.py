@@ -131,13 +131,13 @@ def _selections(groups: Sequence[NodeGroup], ranking: Ranking) -> list[Selection
 
 def _gather(explanation: Explanation, nodes: Sequence[Address]) -> list[NodeValues | None]:
     """The columns of each node, None where it does not exist in this run."""
-    by_group: dict[tuple[Kind, int | None], int] = {}
+    by_group: dict[tuple[Kind, int | None, str], int] = {}
     for number, group in enumerate(explanation.groups):
         example = group.address(0)
-        by_group[example.kind, example.layer] = number
+        by_group[example.kind, example.layer, example.dictionary] = number
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row, node in enumerate(nodes):
-        number = by_group[node.kind, node.layer]
+        number = by_group[node.kind, node.layer, node.dictionary]
         index = explanation.groups[number].find(node)
         if index is not None:
             wanted.setdefault(number, []).append((row, index))
