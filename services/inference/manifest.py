@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import torch
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from tdb.inference.v1 import manifest_pb2
@@ -14,6 +15,16 @@ from services.inference.engine.model import Model
 from services.inference.tensors import DATA_TYPES
 
 SERVICE = "tdb.inference.v1.InferenceService"
+
+HALF_PRECISION_WARNING = (
+    "effects were computed in half precision and repeat only roughly; serve the model with "
+    "TDB_DTYPE=float32 for numbers to rely on"
+)
+
+
+def precision_warnings(model: Model) -> list[str]:
+    """What the reader of effects must know about the model's data type."""
+    return [] if model.dtype is torch.float32 else [HALF_PRECISION_WARNING]
 
 
 def build(

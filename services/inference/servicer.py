@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import grpc.aio
-import torch
 from tdb.inference.v1 import (
     attribute_pb2,
     component_pb2,
@@ -39,10 +38,6 @@ from services.inference.worker import Finished, TorchWorker
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
 
-HALF_PRECISION_WARNING = (
-    "effects were computed in half precision and repeat only roughly; serve the model with "
-    "TDB_DTYPE=float32 for numbers to rely on"
-)
 LIVE_WARNING = (
     "norm mode LIVE: a live norm ignores the length of its input, so direct effects rank nodes but "
     "explain no share of the objective"
@@ -152,8 +147,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
             norms = [run.objective.reading_norms(model.architecture) for run in wanted.runs]
             live = wanted.norm_mode is NormMode.LIVE and any(norms)
             warnings = [LIVE_WARNING] if live else []
-            if model.dtype is not torch.float32:
-                warnings.append(HALF_PRECISION_WARNING)
+            warnings += manifest.precision_warnings(model)
             warnings += [notice for each in result.explanations for notice in each.notices]
             response.manifest.CopyFrom(
                 manifest.build("Attribute", model, canonical, ids, timings, warnings)

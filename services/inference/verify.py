@@ -193,7 +193,9 @@ async def stream(
     estimated = [estimates[each.node] for each in measured]
     exact = [each.effect for each in measured]
     summary = verify_pb2.VerifySummary(
-        manifest=manifest.build("Verify", model, request, [run.token_ids], timings),
+        manifest=manifest.build(
+            "Verify", model, request, [run.token_ids], timings, manifest.precision_warnings(model)
+        ),
         objective_value=verification.value,
         nodes=len(measured),
         rank_correlation=correlation.spearman(estimated, exact),

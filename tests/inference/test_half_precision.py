@@ -7,7 +7,7 @@ import grpc.aio
 import pytest
 import torch
 from google.protobuf.json_format import ParseDict
-from tdb.inference.v1 import attribute_pb2, model_pb2, service_pb2_grpc
+from tdb.inference.v1 import attribute_pb2, model_pb2, service_pb2_grpc, verify_pb2
 from tdb.type.v1 import tensor_pb2
 
 from services.common.settings import ModelSource, Settings
@@ -44,8 +44,11 @@ async def test_effects_in_half_precision_carry_a_warning(
             stub: InferenceServiceAsyncStub = service_pb2_grpc.InferenceServiceStub(channel)
             described = await stub.GetModel(model_pb2.GetModelRequest())
             manifest = (await stub.Attribute(request)).manifest
+            heads = verify_pb2.VerifyRequest(table=request, all_heads=True)
+            *_, last = [response async for response in stub.Verify(heads)]
     name = f"DATA_TYPE_{data_type.upper()}"
     assert tensor_pb2.DataType.Name(described.data_type) == name
     assert tensor_pb2.DataType.Name(manifest.data_type) == name
-    half = any("half precision" in warning for warning in manifest.warnings)
-    assert half is (data_type != "float32")
+    for found in (manifest, last.summary.manifest):
+        half = any("half precision" in warning for warning in found.warnings)
+        assert half is (data_type != "float32")
