@@ -57,6 +57,7 @@ async def measure(
             wanted.integrated_steps,
             result.starts,
             wanted.along_input,
+            wanted.norm_mode,
         )
         integration: Integration = (await on_device(begin)).result
         for number in range(len(integration.chunks)):

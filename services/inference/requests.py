@@ -24,7 +24,6 @@ from services.inference.engine.baselines import Baseline, Reference
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Edit
 from services.inference.engine.model import Model, ReadPoints
-from services.inference.engine.objectives import Objective, OfLogits
 
 MAX_ROWS = 100_000
 MAX_READ_OUT_TOKENS = 100
@@ -161,7 +160,7 @@ def read_attribution(
         ranking,
         tokens,
         request.verify,
-        _integrated_steps(request, objective),
+        _integrated_steps(request),
         _along_input(request),
         _baseline(request, model, len(run.token_ids), whole_table),
     )
@@ -200,7 +199,7 @@ def _along_input(request: attribute_pb2.AttributeRequest) -> bool:
     return along_input
 
 
-def _integrated_steps(request: attribute_pb2.AttributeRequest, objective: Objective) -> int:
+def _integrated_steps(request: attribute_pb2.AttributeRequest) -> int:
     if not request.HasField("integrated_steps"):
         return 0
     steps = request.integrated_steps
@@ -211,8 +210,6 @@ def _integrated_steps(request: attribute_pb2.AttributeRequest, objective: Object
         )
     if request.dictionaries:
         raise features.not_built("attribute.integrated_steps.latents", "integrated_steps")
-    if not isinstance(objective, OfLogits):
-        raise features.not_built("attribute.integrated_steps.traced", "integrated_steps")
     return steps
 
 

@@ -1,5 +1,6 @@
 """Integrated effects against the same sums written out over a forward pass by hand."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,19 @@ from services.inference.engine import baselines, integrated
 from services.inference.engine.attribution import ExplainedRun
 from services.inference.engine.baselines import Reference
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.objectives import Along, LogitDiff, Objective
 from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
+from services.inference.engine.tracing import Side, TracedScore
 from tests.inference import plain
-from tests.inference.helpers import HEADS, NEURONS, Engine, random_engine, random_model
+from tests.inference.helpers import (
+    HEAD_WIDTH,
+    HEADS,
+    NEURONS,
+    WIDTH,
+    Engine,
+    random_engine,
+    random_model,
+)
 from tests.inference.test_verification import BASE, IDS, of_base
 
 POSITION = 6
@@ -274,3 +284,61 @@ def _reading(
         return values
 
     return visit
+
+
+DIRECTION = torch.linspace(-1, 2, WIDTH)
+PAIR = parse("head.1.2~6-3")
+Seen = dict[tuple[str, int | None], Tensor]
+
+
+def score(query: Tensor, key: Tensor) -> Tensor:
+    scaled: Tensor = query[2, 6] @ key[2, 3] / HEAD_WIDTH**0.5
+    return scaled
+
+
+OTHER_OBJECTIVES: dict[str, tuple[Objective, Callable[[Seen, Seen], Tensor]]] = {
+    "along": (
+        Along(parse("resid_post.1"), DIRECTION, 5),
+        lambda seen, _: seen["resid_post", 1][5] @ DIRECTION,
+    ),
+    "score": (TracedScore(PAIR, Side.BOTH), lambda seen, _: score(seen["q", 1], seen["k", 1])),
+    "query": (TracedScore(PAIR, Side.QUERY), lambda seen, run: score(seen["q", 1], run["k", 1])),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OBJECTIVES)
+@pytest.mark.parametrize("where", ["embeddings", "neurons"])
+def test_objectives_that_are_no_function_of_the_logits(where: str, name: str) -> None:
+    objective, value = OTHER_OBJECTIVES[name]
+    sublayer, kind, layer = SITES[where]
+    engine = random_engine("llama")
+    nodes = nodes_of(sublayer)
+    got = torch.tensor(integrate(engine, ExplainedRun(IDS, (), objective), nodes, 3))
+    run = seen_by_hand("llama", IDS)
+    expected = torch.zeros(())
+    for share in (1 / 6, 1 / 2, 5 / 6):
+        leaf = (share * run[kind, layer]).requires_grad_()
+        seen: Seen = {}
+        moved = plain.edited((kind, layer, slice(None), partial(_instead, leaf)))
+        places = {str(each): (*each, ()) for each in run}
+        read: dict[str, Tensor] = {}
+        plain.forward(random_model("llama"), IDS, _reading(moved, places, read))
+        seen = {each: read[str(each)] for each in run}
+        (gradient,) = torch.autograd.grad(value(seen, run), [leaf])
+        expected = expected + run[kind, layer] * gradient / 3
+    expected = expected.sum(-1) if sublayer.kind is Kind.EMBED else expected.flatten()
+    assert expected.abs().max() > 1e-3
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", OTHER_OBJECTIVES)
+def test_what_is_not_upstream_of_such_an_objective_has_none(name: str) -> None:
+    objective, _ = OTHER_OBJECTIVES[name]
+    engine = random_engine("llama")
+    nodes = [PAIR, parse("head.2.0~7-1"), parse("neuron.2.3~5"), parse("embed~3")]
+    run = ExplainedRun(IDS, (), objective)
+    *_, last, upstream = integrate(engine, run, nodes, 2)
+    assert last == 0
+    assert upstream != 0
+    if name != "along":
+        assert integrate(engine, run, nodes[:1], 2) == [0.0]

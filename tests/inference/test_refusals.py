@@ -642,10 +642,6 @@ MALFORMED |= {
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
-    "integrated effects on a traced node": (
-        {**traced("neuron.0.3~2"), "integratedSteps": 4},
-        "integrated_steps",
-    ),
     "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
 }
 

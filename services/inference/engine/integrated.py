@@ -17,13 +17,14 @@ from torch import Tensor
 
 from services.common.addresses import Address, Kind
 from services.common.errors import FailedPrecondition
-from services.inference.engine.attribution import ExplainedRun
+from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Row
+from services.inference.engine.captured import Pass, Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
-from services.inference.engine.objectives import OfLogits
+from services.inference.engine.objectives import Objective, OfLogits
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start
+from services.inference.engine.run_view import RunView, is_upstream
 from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
@@ -48,18 +49,20 @@ class _Between(Resumed):
         points: Tensor,
         edits: tuple[Edit, ...],
         cancel: CancelToken,
+        whole: bool,
     ) -> None:
-        """points: values of the nodes in each row, over the first tokens of the run."""
+        """points: values of the nodes in each row, over the first tokens of the run; whole: the
+        pass starts at the beginning and keeps all layers."""
         tokens = points.shape[2 if sublayer.kind is Kind.HEAD else 1]
         rows = [edits] * len(points)
         super().__init__(
             recording,
-            _start(sublayer),
+            Start(0, Stage.BLOCK) if whole else _start(sublayer),
             (0, tokens - 1),
             rows,
             cancel,
             gradients=True,
-            keeps_layers=sublayer == EMBEDDINGS,
+            keeps_layers=whole,
         )
         self._sublayer = sublayer
         self.points = points.requires_grad_()
@@ -98,7 +101,8 @@ class Integration:
     """What moves, and at which shares of the way from x0 to x."""
     _hooks: Hooks
     _run: ExplainedRun
-    _objective: OfLogits
+    _objective: Objective
+    """With what it holds constant taken from the run as it is."""
     _recording: Recording
     _wanted: tuple[Sublayer, ...]
     _starts: Mapping[Sublayer, Tensor]
@@ -119,14 +123,19 @@ class Integration:
         weights = torch.tensor(shares, dtype=end.dtype, device=end.device)
         points = start + weights.view(-1, *[1] * end.dim()) * (end - start)
         edits = tuple(edit for edit in self._run.edits if not _belongs(edit, moving))
-        current = _Between(self._recording, moving, points, edits, cancel)
+        whole = self._along_input or not isinstance(self._objective, OfLogits)
+        current = _Between(self._recording, moving, points, edits, cancel, whole)
         logits = self._hooks.resume(current)
-        objective = torch.stack([self._objective.of_logits(row) for row in logits]).sum()
+        values = (self._value(current, row, logits[row]) for row in range(len(points)))
+        objective = torch.stack(list(values)).sum()
         read = self._wanted if self._along_input else (moving,)
         sites = [
             current.points if sublayer == moving else sublayer.sites(current) for sublayer in read
         ]
-        gradients = torch.autograd.grad(objective, sites, materialize_grads=True)
+        if objective.requires_grad:
+            gradients = torch.autograd.grad(objective, sites, materialize_grads=True)
+        else:  # where edits cut every path
+            gradients = tuple(map(torch.zeros_like, sites))
         for sublayer, gradient in zip(read, gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise FailedPrecondition(
@@ -137,8 +146,13 @@ class Integration:
             done = self._sums.get(sublayer)
             self._sums[sublayer] = total if done is None else done + total
 
+    def _value(self, current: Pass, row: int, logits: Tensor) -> Tensor:
+        if isinstance(self._objective, OfLogits):
+            return self._objective.of_logits(logits)
+        return self._objective.value(RunView(self._hooks.architecture, current, row))
+
     def effects(self, nodes: Sequence[Address]) -> list[float]:
-        """The effect of each node, once all chunks have run."""
+        """The effect of each node, once all chunks have run; 0 of what is not upstream of J."""
         found: dict[Sublayer, Tensor] = {}
         for sublayer in self._wanted:
             end, start = self._values(sublayer), self._start(sublayer)
@@ -146,11 +160,19 @@ class Integration:
             effects = moved * self._sums[sublayer] / self._steps
             vectors = sublayer.kind in (Kind.EMBED, Kind.MLP)
             found[sublayer] = effects.sum(-1) if vectors else effects
-        last = self._objective.position
         return [
-            0.0 if (node.position or 0) > last else float(found[Sublayer.of(node)][_index(node)])
+            float(found[Sublayer.of(node)][_index(node)])
+            if Sublayer.of(node) in found and (node.position or 0) < self.tokens
+            else 0.0
             for node in nodes
         ]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens J depends on at most."""
+        if isinstance(self._objective, OfLogits):
+            return self._objective.position + 1
+        return len(self._run.token_ids)
 
     def _values(self, sublayer: Sublayer) -> Tensor:
         return sublayer.values(self._recording, 0, len(self._run.token_ids))
@@ -161,8 +183,8 @@ class Integration:
         return torch.zeros_like(self._values(sublayer))
 
     def _cut(self, sublayer: Sublayer, values: Tensor) -> Tensor:
-        """Values over the tokens up to J's."""
-        tokens = self._objective.position + 1
+        """Values over the tokens that J depends on."""
+        tokens = self.tokens
         if sublayer.kind is Kind.HEAD:
             return values[:, :tokens, :tokens]
         return values[:tokens]
@@ -176,28 +198,43 @@ def begin(
     cancel: CancelToken,
     starts: Mapping[Sublayer, Tensor] | None = None,
     along_input: bool = False,
+    norm_mode: NormMode = NormMode.LIVE,
 ) -> Integration:
     """Runs the model as it is, and plans the batches for the sublayers that `nodes` belong to.
 
     `starts` has x0, shaped like x, of the sublayers where it is not 0; `along_input` says that only
-    the embedding moves.
+    the embedding moves. All norms are live in the passes; `norm_mode` says how a gradient that J
+    holds constant is made.
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
     run = replace(run, edits=hooks.fill(run.edits, cancel))
     objective = run.objective
-    assert isinstance(objective, OfLogits)
-    position = objective.position
-    recording = hooks.record(Row(run.token_ids, run.edits), [position], cancel=cancel)
+    if objective.holds:
+        row = row_of(hooks.architecture, run, norm_mode)
+        current = hooks.run([row], objective.logit_positions, gradients=True, cancel=cancel)
+        objective = objective.hold(RunView(hooks.architecture, current, 0))
+    recording = hooks.record(Row(run.token_ids, run.edits), [objective.position], cancel=cancel)
+    point = objective.point(hooks.architecture)
+    reaching = [each for each in map(Sublayer.of, nodes) if _is_upstream(each, point)]
+    wanted = tuple(dict.fromkeys(reaching))
+    moving = (EMBEDDINGS,) if along_input else wanted
+    integration = Integration(
+        (), hooks, run, objective, recording, wanted, starts or {}, steps, along_input
+    )
     budget = TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
-    size = max(1, budget // (position + 1))
+    size = max(1, budget // integration.tokens)
     shares = [(step - 0.5) / steps for step in range(1, steps + 1)]
     batches = [tuple(shares[first : first + size]) for first in range(0, steps, size)]
-    wanted = tuple(dict.fromkeys(map(Sublayer.of, nodes)))
-    moving = (EMBEDDINGS,) if along_input else wanted
     chunks = tuple((sublayer, batch) for sublayer in moving for batch in batches)
-    return Integration(
-        chunks, hooks, run, objective, recording, wanted, starts or {}, steps, along_input
-    )
+    return replace(integration, chunks=chunks)
+
+
+def _is_upstream(sublayer: Sublayer, point: Address) -> bool:
+    """Whether these nodes' writes are part of the residual that J reads."""
+    if sublayer.layer is None:
+        return True
+    written = Kind.ATTN if sublayer.kind is Kind.HEAD else Kind.MLP
+    return is_upstream(written, sublayer.layer, point)
 
 
 def _belongs(edit: Edit, sublayer: Sublayer) -> bool:

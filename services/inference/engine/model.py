@@ -330,11 +330,12 @@ class Model:
         steps: int,
         starts: Mapping[Sublayer, Tensor],
         along_input: bool,
+        norm_mode: NormMode,
         cancel: CancelToken,
     ) -> Integration:
         """The run as it is, and the chunks in which its nodes' effects can be integrated."""
         return integrated.begin(
-            self.hooks, run, nodes, steps, cancel, starts, along_input=along_input
+            self.hooks, run, nodes, steps, cancel, starts, along_input, norm_mode
         )
 
     def _read_outs(

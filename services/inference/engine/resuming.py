@@ -175,6 +175,7 @@ class Resumed(Pass):
             (self.last,),
             gradients,
             cancel,
+            branches=keeps_layers,
         )
         for each in fields(Pass):
             if each.default_factory is list and not keeps_layers:
