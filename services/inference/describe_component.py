@@ -2,7 +2,9 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from tdb.inference.v1 import component_pb2, manifest_pb2
@@ -10,7 +12,7 @@ from tdb.inference.v1 import component_pb2, manifest_pb2
 from services.common import addresses
 from services.common.addresses import Address, Kind
 from services.common.errors import InvalidArgument, inside
-from services.inference import features, manifest, responses
+from services.inference import manifest, responses
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.components import Description
 from services.inference.engine.model import Model
@@ -33,7 +35,7 @@ class Wanted:
 
 
 def read(request: component_pb2.DescribeComponentRequest, model: Model) -> Wanted:
-    """Makes the request canonical. Raises InvalidArgument, Unimplemented."""
+    """Makes the request canonical. Raises InvalidArgument."""
     with inside("component"):
         component = _component(request.component, model)
     request.component = str(component)
@@ -51,18 +53,16 @@ def read(request: component_pb2.DescribeComponentRequest, model: Model) -> Wante
 
 def _component(text: str, model: Model) -> Address:
     component = addresses.parse(text)
-    model.architecture.shape.check(component)
+    model.shape.check(component)
     if component.is_node:
         raise InvalidArgument(
             f"{component} is a node of one run; a component is described without a prompt: name "
             f"{component.component}"
         )
-    if component.kind is Kind.LATENT:
-        raise features.not_built("describe_component.latents", "")
     if component.kind in (Kind.QUERY, Kind.KEY, Kind.VALUE):
         head = Address(Kind.HEAD, component.layer, component.index)
         raise InvalidArgument(f"{component} is a part of a head; name {head}")
-    if component.kind not in (Kind.NEURON, Kind.HEAD):
+    if component.kind not in (Kind.NEURON, Kind.HEAD, Kind.LATENT):
         raise InvalidArgument(
             f"{component} has no direction of its own; name a neuron, head or latent, for example "
             "neuron.0.3 or head.0.1"
@@ -101,7 +101,35 @@ async def answer(
     finished = await on_device(work)
     description, milliseconds = finished.result
     timings = manifest_pb2.Timings(queue_ms=finished.queue_ms, read_out_ms=milliseconds)
-    return await asyncio.to_thread(_response, request, description, model, timings)
+    used: tuple[str, ...] = ()
+    if wanted.component.kind is Kind.LATENT:
+        used = (wanted.component.dictionary,)
+        if wanted.similar:
+            used = tuple(sorted(model.shelf.served))
+            similar = await _similar_latents(wanted, used, model, on_device, timings)
+            description = replace(description, similar=similar)
+    return await asyncio.to_thread(_response, request, description, model, timings, used)
+
+
+async def _similar_latents(
+    wanted: Wanted,
+    dictionaries: Sequence[str],
+    model: Model,
+    on_device: OnDevice,
+    timings: manifest_pb2.Timings,
+) -> tuple[tuple[Address, float], ...]:
+    """Of all dictionaries served, each compared in a piece of work of its own."""
+    latent = wanted.component
+    written = await on_device(lambda cancel: model.latent_write(latent))
+    timings.queue_ms += written.queue_ms
+    found: list[tuple[Address, float]] = []
+    for name in dictionaries:
+        work = partial(model.similar_latents, latent, written.result, name, wanted.similar)
+        finished = await on_device(work)
+        timings.queue_ms += finished.queue_ms
+        found += finished.result
+    # Stable: equals stay in order of dictionary and latent.
+    return tuple(sorted(found, key=lambda each: -each[1])[: wanted.similar])
 
 
 def _response(
@@ -109,9 +137,12 @@ def _response(
     description: Description,
     model: Model,
     timings: manifest_pb2.Timings,
+    dictionaries: Sequence[str],
 ) -> component_pb2.DescribeComponentResponse:
     response = component_pb2.DescribeComponentResponse(
-        manifest=manifest.build("DescribeComponent", model, request, [], timings),
+        manifest=manifest.build(
+            "DescribeComponent", model, request, [], timings, dictionaries=dictionaries
+        ),
         component=request.component,
     )
     vocabulary = model.vocabulary

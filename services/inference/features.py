@@ -49,7 +49,6 @@ NOT_BUILT = {
     "attribute.integrated_steps.latents": "the integrated-gradients column of latents",
     "attribute.baseline.latents": "a baseline of latents other than 0",
     "attribute.read_outs.sources": "the sources of attention latents",
-    "describe_component.latents": "describing latents",
 }
 
 

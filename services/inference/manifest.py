@@ -34,8 +34,13 @@ def build(
     token_ids: Sequence[Sequence[int]],
     timings: manifest_pb2.Timings,
     warnings: Sequence[str] = (),
+    dictionaries: Sequence[str] = (),
 ) -> manifest_pb2.Manifest:
-    """`canonical` is the request after reading made it canonical; its model is the resolved id."""
+    """`canonical` is the request after reading made it canonical; its model is the resolved id.
+
+    `dictionaries` has the ids of those that were used; their warnings come before `warnings`.
+    """
+    used = [model.shelf.served[name] for name in dictionaries]
     request = MessageToDict(canonical)
     request_json = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     manifest = manifest_pb2.Manifest(
@@ -47,7 +52,13 @@ def build(
         engine_version=ENGINE_VERSION,
         token_ids=[token_pb2.TokenIds(ids=ids) for ids in token_ids],
         timings=timings,
-        warnings=warnings,
+        dictionaries=[
+            manifest_pb2.DictionaryRef(
+                id=each.header.id, weights_hash=each.header.provenance.weights_hash
+            )
+            for each in used
+        ],
+        warnings=[*(each.warning for each in used if each.warning), *warnings],
     )
     manifest.result_id = _result_id(manifest)
     return manifest

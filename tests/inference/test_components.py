@@ -15,6 +15,14 @@ from torch import Tensor
 from services.common.addresses import Address, Kind, parse
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.components import ComponentDirection, Describer, Description
+from services.inference.engine.dictionaries.dictionary import (
+    Dictionary,
+    Gated,
+    InputNorm,
+    NormKind,
+)
+from services.inference.engine.dictionaries.sites import Point
+from services.inference.engine.model import Model
 from services.inference.engine.readouts import Scores
 from tests.inference.families.models import (
     HEADS,
@@ -25,6 +33,9 @@ from tests.inference.families.models import (
     engine_of,
     random_model,
 )
+from tests.inference.helpers import random_engine, shelf_of
+from tests.inference.helpers import random_model as random_gpt2
+from tests.inference.planted import LATENTS, random_dictionary
 from tests.inference.test_refusals import refusal_of
 
 if TYPE_CHECKING:  # the stubs name it, the generated module does not
@@ -263,6 +274,129 @@ def test_what_writes_nothing_is_similar_to_nothing() -> None:
     finally:
         row.copy_(kept)
         lengths[7] = float(kept.norm())
+
+
+LATENT = 5
+DICTIONARIES: dict[str, tuple[Dictionary, bool]] = {
+    "a view": (random_dictionary("D", Point.RESID_POST, 1), True),
+    "a view that centres": (
+        random_dictionary("D", Point.RESID_MID, 1, norm=InputNorm(NormKind.LAYER_NORM)),
+        True,
+    ),
+    "a view by a factor": (
+        random_dictionary("D", Point.RESID_POST, 1, norm=InputNorm(NormKind.FACTOR, factor=4.0)),
+        True,
+    ),
+    "a factor that stays": (
+        random_dictionary(
+            "D", Point.RESID_POST, 1, norm=InputNorm(NormKind.FACTOR, factor=4.0, undone=False)
+        ),
+        True,
+    ),
+    "a transcoder": (random_dictionary("D", Point.MLP_OUT, 1, reads=Point.MLP_IN), True),
+    "gated": (random_dictionary("D", Point.RESID_POST, 0, "gated"), True),
+    "of an MLP's output": (random_dictionary("D", Point.MLP_OUT, 1), False),
+    "of neurons": (random_dictionary("D", Point.MLP_ACT, 1), False),
+    "of heads": (random_dictionary("D", Point.Z, 1), False),
+}
+"""Dictionaries, and whether their latents read a direction of the stream."""
+
+
+def latent_by_hand(model: Any, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    """Write and read of `LATENT` in a GPT-2, by SEMANTICS 9 with every scale of a norm 1."""
+    norm, block = dictionary.norm, model.transformer.h[1]
+    write = dictionary.w_dec[LATENT].double()
+    match dictionary.header.site_out.point:
+        case Point.MLP_ACT:
+            write = write @ block.mlp.c_proj.weight
+        case Point.Z:
+            write = write @ block.attn.c_proj.weight
+    if norm.kind is NormKind.FACTOR and norm.undone:
+        write = write / norm.factor
+    x = torch.zeros(len(dictionary.w_enc), dtype=torch.float64, requires_grad=True)
+    stream = x
+    if dictionary.header.site_in.point is Point.MLP_IN:
+        stream = (x - x.mean()) * block.ln_2.weight
+    if norm.kind is NormKind.LAYER_NORM:
+        stream = stream - stream.mean()
+    if norm.kind is NormKind.FACTOR:
+        stream = stream * norm.factor
+    pre = stream @ dictionary.w_enc[:, LATENT].double()
+    if isinstance(dictionary.activation, Gated):
+        pre = pre * dictionary.activation.r_mag[LATENT].exp()
+    (read,) = torch.autograd.grad(pre, x)
+    return write, read
+
+
+@pytest.mark.parametrize("name", DICTIONARIES)
+def test_a_latent_writes_and_reads_what_its_weights_say(name: str) -> None:
+    dictionary, reads = DICTIONARIES[name]
+    engine = random_engine("gpt2", dictionaries=[dictionary])
+    model: Any = random_gpt2("gpt2", torch.float64)
+    describer = Describer(engine.architecture, VOCABULARY)
+    (bound,) = engine.hooks.shelf.bind(["D"])
+    found = describer.describe_latent(bound, LATENT, VOCABULARY)
+    write, read = latent_by_hand(model, dictionary)
+    assert [each.name for each in found] == (["write", "read"] if reads else ["write"])
+    assert found[0].norm == pytest.approx(float(write.norm()), rel=1e-5)
+    scores = model.lm_head.weight @ ((write - write.mean()) * model.transformer.ln_f.weight)
+    assert close(found[0].output, scores - scores.mean())
+    if reads:
+        assert found[1].norm == pytest.approx(float(read.norm()), rel=1e-5)
+        assert close(found[1].input, model.transformer.wte.weight @ read)
+
+
+def test_similar_latents_are_those_that_write_alike() -> None:
+    dictionary = random_dictionary("D", Point.MLP_ACT, 1)
+    dictionary.w_dec[7] = 0
+    engine = random_engine("gpt2", dictionaries=[dictionary])
+    model: Any = random_gpt2("gpt2", torch.float64)
+    describer = Describer(engine.architecture, VOCABULARY)
+    (bound,) = engine.hooks.shelf.bind(["D"])
+    writes = dictionary.w_dec.double() @ model.transformer.h[1].mlp.c_proj.weight
+    cosines = torch.cosine_similarity(writes, writes[LATENT][None])
+    write = bound.unit_writes(torch.tensor([LATENT]))[0]
+    found = describer.similar_latents(bound, write, 100, LATENT, CancelToken())
+    assert len(found) == LATENTS - 2  # less itself, and the one that writes nothing
+    for address, cosine in found:
+        assert cosine == pytest.approx(float(cosines[address.index or 0]), abs=1e-5)
+    values = [cosine for _, cosine in found]
+    assert values == sorted(values, reverse=True)
+    ((itself, cosine),) = describer.similar_latents(bound, write, 1, None, CancelToken())
+    assert itself == parse(f"latent.D.{LATENT}")
+    assert cosine == pytest.approx(1.0)
+
+
+async def test_latents_over_grpc_are_compared_with_all_dictionaries(
+    stub: "Stub", model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = [random_dictionary("a", Point.MLP_OUT, 0), random_dictionary("b", Point.RESID_POST, 1)]
+    shelf = shelf_of(served, model.architecture, torch.float32)
+    monkeypatch.setattr(model.hooks, "shelf", shelf)
+    response = await stub.DescribeComponent(request(component="latent.b.3", similar=100))
+    assert [each.name for each in response.directions] == ["write", "read"]
+    assert len(response.similar) == 2 * LATENTS - 1
+    cosines = {
+        f"latent.{each.id}.{index}": float(cosine)
+        for each in served
+        for index, cosine in enumerate(
+            torch.cosine_similarity(each.w_dec, served[1].w_dec[3][None])
+        )
+    }
+    for each in response.similar:
+        assert each.cosine == pytest.approx(cosines[each.component], abs=1e-5)
+    values = [each.cosine for each in response.similar]
+    assert values == sorted(values, reverse=True)
+    assert [each.id for each in response.manifest.dictionaries] == ["a", "b"]
+    assert all(len(each.weights_hash) == 64 for each in response.manifest.dictionaries)
+    alone = await stub.DescribeComponent(request(component="latent.b.3", similar=0))
+    assert [each.id for each in alone.manifest.dictionaries] == ["b"]
+    assert not alone.similar
+    code, field, message = await refusal_of(
+        stub.DescribeComponent(request(component="latent.b.99"))
+    )
+    assert (code, field) == (grpc.StatusCode.INVALID_ARGUMENT, "component")
+    assert "valid is 0.." in message
 
 
 def request(**more: Any) -> component_pb2.DescribeComponentRequest:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from services.common.addresses import Kind
 from services.inference.engine.architecture import Architecture
-from services.inference.engine.dictionaries.dictionary import Dictionary
+from services.inference.engine.dictionaries.dictionary import Dictionary, NormKind
 from services.inference.engine.dictionaries.sites import Header, Point, Site
 from services.inference.engine.norms import Norm
 
@@ -138,6 +138,31 @@ class BoundDictionary(Place):
     def unit_writes(self, latents: Tensor) -> Tensor:
         """[n] -> [n, d]: what one unit of each latent adds to the stream, scales omitted."""
         return self.to_residual(self.dictionary.w_dec[latents])
+
+    def unit_reads(self, latents: Tensor) -> Tensor | None:
+        """[n] -> [n, d]: what their pre-activations read in the stream, scales left out.
+
+        None where the sublayer lies between, which is not linear.
+        """
+        rows, norm_in = self.dictionary.encoder_rows(latents), self.dictionary.norm
+        match norm_in.kind:
+            case NormKind.CENTRE | NormKind.LAYER_NORM:
+                rows = rows - rows.mean(-1, keepdim=True)
+            case NormKind.FACTOR:
+                rows = rows * norm_in.factor
+        if self.site_in.is_residual:
+            return rows
+        if self.site_in.point is not Point.MLP_IN:
+            return None
+        norm = self._architecture.layers[self.site_in.layer].mlp_norm
+        return norm.frozen_gradient(rows, torch.ones_like(rows[..., :1]))
+
+    @property
+    def constant_scale(self) -> float:
+        """What recon multiplies by to undo norm_in, where that is the same at every token; else 1,
+        as for every other scale that is left out."""
+        norm = self.dictionary.norm
+        return 1 / norm.factor if norm.kind is NormKind.FACTOR and norm.undone else 1.0
 
 
 def canonical(site: Site) -> Site:

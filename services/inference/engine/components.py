@@ -5,6 +5,8 @@ way (a post-norm's is in the write weights, the final norm's is applied for toke
 through that of the norm before it. Biases are constants and left out.
 
     neuron   writes w_out[n]; its pre-activation reads w_in[n] (gated: gate and up)
+    latent   writes its decoder row; its encoder reads the stream or what the MLP reads, or,
+             behind a sublayer, no direction of the stream
     head     output-value circuit  x -> x A^T B        A: value rows [dh, d], B: output rows [dh, d]
              query-key circuit     score = (x_q Q^T) . (x_k K^T) * scaling, rotation left out,
              which is the score of two tokens at the same position
@@ -14,6 +16,7 @@ factors and an SVD [dh, dh]; the cosine of two heads' output-value maps from two
 <A1^T B1, A2^T B2> = sum of (A1 A2^T) * (B1 B2^T).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +25,13 @@ from torch import Tensor
 
 from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Architecture, Layer
+from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.norms import Norm
 from services.inference.engine.readouts import Scores, scored
+
+_LATENTS = 8192
+"""Latents compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Singular(NamedTuple):
 
 
 class Describer:
-    """Describes neurons and heads of one model. Runs on the torch thread."""
+    """Describes neurons, heads and latents of one model. Runs on the torch thread."""
 
     def __init__(self, architecture: Architecture, vocabulary: int) -> None:
         """Ids from `vocabulary` on are never listed."""
@@ -81,6 +88,41 @@ class Describer:
             found = self._similar(component, similar, self._head_cosines(component, cancel))
         return Description(directions, found)
 
+    def describe_latent(
+        self, bound: BoundDictionary, latent: int, tokens: int
+    ) -> tuple[ComponentDirection, ...]:
+        """What a latent writes and, where that is a direction of the stream, reads."""
+        which = torch.tensor([latent], device=bound.dictionary.w_dec.device)
+        write = bound.constant_scale * bound.unit_writes(which)
+        (output,) = self.output_tokens(write, tokens)
+        found = [ComponentDirection("write", _length(write), output=output)]
+        read = bound.unit_reads(which)
+        if read is not None:
+            (scores,) = self.input_tokens(read, tokens)
+            found.append(ComponentDirection("read", _length(read), input=scores))
+        return tuple(found)
+
+    def similar_latents(
+        self,
+        bound: BoundDictionary,
+        write: Tensor,
+        count: int,
+        own: int | None,
+        cancel: CancelToken,
+    ) -> tuple[tuple[Address, float], ...]:
+        """The `count` latents of a dictionary whose writes have the largest cosines with `write`
+        [d]; `own` is left out. Raises Cancelled and DeadlineExceeded."""
+        rows = []
+        for latents in torch.split(torch.arange(bound.dictionary.latents), _LATENTS):
+            cancel.check()
+            writes = bound.unit_writes(latents.to(write.device)).float()
+            rows.append(torch.cosine_similarity(writes, write[None].float(), eps=0.0))
+
+        def address(index: int) -> Address:
+            return Address(Kind.LATENT, index=index, dictionary=bound.id)
+
+        return _largest(torch.cat(rows), count, own, address)
+
     def _neuron(self, neuron: Address, tokens: int) -> tuple[ComponentDirection, ...]:
         layer, index = self._layer(neuron), neuron.index
         write = layer.w_out[index]
@@ -90,8 +132,8 @@ class Describer:
             for name, weights in names.items()
             if weights is not None
         }
-        (output,) = self._output(write[None], tokens)
-        inputs = self._input(torch.stack(list(reads.values())), tokens)
+        (output,) = self.output_tokens(write[None], tokens)
+        inputs = self.input_tokens(torch.stack(list(reads.values())), tokens)
         return (
             ComponentDirection("write", _length(write), output=output),
             *(
@@ -107,8 +149,8 @@ class Describer:
         ov = _singular(values, outputs, circuits)
         qk = _singular(*_query_key_rows(layer, index), circuits)
         # Of each read direction of length 1, what comes out of the circuit.
-        written = self._output(ov.right * ov.values[:, None], tokens)
-        read = self._input(torch.cat([ov.left, qk.left, qk.right]), tokens)
+        written = self.output_tokens(ov.right * ov.values[:, None], tokens)
+        read = self.input_tokens(torch.cat([ov.left, qk.left, qk.right]), tokens)
         count = len(ov.values)
         of_values, of_queries, of_keys = read[:count], read[count : 2 * count], read[2 * count :]
         return (
@@ -126,14 +168,14 @@ class Describer:
             ),
         )
 
-    def _output(self, writes: Tensor, tokens: int) -> list[Scores]:
+    def output_tokens(self, writes: Tensor, tokens: int) -> list[Scores]:
         """Of writes [n, d]: logits they move, above the mean over the vocabulary."""
         architecture = self._architecture
         writes = architecture.final_norm.linear(writes.to(architecture.w_u))
         w_u = architecture.w_u[: self._vocabulary]
         return scored(writes, w_u, tokens, architecture.w_u_mean)
 
-    def _input(self, reads: Tensor, tokens: int) -> list[Scores]:
+    def input_tokens(self, reads: Tensor, tokens: int) -> list[Scores]:
         """Of read directions [n, d]: how far each token's embedding lies along them."""
         w_e = self._architecture.w_e
         return scored(
@@ -169,24 +211,38 @@ class Describer:
     def _similar(
         self, component: Address, count: int, cosines: Tensor
     ) -> tuple[tuple[Address, float], ...]:
-        """The largest of cosines [layers, n], without the component's own; ties by address.
-
-        What writes nothing has no direction: it is similar to nothing.
-        """
-        cosines = cosines.clamp(-1, 1)
-        cosines[component.layer, component.index] = torch.nan
-        flat = cosines.nan_to_num(nan=-2.0).flatten().cpu()
-        ordered, places = torch.sort(flat, descending=True, stable=True)
+        """The largest of cosines [layers, n], without the component's own; ties by address."""
         width = cosines.shape[1]
-        return tuple(
-            (Address(component.kind, place // width, place % width), cosine)
-            for place, cosine in zip(places[:count].tolist(), ordered[:count].tolist(), strict=True)
-            if cosine >= -1.0
+        assert component.layer is not None
+        assert component.index is not None
+        return _largest(
+            cosines.flatten(),
+            count,
+            component.layer * width + component.index,
+            lambda place: Address(component.kind, place // width, place % width),
         )
 
     def _layer(self, component: Address) -> Layer:
         assert component.layer is not None
         return self._architecture.layers[component.layer]
+
+
+def _largest(
+    cosines: Tensor, count: int, own: int | None, address: Callable[[int], Address]
+) -> tuple[tuple[Address, float], ...]:
+    """Addresses of the largest cosines [n], but for `own`; ties by place.
+
+    What writes nothing has no direction: its cosines are not numbers, and it is never listed.
+    """
+    cosines = cosines.clamp(-1, 1)
+    if own is not None:
+        cosines[own] = torch.nan
+    ordered, places = torch.sort(cosines.nan_to_num(nan=-2.0).cpu(), descending=True, stable=True)
+    return tuple(
+        (address(place), cosine)
+        for place, cosine in zip(places[:count].tolist(), ordered[:count].tolist(), strict=True)
+        if cosine >= -1.0
+    )
 
 
 def _read_through(norm: Norm, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.common.addresses import Address, Shape
+from services.common.addresses import Address, Kind, Shape
 from services.common.errors import FailedPrecondition
 from services.common.settings import DictionarySource
 from services.inference.engine import (
@@ -264,9 +264,34 @@ class Model:
     def describe(
         self, component: Address, tokens: int, circuits: int, similar: int, cancel: CancelToken
     ) -> Description:
-        """What a neuron or head writes and reads, without a prompt; see `components`."""
-        describer = Describer(self.architecture, self.vocabulary.listed)
-        return describer.describe(component, tokens, circuits, similar, cancel)
+        """What a component writes and reads, without a prompt; see `components`.
+
+        Of a latent without similar ones: `similar_latents` finds them, dictionary by dictionary.
+        """
+        if component.kind is not Kind.LATENT:
+            return self._describer.describe(component, tokens, circuits, similar, cancel)
+        assert component.index is not None
+        (bound,) = self.shelf.bind([component.dictionary])
+        directions = self._describer.describe_latent(bound, component.index, tokens)
+        return Description(directions, ())
+
+    def latent_write(self, latent: Address) -> Tensor:
+        """[d]: what one unit of a latent adds to the residual stream, scales left out."""
+        (bound,) = self.shelf.bind([latent.dictionary])
+        return bound.unit_writes(torch.tensor([latent.index], device=self.device))[0]
+
+    def similar_latents(
+        self, latent: Address, write: Tensor, among: str, count: int, cancel: CancelToken
+    ) -> tuple[tuple[Address, float], ...]:
+        """The latents of the dictionary `among` that write most like `latent`, whose own write is
+        given, and the cosines."""
+        (others,) = self.shelf.bind([among])
+        own = latent.index if among == latent.dictionary else None
+        return self._describer.similar_latents(others, write, count, own, cancel)
+
+    @property
+    def _describer(self) -> Describer:
+        return Describer(self.architecture, self.vocabulary.listed)
 
     def attribute(
         self,
