@@ -3,6 +3,7 @@ import { removeStep, traceBackTo } from "./editing";
 import { asked, problemsAt } from "./state";
 import { formula } from "./meaning";
 import { stepWords } from "./trace";
+import { beside } from "./url";
 
 export function Crumbs() {
   const question = asked.value;
@@ -61,6 +62,7 @@ export function Crumbs() {
               {wrong && (
                 <span class="error" role="alert">
                   {wrong}
+                  {question && beside(question) === "b" && " It must exist in prompt B as well."}
                 </span>
               )}
             </li>
