@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.web.dictionaries import write_dictionaries
 from tests.web.driving import Complaints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,9 +47,14 @@ def _absent(what: str) -> None:
 @pytest.fixture(scope="session")
 def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of the product, started as a user starts it."""
+    with _started(tmp_path_factory.mktemp("product"), "--demo") as url:
+        yield url
+
+
+@contextmanager
+def _started(folder: Path, *flags: str) -> Iterator[str]:
     if not (ROOT / "gateway" / "static" / "index.html").is_file():
         _absent("the page is not built: run `npm run build` in web/")
-    folder = tmp_path_factory.mktemp("product")
     env = {key: value for key, value in os.environ.items() if not key.startswith("TDB_")}
     env |= {
         "TDB_GATEWAY_PORT": "0",
@@ -58,7 +65,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (
         said.open("w") as output,
         subprocess.Popen(
-            [sys.executable, "-m", "tdb.cli", "up", "--demo"],
+            [sys.executable, "-m", "tdb.cli", "up", *flags],
             cwd=folder,
             env=env,
             stdout=output,
@@ -85,7 +92,7 @@ def _url(process: subprocess.Popen[bytes], said: Path) -> str:
         if process.poll() is not None:
             break
         time.sleep(0.2)
-    pytest.fail(f"`tdb up --demo` printed no URL. It said:\n{said.read_text()}")
+    pytest.fail(f"`tdb up` printed no URL. It said:\n{said.read_text()}")
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +113,29 @@ def complaints(page: Page, product: str) -> Complaints:
 
 @pytest.fixture
 def page(browser: Browser, product: str) -> Iterator[Page]:
+    with _page(browser, product) as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def product_with_latents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the product with a dictionary for every sublayer."""
+    folder = tmp_path_factory.mktemp("latents")
+    write_dictionaries(folder / "dictionaries")
+    flag = f"exact={folder / 'dictionaries'}"
+    with _started(folder, "--demo", "--dictionary", flag) as url:
+        yield url
+
+
+@pytest.fixture
+def page_with_latents(browser: Browser, product_with_latents: str) -> Iterator[Page]:
+    with _page(browser, product_with_latents) as page:
+        yield page
+
+
+@contextmanager
+def _page(browser: Browser, product: str) -> Iterator[Page]:
+    """A fresh page; whatever the browser complained about fails the test at the end."""
     context = browser.new_context(
         base_url=product, viewport={"width": 1280, "height": 860}, reduced_motion="reduce"
     )

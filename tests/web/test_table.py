@@ -314,3 +314,21 @@ def test_what_is_not_supported_says_why(page: Page) -> None:
     rows(page).and_(page.locator(f"[data-node='{node}']")).click()
     expect(page.get_by_role("button", name=f"Scale {node}", exact=True)).to_be_disabled()
     assert "Attribute" not in asked
+
+
+def test_the_logit_lens_follows_the_chosen_token(page: Page) -> None:
+    start(page)
+    page.get_by_role("button", name="logit lens").click()
+    lens = page.get_by_role("region", name="Logit lens")
+    points = lens.locator("tbody th")
+    expect(points).to_have_text(["embed", *(f"resid_post.{layer}" for layer in range(4))])
+    expect(lens.locator("tbody tr").last).to_contain_text("␣Mary")
+    difference = (lens.locator("tbody tr").last.locator("td").first.get_attribute("title")) or ""
+    assert float(difference.replace("−", "-")) == pytest.approx(number(page), rel=1e-4)
+    page.get_by_label("Tokens of the prompt").get_by_role("button").nth(1).click()
+    expect(lens.locator("tbody tr").first).to_contain_text("␣Mary")
+    expect(lens.locator("[data-waiting]")).to_have_count(0)
+    shoot(page, "lens")
+    page.reload()
+    answered(page)
+    expect(points).to_have_count(5)
