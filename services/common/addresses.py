@@ -201,6 +201,8 @@ class Shape:
     """Layers whose MLP is a mixture of experts and has no neurons."""
     parallel: bool = False
     """Attention and MLP of a layer read the same residual stream: no `resid_mid` exists."""
+    without_bias: frozenset[tuple[Kind, int]] = frozenset()
+    """Biases (`Kind.BIAS_ATTN` or `Kind.BIAS_MLP`, layer) that do not exist."""
 
     dictionaries: Mapping[str, "DictionaryShape"] = field(default_factory=dict)
     """What exists in each dictionary, by id."""
@@ -227,6 +229,8 @@ class Shape:
             self._in_range(address, "neuron", address.index, self.neurons)
         elif address.index is not None and address.kind is not Kind.LATENT:
             self._in_range(address, "head", address.index, self.heads)
+        if address.layer is not None and (address.kind, address.layer) in self.without_bias:
+            raise InvalidArgument(f"{address}: this sublayer of the model adds no bias")
         if address.kind is Kind.RESID_MID and self.parallel:
             raise InvalidArgument(
                 f"{address}: attention and MLP of this model's layers read the same residual "

@@ -28,6 +28,7 @@ BUILT = (
     "target.sublayer",
     "target.residual",
     "target.resid_mid",
+    "target.bias",
     "attribute.compare",
     "attribute.norm_modes",
     "attribute.read_outs",

@@ -28,6 +28,8 @@ SITES = {
     Kind.RESID_MID: "resid_mid",
     Kind.RESID_POST: "resid_post",
     Kind.NEURON: "neurons",
+    Kind.BIAS_ATTN: "bias.attn",
+    Kind.BIAS_MLP: "bias.mlp",
 }
 
 

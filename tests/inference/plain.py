@@ -4,6 +4,7 @@ It shares no code with the engine and none with Hugging Face but the weights, so
 and derivatives are compared with. `site(kind, layer, values)` may return other values:
 
     embed, attn, resid_mid, mlp_in, mlp, resid_post [T, d]     q, k, v [H, T, dh] per query head
+    bias.attn, bias.mlp [T, d]
     scores, probabilities [H, T, T]      z [T, H, dh]          gate, up, neurons [T, F]
 """
 
@@ -110,7 +111,8 @@ def forward(
         probabilities = site("probabilities", layer, probabilities)
         z = site("z", layer, (probabilities @ value).transpose(0, 1))
         out = block.attn.c_proj if gpt2 else block.self_attn.o_proj
-        write = site("attn", layer, out(z.reshape(len(ids), -1)))
+        write = _biased(site, "bias.attn", layer, out, out(z.reshape(len(ids), -1)))
+        write = site("attn", layer, write)
         x = site("resid_mid", layer, x + write)
         read = site("mlp_in", layer, norm(f"mlp.{layer}", second, x))
         if gpt2:
@@ -121,10 +123,19 @@ def forward(
             up = site("up", layer, block.mlp.up_proj(read))
             neurons = torch.nn.functional.silu(gate) * up
             down = block.mlp.down_proj
-        write = site("mlp", layer, down(site("neurons", layer, neurons)))
+        write = _biased(site, "bias.mlp", layer, down, down(site("neurons", layer, neurons)))
+        write = site("mlp", layer, write)
         x = site("resid_post", layer, x + write)
     logits: Tensor = model.lm_head(norm("final", final, x))
     return logits
+
+
+def _biased(site: Site, kind: str, layer: int, projection: Any, write: Tensor) -> Tensor:
+    """A sublayer's write with another bias, where it has one."""
+    if projection.bias is None:
+        return write
+    bias: Tensor = projection.bias.expand_as(write)
+    return write - bias + site(kind, layer, bias)
 
 
 def _queries(model: Any, block: Any, read: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -146,6 +146,13 @@ def unedited(family: str) -> Tensor:
     return plain.forward(shared_model(family), IDS)
 
 
+BIASES = {
+    "attention's bias": Site("bias.attn.1~4", WIDTH, ("zero", "scale")),
+    "MLP's bias": Site("bias.mlp.0", WIDTH, ("zero", "scale")),
+    "bias read by J": Site("bias.attn.2", WIDTH, ("zero", "scale"), (3, 7)),
+}
+
+
 def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((left - right).abs().max() <= tolerance * right.abs().max())
 
@@ -164,6 +171,44 @@ def test_every_operation_on_every_target_is_what_it_is_by_hand(family: str, name
         theirs = plain.forward(model, IDS, plain.edited(site.by_hand(operation, model)))
         assert close(ours, theirs), operation
         assert not close(ours, unedited(family)), operation  # the edit did something
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied"])
+def test_edits_of_biases_are_what_they_are_by_hand_and_sums_close(family: str, name: str) -> None:
+    site, engine, model = BIASES[name], shared_engine(family), shared_model(family)
+    for wanted in ("zero", "scale"):
+        intervention = site.intervention(wanted)
+        after = Intervention(parse(site.address), Scale(0.5), site.positions)
+        edits = engine.edits(intervention, after, tokens=len(IDS))
+        (explanation,) = engine.explain(explained(IDS, *edits))
+        theirs = plain.forward(model, IDS, by_hand.edited(model, [intervention, after], len(IDS)))
+        assert close(explanation.logits, theirs[7]), wanted
+        assert not close(explanation.logits, unedited(family)[7]), wanted
+        total, size = direct_sums(explanation)
+        assert abs(total - explanation.value) <= 1e-5 * size
+        assert abs(explanation.remainder["rest"]) <= 1e-5 * size
+        receipt, _ = explanation.receipts
+        assert receipt.delta_norm > 0
+
+
+def test_zeroing_a_bias_takes_it_from_the_sum_where_it_is_zeroed() -> None:
+    engine = shared_engine()
+    rows = []
+    for positions in ((3,), (7,), None):
+        edits = engine.edits(Intervention(parse("bias.attn.2"), Zero(), positions), tokens=len(IDS))
+        (explanation,) = engine.explain(explained(IDS, *edits))
+        rows.append(explanation.remainder["bias.attn.2"])
+    assert abs(rows[0]) > 1e-3  # J reads token 7 alone
+    assert rows[1:] == [0, 0]
+
+
+def test_a_bias_that_does_not_exist_or_an_operation_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="adds no bias"):
+        shared_engine("llama").edits(Intervention(parse("bias.mlp.1"), Zero()), tokens=8)
+    for operation in (Mask(), Add(VECTORS[WIDTH]), SetTo(VECTORS[WIDTH]), Mean(EQUAL)):
+        with pytest.raises(InvalidArgument, match="what fits: zero or scale"):
+            shared_engine().edits(Intervention(parse("bias.mlp.1"), operation), tokens=8)
 
 
 @pytest.mark.parametrize("name", SITES)

@@ -484,6 +484,11 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
         "run.interventions[1].target",
         "already set by interventions[0]",
     ),
+    "a bias set": (
+        edited({"target": "bias.attn.0", "set": {"vector": tensor(*[1.0] * 16)}}),
+        AT + "set",
+        "bias.attn.0 is the attention's output bias, which set does not fit; what fits: zero or",
+    ),
     "relative to a number": (
         edited({"target": "neuron.1.3", "add": {"value": 1, "relative": True}}),
         AT + "add.relative",
@@ -642,7 +647,6 @@ MALFORMED |= {
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
-    "a bias": (edited({"target": "bias.attn.0", **ZERO}), AT + "target"),
 }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from services.common.addresses import Shape
+from services.common.addresses import Kind, Shape
 from services.inference.engine.families import Family, family_of, unsupported
 from services.inference.engine.norms import Norm, NormPlace, probe_norm
 from services.inference.engine.targets import Widths
@@ -98,6 +98,27 @@ class Layer:
         """Whether a neuron's activation is act(gate) * up."""
         return self.w_up is not None
 
+    def output_bias(self, kind: Kind) -> Tensor | None:
+        """[d], with the post-norm's gain: `Kind.BIAS_ATTN` or `Kind.BIAS_MLP`."""
+        return self.b_o if kind is Kind.BIAS_ATTN else self.b_out
+
+    def bias_write(self, kind: Kind, scale: Tensor | None) -> Tensor | None:
+        """What a sublayer's output bias and its post-norm's add to the stream, [T or 1, d].
+
+        scale: of the post-norm, [T, 1], None where there is none. `Kind.BIAS_MLP` of experts is
+        None: their whole write is a node.
+        """
+        if kind is Kind.BIAS_MLP and self.experts:
+            return None
+        bias = self.output_bias(kind)
+        post_norm = self.attn_post_norm if kind is Kind.BIAS_ATTN else self.mlp_post_norm
+        write = None if bias is None else bias[None]
+        if write is not None and scale is not None:
+            write = write / scale
+        if post_norm is not None and post_norm.bias.any():
+            write = post_norm.bias[None] if write is None else write + post_norm.bias
+        return write
+
     def norms(self, index: int) -> Iterator[tuple[NormPlace, Norm]]:
         """Every norm of this layer, which is number `index`."""
         for site, norm in (
@@ -157,6 +178,12 @@ class Architecture:
             windows=tuple(layer.window for layer in self.layers),
             experts=self.experts,
             parallel=self.parallel,
+            without_bias=frozenset(
+                (kind, index)
+                for index, layer in enumerate(self.layers)
+                for kind in (Kind.BIAS_ATTN, Kind.BIAS_MLP)
+                if layer.bias_write(kind, None) is None
+            ),
         )
 
     @property

@@ -310,19 +310,24 @@ def _bias_rows(view: RunView, path: DirectPath, standing: Standing) -> dict[str,
     dictionary's own bias row holds them."""
     rows: dict[str, float] = {}
     for index, layer in enumerate(view.architecture.layers):
-        # Of experts the whole write is a node, so nothing of its norm is left over.
-        mlp_post_norm = None if layer.experts else layer.mlp_post_norm
-        for name, kind, met, bias, post_norm in (
-            (f"bias.attn.{index}", Kind.ATTN, path.attention, layer.b_o, layer.attn_post_norm),
-            (f"bias.mlp.{index}", Kind.MLP, path.mlp, layer.b_out, mlp_post_norm),
+        for bias, sublayer, met in (
+            (Kind.BIAS_ATTN, Kind.ATTN, path.attention[index]),
+            (Kind.BIAS_MLP, Kind.MLP, path.mlp[index]),
         ):
-            bound = standing.of(kind, index)
+            scale = view.post_norm_scale(sublayer, index)
+            write = layer.bias_write(bias, scale)
+            bound = standing.of(sublayer, index)
             held = bound is not None and bound.site.contains_bias
-            if bias is not None and not held:
-                rows[name] = dot(bias, before_post_norm(view, path, kind, index).sum(0))
             behind = held and bound is not None and not bound.passes_post_norm
-            if post_norm is not None and post_norm.bias.any() and not behind:
-                rows[name] = rows.get(name, 0.0) + dot(post_norm.bias, met[index].sum(0))
+            if write is None or behind:
+                continue
+            edited = view.captured.edited_biases.get((bias, index))
+            if edited is not None:
+                write = edited[view.row, : view.tokens].detach()
+            own = layer.output_bias(bias)
+            if held and own is not None and scale is not None:
+                write = write - own / scale  # which the dictionary's bias row has
+            rows[f"{bias.value}.{index}"] = dot(write.expand_as(met), met)
     return rows
 
 

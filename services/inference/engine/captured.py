@@ -174,6 +174,8 @@ class Pass:
     """Their values [B, T, ...], after edits; filled by `keep`."""
     sites: Sites | Probe = field(default_factory=lambda: Sites(()))
     """Dictionaries read or edited in this pass."""
+    edited_biases: dict[tuple[Kind, int], Tensor] = field(default_factory=dict)
+    """[B, T, d]: what edited biases of sublayers add to the stream, after the edits."""
     _receipts: dict[tuple[int, int], Receipt] = field(default_factory=dict)
     _applied: dict[tuple[int, int], Edit] = field(default_factory=dict)
     _values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -245,6 +247,16 @@ class Pass:
         if kind in _POINTS:
             self.keep(_POINTS[kind], layer, values)
         return values
+
+    def edit_bias(self, kind: Kind, layer: int, write: Tensor, bias: Tensor) -> Tensor:
+        """Applies edits of a sublayer's bias, [1, d] or [B, T, d], to its write [B, T, d]."""
+        whole = bias.expand_as(write)
+        edited = whole.clone()
+        for row, number, edit in self.edits_at(kind, layer):
+            where = (row, list(edit.positions))
+            edited[where] = self._apply(row, number, edit, edited[where])
+        self.edited_biases[kind, layer] = edited
+        return write + (edited - whole)
 
     def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
         """Applies the layer's neuron edits to [B, T, F] and captures the result."""

@@ -378,6 +378,15 @@ class Hooks:
         write = current.at_site(SitePoint.MLP_OUT, layer, write, before_post_norm=True)
         return write.view_as(output)
 
+    def _edit_bias(self, kind: Kind, layer: int, write: Tensor, scale: Tensor | None) -> Tensor:
+        """A sublayer's write [B, T, d] after edits of its bias; scale: of its post-norm."""
+        current = self.current
+        if current is None or not current.edits_at(kind, layer):
+            return write
+        bias = self.architecture.layers[layer].bias_write(kind, scale)
+        assert bias is not None  # or the edit would have been refused
+        return current.edit_bias(kind, layer, write, bias)
+
     def _leave_attention(
         self,
         layer: int,
@@ -391,7 +400,9 @@ class Hooks:
             return None
         write = output if isinstance(output, Tensor) else output[0]
         post_norm = self.architecture.layers[layer].attn_post_norm
-        current.attn_scale.append(_scale(post_norm, args))
+        scale = _scale(post_norm, args)
+        current.attn_scale.append(scale)
+        write = self._edit_bias(Kind.BIAS_ATTN, layer, write, scale)
         write = current.at_site(SitePoint.ATTN_OUT, layer, write)
         write = current.edit_residual(Kind.ATTN, layer, write)
         if current.gradients:
@@ -421,12 +432,13 @@ class Hooks:
         current = self.current
         if current is None:
             return None
-        post_norm = self.architecture.layers[layer].mlp_post_norm
-        current.mlp_scale.append(_scale(post_norm, args))
-        before = self._per_token(output)
+        weights = self.architecture.layers[layer]
+        scale = _scale(weights.mlp_post_norm, args)
+        current.mlp_scale.append(scale)
+        before = self._edit_bias(Kind.BIAS_MLP, layer, self._per_token(output), scale)
         write = current.at_site(SitePoint.MLP_OUT, layer, before)
         write = current.edit_residual(Kind.MLP, layer, write)
-        if self.architecture.layers[layer].experts:
+        if weights.experts:
             current.experts[layer] = ExpertsWrite(before.detach(), write)
         current.last_write = write
         if current.gradients:

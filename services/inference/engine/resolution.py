@@ -201,7 +201,7 @@ def _alignment(patch: Patch, tokens: int, prompt: int, source: int) -> dict[int,
 
 
 def check_target(target: Address, shape: Shape, tokens: int) -> None:
-    """Raises InvalidArgument or Unimplemented unless the address can be edited."""
+    """Raises InvalidArgument unless the address can be edited."""
     shape.check(target, tokens)
     target_of(target)
 

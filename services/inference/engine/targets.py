@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from services.common.addresses import Address, Kind
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 
 
 class Value(Enum):
@@ -58,6 +58,8 @@ _TARGETS = {
     Kind.RESID_MID: _residual("the residual stream"),
     Kind.RESID_POST: _residual("the residual stream"),
     Kind.LATENT: Target("a latent's activation", Value.NUMBER, _ANY),
+    Kind.BIAS_ATTN: _write("the attention's output bias"),
+    Kind.BIAS_MLP: _write("the MLP's output bias"),
     Kind.BIAS: _write("a dictionary's bias"),
     Kind.SKIP: _write("a dictionary's skip"),
     Kind.ERROR: _write("a dictionary's error"),
@@ -65,11 +67,9 @@ _TARGETS = {
 
 
 def target_of(address: Address) -> Target:
-    """The table's entry. Raises InvalidArgument or Unimplemented for what cannot be edited."""
+    """The table's entry. Raises InvalidArgument for what cannot be edited."""
     if address.key is not None:
         return _PAIR
-    if address.kind in (Kind.BIAS_ATTN, Kind.BIAS_MLP):
-        raise Unimplemented(f"{address}: biases cannot be edited in this version")
     target = _TARGETS.get(address.kind)
     if target is None:
         raise InvalidArgument(f"{address} cannot be edited")
