@@ -47,7 +47,6 @@ BUILT = (
 
 NOT_BUILT = {
     "attribute.dictionaries": "dictionaries",
-    "attribute.integrated_steps.latents": "the integrated-gradients column of latents",
     "attribute.baseline.latents": "a baseline of latents other than 0",
     "attribute.read_outs.sources": "the sources of attention latents",
 }

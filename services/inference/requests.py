@@ -208,8 +208,6 @@ def _integrated_steps(request: attribute_pb2.AttributeRequest) -> int:
             f"integrated_steps is {steps}; valid is 1..{MAX_INTEGRATED_STEPS}",
             field="integrated_steps",
         )
-    if request.dictionaries:
-        raise features.not_built("attribute.integrated_steps.latents", "integrated_steps")
     return steps
 
 

@@ -155,12 +155,18 @@ class Hooks:
         self._run(Pass(rows, (0,), False, cancel, sites=probe))
 
     def record(
-        self, row: Row, positions: Sequence[int], *, cancel: CancelToken, gradients: bool = False
+        self,
+        row: Row,
+        positions: Sequence[int],
+        *,
+        cancel: CancelToken,
+        gradients: bool = False,
+        dictionaries: Sequence[str] = (),
     ) -> Recording:
         """Like `run` of one row, remembering what `resume` starts from."""
         row = replace(row, edits=self.fill(row.edits, cancel))
         current = Recording([row], tuple(positions), gradients, cancel)
-        self._run(current)
+        self._run(current, dictionaries)
         return current
 
     def fill(self, edits: Sequence[Edit], cancel: CancelToken) -> tuple[Edit, ...]:
@@ -172,12 +178,14 @@ class Hooks:
             edits, lambda rows: self.run(rows, [0], gradients=False, cancel=cancel)
         )
 
-    def resume(self, current: Resumed) -> Tensor:
+    def resume(self, current: Resumed, dictionaries: Sequence[str] = ()) -> Tensor:
         """Runs what is left of a resumed pass; its logits [B, V] at its last token.
+
+        `dictionaries` are read besides those that edits name.
 
         Raises Cancelled and DeadlineExceeded from its token.
         """
-        self._attach(current)
+        self._attach(current, dictionaries)
         device = self.architecture.final_norm.gain.device
         ids = torch.tensor(current.token_ids, device=device).expand(len(current.rows), -1)
         last = torch.tensor([len(current.token_ids) - 1], device=device)

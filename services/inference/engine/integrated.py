@@ -20,23 +20,16 @@ from services.common.errors import FailedPrecondition
 from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
+from services.inference.engine.dictionaries.sites import Point, Site
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
 from services.inference.engine.objectives import Objective, OfLogits
-from services.inference.engine.resuming import Recording, Resumed, Stage, Start
+from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 from services.inference.engine.run_view import RunView, is_upstream
 from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
 """Rows times tokens of a batch: few enough that others do not wait long."""
-
-
-def _start(sublayer: Sublayer) -> Start:
-    """Where a pass goes on in which these nodes change."""
-    if sublayer.layer is None:
-        return Start(0, Stage.BLOCK)
-    stages = {Kind.HEAD: Stage.HEADS, Kind.NEURON: Stage.NEURONS, Kind.MLP: Stage.MLP}
-    return Start(sublayer.layer, stages[sublayer.kind])
 
 
 class _Between(Resumed):
@@ -49,26 +42,35 @@ class _Between(Resumed):
         points: Tensor,
         edits: tuple[Edit, ...],
         cancel: CancelToken,
-        whole: bool,
+        start: Start,
+        site: Site | None,
+        keeps_layers: bool,
     ) -> None:
-        """points: values of the nodes in each row, over the first tokens of the run; whole: the
-        pass starts at the beginning and keeps all layers."""
+        """points: values of the nodes in each row, over the first tokens of the run; site: where
+        latents write."""
         tokens = points.shape[2 if sublayer.kind is Kind.HEAD else 1]
         rows = [edits] * len(points)
         super().__init__(
             recording,
-            Start(0, Stage.BLOCK) if whole else _start(sublayer),
+            start,
             (0, tokens - 1),
             rows,
             cancel,
             gradients=True,
-            keeps_layers=whole,
+            keeps_layers=keeps_layers,
         )
         self._sublayer = sublayer
+        self._site = site
         self.points = points.requires_grad_()
 
     def _is(self, kind: Kind, layer: int | None) -> bool:
         return self._sublayer == Sublayer(kind, layer)
+
+    def at_site(
+        self, point: Point, layer: int, values: Tensor, *, before_post_norm: bool = False
+    ) -> Tensor:
+        values = super().at_site(point, layer, values, before_post_norm=before_post_norm)
+        return self.points if self._site == Site(point, layer, before_post_norm) else values
 
     def edit_residual(self, kind: Kind, layer: int | None, values: Tensor) -> Tensor:
         values = super().edit_residual(kind, layer, values)
@@ -110,7 +112,8 @@ class Integration:
     _steps: int
     _along_input: bool
     _sums: dict[Sublayer, Tensor] = field(default_factory=dict)
-    """Of G over the points done so far, shaped like x over the tokens up to J's."""
+    """Of G over the points done so far, shaped like x over the tokens that J depends on."""
+    _encoded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def chunk(self, number: int, cancel: CancelToken) -> None:
         """Runs one batch.
@@ -122,10 +125,18 @@ class Integration:
         start = self._cut(moving, self._start(moving))
         weights = torch.tensor(shares, dtype=end.dtype, device=end.device)
         points = start + weights.view(-1, *[1] * end.dim()) * (end - start)
-        edits = tuple(edit for edit in self._run.edits if not _belongs(edit, moving))
         whole = self._along_input or not isinstance(self._objective, OfLogits)
-        current = _Between(self._recording, moving, points, edits, cancel, whole)
-        logits = self._hooks.resume(current)
+        current = _Between(
+            self._recording,
+            moving,
+            points,
+            tuple(edit for edit in self._run.edits if not self._belongs(edit, moving)),
+            cancel,
+            Start(0, Stage.BLOCK) if whole else self._first_changed(moving),
+            self._site(moving),
+            whole,
+        )
+        logits = self._hooks.resume(current, [moving.dictionary])
         values = (self._value(current, row, logits[row]) for row in range(len(points)))
         objective = torch.stack(list(values)).sum()
         read = self._wanted if self._along_input else (moving,)
@@ -155,17 +166,61 @@ class Integration:
         """The effect of each node, once all chunks have run; 0 of what is not upstream of J."""
         found: dict[Sublayer, Tensor] = {}
         for sublayer in self._wanted:
+            if sublayer.dictionary:
+                continue
             end, start = self._values(sublayer), self._start(sublayer)
             moved = self._cut(sublayer, end - start).double()
             effects = moved * self._sums[sublayer] / self._steps
             vectors = sublayer.kind in (Kind.EMBED, Kind.MLP)
             found[sublayer] = effects.sum(-1) if vectors else effects
-        return [
-            float(found[Sublayer.of(node)][_index(node)])
-            if Sublayer.of(node) in found and (node.position or 0) < self.tokens
-            else 0.0
-            for node in nodes
-        ]
+
+        def effect(node: Address) -> float:
+            sublayer = Sublayer.of(node)
+            if sublayer not in self._wanted or (node.position or 0) >= self.tokens:
+                return 0.0
+            if sublayer.dictionary:
+                return self._of_latent(node)
+            return float(found[sublayer][_index(node)])
+
+        return [effect(node) for node in nodes]
+
+    def _of_latent(self, node: Address) -> float:
+        """f times the effective decoder, met by the mean gradient at the site."""
+        assert node.position is not None
+        assert node.index is not None
+        site = self._recording.sites.found[node.dictionary]
+        latents, scale = self._latents(node.dictionary)
+        unit = site.bound.dictionary.w_dec[node.index].double() * scale[node.position].double()
+        met = unit @ self._sums[Sublayer.of(node)][node.position] / self._steps
+        return float(latents[node.position, node.index] * met)
+
+    def _latents(self, dictionary: str) -> tuple[Tensor, Tensor]:
+        """f [T, N] and the scale of norm_in [T, 1] of a dictionary in the run."""
+        if dictionary not in self._encoded:
+            site, tokens = self._recording.sites.found[dictionary], len(self._run.token_ids)
+            latents = site.values(0, site.clean(0, tokens))
+            self._encoded[dictionary] = latents, site.normalised(0, tokens).scale
+        return self._encoded[dictionary]
+
+    def _site(self, sublayer: Sublayer) -> Site | None:
+        return self._hooks.shelf.site_of(sublayer.dictionary) if sublayer.dictionary else None
+
+    def _first_changed(self, sublayer: Sublayer) -> Start:
+        """Where a pass goes on in which these nodes change."""
+        return start_of(
+            Address(sublayer.kind, sublayer.layer, dictionary=sublayer.dictionary),
+            self._hooks.shelf.site_of,
+        )
+
+    def _belongs(self, edit: Edit, sublayer: Sublayer) -> bool:
+        """Whether the edit makes values of these nodes what they are: it is part of x."""
+        target = edit.target
+        if sublayer.dictionary:
+            edited = target.dictionary
+            return bool(edited) and self._hooks.shelf.site_of(edited) == self._site(sublayer)
+        if Sublayer.of(target) != sublayer:
+            return False
+        return sublayer.kind is not Kind.HEAD or target.key is not None
 
     @property
     def tokens(self) -> int:
@@ -180,7 +235,7 @@ class Integration:
     def _start(self, sublayer: Sublayer) -> Tensor:
         if sublayer in self._starts:
             return self._starts[sublayer]
-        return torch.zeros_like(self._values(sublayer))
+        return sublayer.zero(self._recording, 0, len(self._run.token_ids))
 
     def _cut(self, sublayer: Sublayer, values: Tensor) -> Tensor:
         """Values over the tokens that J depends on."""
@@ -213,7 +268,12 @@ def begin(
         row = row_of(hooks.architecture, run, norm_mode)
         current = hooks.run([row], objective.logit_positions, gradients=True, cancel=cancel)
         objective = objective.hold(RunView(hooks.architecture, current, 0))
-    recording = hooks.record(Row(run.token_ids, run.edits), [objective.position], cancel=cancel)
+    recording = hooks.record(
+        Row(run.token_ids, run.edits),
+        [objective.position],
+        cancel=cancel,
+        dictionaries=list(dict.fromkeys(node.dictionary for node in nodes if node.dictionary)),
+    )
     point = objective.point(hooks.architecture)
     reaching = [each for each in map(Sublayer.of, nodes) if _is_upstream(each, point)]
     wanted = tuple(dict.fromkeys(reaching))
@@ -231,18 +291,10 @@ def begin(
 
 def _is_upstream(sublayer: Sublayer, point: Address) -> bool:
     """Whether these nodes' writes are part of the residual that J reads."""
-    if sublayer.layer is None:
+    if sublayer.layer is None:  # latents have no gradient where they are not
         return True
     written = Kind.ATTN if sublayer.kind is Kind.HEAD else Kind.MLP
     return is_upstream(written, sublayer.layer, point)
-
-
-def _belongs(edit: Edit, sublayer: Sublayer) -> bool:
-    """Whether the edit makes values of these nodes what they are: it is part of x."""
-    target = edit.target
-    if Sublayer.of(target) != sublayer:
-        return False
-    return sublayer.kind is not Kind.HEAD or target.key is not None
 
 
 def _index(node: Address) -> tuple[int, ...]:

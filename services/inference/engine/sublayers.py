@@ -1,10 +1,12 @@
 """Sublayers: all nodes of one kind in one layer, whose values are one tensor of a pass.
 
-Where the MLP is a mixture of experts its write is that tensor, one node per token.
+Where the MLP is a mixture of experts its write is that tensor, one node per token. The latents of a
+dictionary are a sublayer too; their tensor is the dictionary's site, which they write to.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind
@@ -13,17 +15,20 @@ from services.inference.engine.captured import Pass
 
 @dataclass(frozen=True)
 class Sublayer:
-    """All nodes of one kind in one layer (None for embeddings)."""
+    """All nodes of one kind in one layer (None for embeddings), or the latents of a dictionary."""
 
     kind: Kind
     layer: int | None
+    dictionary: str = ""
 
     @classmethod
     def of(cls, node: Address) -> "Sublayer":
-        return cls(node.kind, node.layer)
+        return cls(node.kind, node.layer, node.dictionary)
 
     def values(self, current: Pass, row: int, tokens: int) -> Tensor:
         """x of its nodes in a pass, after edits, detached: [T, d], [H, T, T] or [T, F]."""
+        if self.dictionary:
+            return current.sites.found[self.dictionary].after[row, :tokens].detach()
         if self.layer is None:
             return current.embed[row, :tokens].detach()
         if self.kind is Kind.HEAD:
@@ -31,6 +36,16 @@ class Sublayer:
         if self.kind is Kind.MLP:
             return current.experts[self.layer].after[row, :tokens].detach()
         return current.neurons[self.layer][row, :tokens].detach()
+
+    def zero(self, current: Pass, row: int, tokens: int) -> Tensor:
+        """The same with all its nodes at 0."""
+        values = self.values(current, row, tokens)
+        if not self.dictionary:
+            return torch.zeros_like(values)
+        site = current.sites.found[self.dictionary]
+        latents = site.values(row, site.clean(row, tokens))
+        scale = site.normalised(row, tokens).scale
+        return values - latents @ site.bound.dictionary.w_dec * scale
 
     def sites(self, current: Pass) -> Tensor:
         """The same of every row of a pass, in its graph; all rows must have the same edits."""
