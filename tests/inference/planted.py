@@ -1,5 +1,7 @@
 """Random dictionaries for the tiny models, and their formulas written out by hand."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ def random_dictionary(
     before_post_norm: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    width: Callable[[Point], int] = width_of,
 ) -> Dictionary:
     """Every weight random. `reads`: a transcoder's input point."""
     generator = torch.Generator().manual_seed(seed + 100 * layer)
@@ -50,7 +53,7 @@ def random_dictionary(
 
     site_out = Site(point, layer, before_post_norm)
     site_in = site_out if reads is None else Site(reads, layer)
-    d_in, d_out = width_of(site_in.point), width_of(point)
+    d_in, d_out = width(site_in.point), width(point)
     match activation:
         case "relu":
             function: Relu | JumpRelu | TopK | Gated = Relu()

@@ -145,6 +145,8 @@ FEATURES = {
     "ablation": "an ablated neuron, head and pair equal plain PyTorch hooks",
     "read-outs": "output tokens are the change of the logits, input tokens the gradient of the "
     "traced value",
+    "latents": "at every site, before and behind post-norms, reading a dictionary changes no bit, "
+    "ablating a latent equals plain PyTorch hooks, and sums close with latents in the table",
     "half precision": "in bfloat16 and float16 logits are those of Hugging Face's forward in that "
     "type, and estimates correlate with float32's",
     "visible pairs": "pairs outside causality and window are never listed and never a target",
@@ -172,6 +174,7 @@ EXPERT_FEATURES = (
     "points",
     "generation",
     "half precision",
+    "latents",
 )
 """Those of them that are proved where MLPs are mixtures of experts."""
 

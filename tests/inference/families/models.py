@@ -5,7 +5,9 @@ Hugging Face runs it, with plain PyTorch hooks.
 Face names. `site(kind, layer, values)` may return other values:
 
     embed [B, T, d]     probabilities [B, H, T, T]     z [B, T, H, dh]     neurons [B, T, F]
-    attn, mlp [B, T, d]: the writes into the stream    final [B, T, d]: input of the final norm
+    mlp_in [B, T, d]    attn_out, mlp_out [B, T, d]: what attention and MLP return
+    attn, mlp [B, T, d]: the writes into the stream, behind a post-norm where there is one
+    final [B, T, d]: input of the final norm
 """
 
 import sys
@@ -221,6 +223,7 @@ class Reference:
         self.final_norm: nn.Module = getattr(self.trunk, final)
         sandwich = kind.startswith("gemma")
         self._attn_write = "post_attention_layernorm" if sandwich else self._out
+        self._mlp_norm = FAMILIES[kind].mlp_norm
         self._mlp_write = "post_feedforward_layernorm" if sandwich else self._down
         self.norms = [
             module for module in self.model.modules() if type(module).__name__.endswith("Norm")
@@ -258,7 +261,14 @@ class Reference:
             if not experts:
                 down = block.get_submodule(self._down)
                 yield down.register_forward_pre_hook(partial(enter, "neurons", layer, 0))
-            for kind, name in (("attn", self._attn_write), ("mlp", mlp_write)):
+            mlp_out, mlp_norm = ("mlp" if experts else self._down), self._mlp_norm
+            for kind, name in (
+                ("mlp_in", mlp_norm),
+                ("attn_out", self._out),
+                ("mlp_out", mlp_out),
+                ("attn", self._attn_write),
+                ("mlp", mlp_write),
+            ):
                 yield block.get_submodule(name).register_forward_hook(partial(leave, kind, layer))
         yield self.final_norm.register_forward_pre_hook(partial(enter, "final", None, 0))
 

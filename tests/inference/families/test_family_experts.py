@@ -19,7 +19,6 @@ from services.inference.engine.attribution import NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column, ExpertsNodes, NeuronNodes, NodeGroup
-from services.inference.engine.families import EXPERT_FEATURES
 from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
 from services.inference.engine.objectives import LogProb
@@ -294,9 +293,3 @@ def test_generation(variant: str) -> None:
 @every_expert
 def test_points(variant: str) -> None:
     test_running.check_points(variant)
-
-
-def test_every_feature_of_experts_has_its_test() -> None:
-    for feature in EXPERT_FEATURES:
-        marks = globals()["test_" + feature.replace(" ", "_")].pytestmark
-        assert ("variant", EXPERT_VARIANTS) in [mark.args[:2] for mark in marks], feature

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,15 +12,18 @@ from services.common.addresses import parse
 from services.common.errors import InvalidArgument
 from services.inference import features
 from services.inference.engine.captured import Row
-from services.inference.engine.families import FEATURES
+from services.inference.engine.families import EXPERT_FEATURES, FEATURES
 from services.inference.engine.interventions import Intervention, Zero
 from tests.inference.families import (
+    test_family_experts,
+    test_family_latents,
     test_family_numbers,
     test_family_passes,
     test_running,
     test_verifying,
 )
 from tests.inference.families.models import (
+    EXPERT_VARIANTS,
     HEADS,
     IDS,
     VARIANTS,
@@ -91,9 +95,24 @@ def test_a_parallel_block_has_no_stream_between_attention_and_mlp() -> None:
 
 
 def test_every_feature_has_its_test_on_every_variant() -> None:
-    files = (test_family_passes, test_family_numbers, test_running, test_verifying)
-    tests = {name: test for file in files for name, test in vars(file).items()}
+    files = (
+        test_family_passes,
+        test_family_numbers,
+        test_family_latents,
+        test_running,
+        test_verifying,
+    )
     for feature in FEATURES:
-        name = "test_" + feature.replace(" ", "_").replace("-", "_")
-        marks = tests[name].pytestmark
-        assert ("variant", VARIANTS) in [mark.args[:2] for mark in marks], feature
+        assert set(VARIANTS) <= variants_of(feature, *files), feature
+    for feature in EXPERT_FEATURES:
+        found = variants_of(feature, test_family_experts, test_family_latents)
+        assert set(EXPERT_VARIANTS) <= found, feature
+
+
+def variants_of(feature: str, *files: ModuleType) -> set[str]:
+    """What the test of a feature runs on."""
+    name = "test_" + feature.replace(" ", "_").replace("-", "_")
+    (test,) = (vars(file)[name] for file in files if name in vars(file))
+    return {
+        variant for mark in test.pytestmark if mark.args[0] == "variant" for variant in mark.args[1]
+    }
