@@ -47,7 +47,6 @@ BUILT = (
 
 NOT_BUILT = {
     "attribute.dictionaries": "dictionaries",
-    "attribute.baseline.latents": "a baseline of latents other than 0",
     "attribute.read_outs.sources": "the sources of attention latents",
 }
 

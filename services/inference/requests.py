@@ -177,8 +177,6 @@ def _baseline(
             raise InvalidArgument(
                 "two compared runs have no baseline but 0 in common; leave out compare or baseline"
             )
-        if found and whole_table and request.dictionaries:
-            raise features.not_built("attribute.baseline.latents", "")
     return found
 
 

@@ -38,6 +38,7 @@ def by_hand(
     change: Callable[[ByHand, Tensor, Tensor], Tensor],
     held: plain.Scales | None = None,
     seen: dict[str, Tensor] | None = None,
+    ids: tuple[int, ...] = IDS,
 ) -> Tensor:
     """Logits [T, V] of the pass written by hand; `change(formulas, x, target)` is what is added
     at the dictionary's output site, [T, d_out]. `seen` gets what stands at each kind of site last.
@@ -57,7 +58,7 @@ def by_hand(
         seen[name] = values
         return values
 
-    return plain.forward(model, IDS, site, held)
+    return plain.forward(model, ids, site, held)
 
 
 def spliced(

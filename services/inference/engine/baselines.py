@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.common.addresses import Kind
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.captured import Row
+from services.inference.engine.captured import Pass, Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Mean, Patch
 from services.inference.engine.sublayers import Sublayer, sublayers
@@ -43,21 +43,31 @@ class Baseline:
     """The same for all nodes at once; None where some of them have no x0."""
 
 
-def starts(hooks: Hooks, reference: Reference, cancel: CancelToken) -> dict[Sublayer, Tensor]:
-    """x0 of all nodes, shaped like x: [T, d], [H, T, T] or [T, F].
+def starts(
+    hooks: Hooks, reference: Reference, cancel: CancelToken, dictionaries: Sequence[str] = ()
+) -> dict[Sublayer, Tensor]:
+    """x0 of all nodes, shaped like x: [T, d], [H, T, T], [T, F], and [T, N] of dictionaries.
 
     A pair whose counterpart is masked there has 0, its probability.
     """
     found: dict[Sublayer, Tensor] = {}
     for batch in _batches(reference):
         rows = [Row(token_ids, edits) for token_ids, edits in batch]
-        current = hooks.run(rows, [0], gradients=False, cancel=cancel)
+        current = hooks.run(rows, [0], gradients=False, cancel=cancel, dictionaries=dictionaries)
         for row, (token_ids, _) in enumerate(batch):
-            for sublayer in sublayers(current):
-                values = sublayer.values(current, row, len(token_ids))
+            latents = (Sublayer(Kind.LATENT, None, name) for name in dictionaries)
+            for sublayer in (*sublayers(current), *latents):
+                values = _values(sublayer, current, row, len(token_ids))
                 aligned = _aligned(sublayer, values, reference.aligned) / len(reference.runs)
                 found[sublayer] = found[sublayer] + aligned if sublayer in found else aligned
     return found
+
+
+def _values(sublayer: Sublayer, current: Pass, row: int, tokens: int) -> Tensor:
+    if not sublayer.dictionary:
+        return sublayer.values(current, row, tokens)
+    site = current.sites.found[sublayer.dictionary]
+    return site.values(row, site.clean(row, tokens))
 
 
 def _batches(reference: Reference) -> list[Sequence[tuple[tuple[int, ...], tuple[Edit, ...]]]]:

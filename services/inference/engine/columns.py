@@ -17,6 +17,7 @@ from torch import Tensor
 from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Layer
 from services.inference.engine.direct_path import HeadPath
+from services.inference.engine.sublayers import Sublayer
 
 
 class Column(Enum):
@@ -37,6 +38,14 @@ class NodeGroup(ABC):
     device: torch.device
     start: Tensor | None = None
     """x0 of its nodes, shaped like x: what the estimate is measured from; None: 0."""
+
+    @property
+    def sublayer(self) -> Sublayer:
+        return Sublayer.of(self.address(0))
+
+    def measure_from(self, start: Tensor) -> None:
+        """Sets x0."""
+        self.start = start
 
     def _moved(self, values: Tensor) -> Tensor:
         """x - x0"""

@@ -113,7 +113,7 @@ class Integration:
     _along_input: bool
     _sums: dict[Sublayer, Tensor] = field(default_factory=dict)
     """Of G over the points done so far, shaped like x over the tokens that J depends on."""
-    _encoded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _encoded: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def chunk(self, number: int, cancel: CancelToken) -> None:
         """Runs one batch.
@@ -136,10 +136,10 @@ class Integration:
             self._site(moving),
             whole,
         )
-        logits = self._hooks.resume(current, [moving.dictionary])
+        read = self._wanted if self._along_input else (moving,)
+        logits = self._hooks.resume(current, [each.dictionary for each in read])
         values = (self._value(current, row, logits[row]) for row in range(len(points)))
         objective = torch.stack(list(values)).sum()
-        read = self._wanted if self._along_input else (moving,)
         sites = [
             current.points if sublayer == moving else sublayer.sites(current) for sublayer in read
         ]
@@ -185,21 +185,25 @@ class Integration:
         return [effect(node) for node in nodes]
 
     def _of_latent(self, node: Address) -> float:
-        """f times the effective decoder, met by the mean gradient at the site."""
+        """f - f0 times the effective decoder, met by the mean gradient at the site."""
         assert node.position is not None
         assert node.index is not None
-        site = self._recording.sites.found[node.dictionary]
-        latents, scale = self._latents(node.dictionary)
-        unit = site.bound.dictionary.w_dec[node.index].double() * scale[node.position].double()
+        moved, scale, decoder = self._latents(node.dictionary)
+        unit = decoder[node.index].double() * scale[node.position].double()
         met = unit @ self._sums[Sublayer.of(node)][node.position] / self._steps
-        return float(latents[node.position, node.index] * met)
+        return float(moved[node.position, node.index] * met)
 
-    def _latents(self, dictionary: str) -> tuple[Tensor, Tensor]:
-        """f [T, N] and the scale of norm_in [T, 1] of a dictionary in the run."""
+    def _latents(self, dictionary: str) -> tuple[Tensor, Tensor, Tensor]:
+        """f - f0 [T, N], the scale of norm_in [T, 1] and the decoder of a dictionary in the run."""
         if dictionary not in self._encoded:
             site, tokens = self._recording.sites.found[dictionary], len(self._run.token_ids)
-            latents = site.values(0, site.clean(0, tokens))
-            self._encoded[dictionary] = latents, site.normalised(0, tokens).scale
+            moved = site.values(0, site.clean(0, tokens))
+            start = self._starts.get(Sublayer(Kind.LATENT, None, dictionary))
+            self._encoded[dictionary] = (
+                moved if start is None else moved - start,
+                site.normalised(0, tokens).scale,
+                site.bound.dictionary.w_dec,
+            )
         return self._encoded[dictionary]
 
     def _site(self, sublayer: Sublayer) -> Site | None:
@@ -233,9 +237,12 @@ class Integration:
         return sublayer.values(self._recording, 0, len(self._run.token_ids))
 
     def _start(self, sublayer: Sublayer) -> Tensor:
+        if sublayer.dictionary:
+            moved, scale, decoder = self._latents(sublayer.dictionary)
+            return self._values(sublayer) - moved @ decoder * scale
         if sublayer in self._starts:
             return self._starts[sublayer]
-        return sublayer.zero(self._recording, 0, len(self._run.token_ids))
+        return torch.zeros_like(self._values(sublayer))
 
     def _cut(self, sublayer: Sublayer, values: Tensor) -> Tensor:
         """Values over the tokens that J depends on."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from services.common.addresses import Address, Kind
 from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.columns import COLUMNS, Column, NodeGroup
+from services.inference.engine.sublayers import Sublayer
 
 _DENSE = 1 / 16
 """Above this share of active latents one dense product beats gathering decoder rows."""
@@ -47,6 +48,7 @@ class LatentNodes(NodeGroup):
         self.device = values.device
         self._where = values.nonzero(as_tuple=True)
         self._values = values[self._where]
+        self._changes = self._values
         self._scale = scale
         self._post_scale = post_scale
         self._gradient = gradient
@@ -61,6 +63,20 @@ class LatentNodes(NodeGroup):
     @property
     def size(self) -> int:  # type: ignore[override]
         return self.active + self._padding.numel()
+
+    @property
+    def sublayer(self) -> Sublayer:
+        return Sublayer(Kind.LATENT, None, self._bound.id)
+
+    def measure_from(self, start: Tensor) -> None:
+        """Sets x0, [T, N]; nodes that are not 0 there are active too."""
+        values = torch.zeros_like(start)
+        values[self._where] = self._values.to(start)
+        self._where = ((values != 0) | (start != 0)).nonzero(as_tuple=True)
+        self._values = values[self._where]
+        self._changes = (values - start)[self._where]
+        for computed in ("_direct", "_total"):
+            self.__dict__.pop(computed, None)
 
     @property
     def is_view(self) -> bool:
@@ -109,7 +125,7 @@ class LatentNodes(NodeGroup):
 
     @cached_property
     def _total(self) -> Tensor:
-        """[active]: f G(f), with G(f) = dec . G at the site."""
+        """[active]: (f - f0) G(f), with G(f) = dec . G at the site."""
         tokens, latents = self._where
         decoder = self._bound.dictionary.w_dec
         gradient = self._gradient * self._scale
@@ -123,7 +139,7 @@ class LatentNodes(NodeGroup):
                 [torch.einsum("nd,nd->n", decoder[those], gradient[here]) for here, those in parts]
                 or [self._values]
             )
-        return self._values * met
+        return self._changes * met
 
     def gather(self, indices: Tensor) -> Tensor:
         active = (indices >= 0) & (indices < self.active)
@@ -162,7 +178,7 @@ class LatentNodes(NodeGroup):
         return 0.0 if self.is_view else float(self._direct.double().sum())
 
     def total_total(self) -> float:
-        """Sum of f G(f) over all latents."""
+        """Sum of (f - f0) G(f) over all latents."""
         return float(self._total.double().sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:

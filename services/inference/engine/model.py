@@ -311,9 +311,7 @@ class Model:
             self.hooks, self.architecture, runs, norm_mode, cancel
         )
         cancel.check()
-        starts = baselines.starts(self.hooks, reference, cancel) if reference else {}
-        for group in explanations[0].groups if starts else ():
-            group.start = starts[Sublayer.of(group.address(0))]
+        starts = self._starts(explanations[0], reference, cancel) if reference else {}
         table = tables.build(explanations, ranking)
         cancel.check()
         return AttributeResult(
@@ -324,6 +322,17 @@ class Model:
             times,
             starts,
         )
+
+    def _starts(
+        self, explanation: Explanation, reference: Reference, cancel: CancelToken
+    ) -> Mapping[Sublayer, Tensor]:
+        """x0 of all nodes, from which their estimates are measured then."""
+        groups = {group.sublayer: group for group in explanation.groups}
+        dictionaries = [each.dictionary for each in groups if each.dictionary]
+        starts = baselines.starts(self.hooks, reference, cancel, dictionaries)
+        for sublayer, group in groups.items():
+            group.measure_from(starts[sublayer])
+        return starts
 
     def estimate(
         self,

@@ -6,7 +6,6 @@ dictionary are a sublayer too; their tensor is the dictionary's site, which they
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind
@@ -37,18 +36,10 @@ class Sublayer:
             return current.experts[self.layer].after[row, :tokens].detach()
         return current.neurons[self.layer][row, :tokens].detach()
 
-    def zero(self, current: Pass, row: int, tokens: int) -> Tensor:
-        """The same with all its nodes at 0."""
-        values = self.values(current, row, tokens)
-        if not self.dictionary:
-            return torch.zeros_like(values)
-        site = current.sites.found[self.dictionary]
-        latents = site.values(row, site.clean(row, tokens))
-        scale = site.normalised(row, tokens).scale
-        return values - latents @ site.bound.dictionary.w_dec * scale
-
     def sites(self, current: Pass) -> Tensor:
         """The same of every row of a pass, in its graph; all rows must have the same edits."""
+        if self.dictionary:
+            return current.sites.found[self.dictionary].after
         if self.layer is None:
             return current.embed
         if self.kind is Kind.HEAD:
