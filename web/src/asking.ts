@@ -7,7 +7,10 @@
  */
 import { batch } from "@preact/signals";
 import { bearer, ConnectError } from "./connect";
-import type { AttributeResponseJson } from "./gen/tdb/inference/v1/attribute_pb";
+import type {
+  AttributeRequestJson,
+  AttributeResponseJson,
+} from "./gen/tdb/inference/v1/attribute_pb";
 import type { ExampleJson } from "./gen/tdb/inference/v1/model_pb";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
 import { supports } from "./features";
@@ -110,6 +113,15 @@ export function exampleQuestion(example: ExampleJson): Question {
   };
 }
 
+/** The request for the question's table, with all read-outs that the service makes. */
+export function tableRequest(question: Question): AttributeRequestJson {
+  return attributeRequest(
+    question,
+    supports("attribute.read_outs"),
+    supports("attribute.read_outs.sources"),
+  );
+}
+
 /** Puts a whole question into the fields and asks it. */
 export async function open(question: Question): Promise<void> {
   const named = { ...question, model: question.model || currentModel() };
@@ -197,7 +209,7 @@ export async function ask(question: Question): Promise<void> {
   });
   writeAddress();
   try {
-    const response = await attribute(attributeRequest(question, supports("attribute.read_outs")), {
+    const response = await attribute(tableRequest(question), {
       signal: own.signal,
     });
     if (own.signal.aborted) return;

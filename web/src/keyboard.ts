@@ -1,8 +1,8 @@
-/** Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), g generates, u undoes, f filters, / goes to the prompt. */
+/** Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), m opens the menu, g generates, u undoes, f filters, / goes to the prompt. */
 import { undo } from "./asking";
 import { toggleAblation } from "./editing";
 import { continuePrompt } from "./generating";
-import { openTraces } from "./menu";
+import { openMenuOf, openTraces } from "./menu";
 import { selected } from "./state";
 import { verifyRows } from "./verifying";
 import { shownRows } from "./view";
@@ -33,6 +33,10 @@ const ACTIONS: Record<string, () => void> = {
     if (row) void verifyRows([row]);
   },
   V: () => void verifyRows(shownRows.value),
+  m: () => {
+    const node = selected.value;
+    if (node !== null) openMenuOf(node);
+  },
   g: () => void continuePrompt(),
   u: undo,
   f: () => document.getElementById("filter-node")?.focus(),

@@ -17,11 +17,21 @@ export function openMenu(node: string, from: HTMLElement): void {
   show(node, offers(node), from);
 }
 
+/** Opens the menu of a node from the keyboard. */
+export function openMenuOf(node: string): void {
+  const from = buttonOf(node);
+  if (from) openMenu(node, from);
+}
+
+function buttonOf(node: string): HTMLElement | null {
+  return document.querySelector(`[data-node="${CSS.escape(node)}"] .menu-button`);
+}
+
 /** Traces the node at once where there is one way, and else asks which. */
 export function openTraces(node: string): void {
   const ways = traces(node);
   const [only] = ways;
-  const row = document.querySelector<HTMLElement>(`[data-node="${CSS.escape(node)}"] .menu-button`);
+  const row = buttonOf(node);
   if (ways.length === 1 && only && only.why === undefined) only.act();
   else if (row) show(node, [{ name: "why is it what it is?", offers: ways }], row);
 }

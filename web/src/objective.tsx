@@ -5,13 +5,12 @@
  * where J is not near 0, because a percentage of nothing says nothing.
  */
 import type { TotalsJson } from "./gen/tdb/inference/v1/attribute_pb";
+import { tableRequest } from "./asking";
 import { CopyButtons } from "./copy";
 import { difference, SIDE_NAMES } from "./columns";
 import { EffectsByToken } from "./effects";
-import { supports } from "./features";
 import { Meaning, title, unit } from "./meaning";
 import { full, num, percent, plain, signed } from "./numbers";
-import { attributeRequest } from "./requests";
 import { answer, compared, paired, type Answer } from "./state";
 
 export function ObjectiveCard() {
@@ -142,10 +141,7 @@ function Provenance({ answer: { question, response } }: { answer: Answer }) {
           {manifest.resultId.slice(0, 8)}
         </span>
       )}
-      <CopyButtons
-        method="Attribute"
-        request={attributeRequest(question, supports("attribute.read_outs"))}
-      />
+      <CopyButtons method="Attribute" request={tableRequest(question)} />
     </footer>
   );
 }

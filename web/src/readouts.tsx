@@ -1,10 +1,11 @@
 /** Token read-outs: which tokens a node's write promotes and demotes, and which tokens it reads. */
 import { site } from "./address";
 import { whyNot } from "./features";
-import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
+import type { NodeRowJson, SourceScoreJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { TokenScoreJson } from "./gen/tdb/type/v1/token_pb";
 import { full, num, signed } from "./numbers";
-import { TokenText } from "./tokens";
+import { answer } from "./state";
+import { TokenAt, TokenText } from "./tokens";
 
 const PROMOTED_IN_LINE = 3;
 const DEMOTED_IN_LINE = 2;
@@ -83,13 +84,34 @@ export function ReadOuts({ row }: { row: NodeRowJson }) {
     },
   ];
   const known = lines.filter(({ scores }) => scores.length > 0);
-  if (known.length === 0) return null;
+  const sources = row.sources ?? [];
+  if (known.length === 0 && sources.length === 0) return null;
   return (
     <dl class="read-outs">
       {known.map((line) => (
         <Scores key={line.name} line={line} />
       ))}
+      {sources.length > 0 && <Sources sources={sources} />}
     </dl>
+  );
+}
+
+/** Which tokens an attention latent's value comes from, all heads together. */
+function Sources({ sources }: { sources: SourceScoreJson[] }) {
+  const tokens = answer.value?.response.tokens ?? [];
+  return (
+    <>
+      <dt title="How much of the latent's value comes through each token, in units of its activation">
+        comes from
+      </dt>
+      <dd>
+        {sources.map(({ position = 0, score }) => (
+          <span key={position} class="chip" title={full(num(score) ?? 0)}>
+            <TokenAt tokens={tokens} position={position} /> <small>{signed(num(score) ?? 0)}</small>
+          </span>
+        ))}
+      </dd>
+    </>
   );
 }
 

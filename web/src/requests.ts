@@ -14,15 +14,22 @@ import { beside, column, type Question } from "./url";
 
 /** Tokens asked for per read-out. */
 const READ_OUT_TOKENS = 6;
+/** Tokens told that a latent of an attention dictionary reads from. */
+const SOURCES = 5;
 /** Likely tokens told beside each generated one. */
 const ALTERNATIVES = 4;
 
 /**
  * The node table. With interventions the un-intervened run is compared, so that every number has a
  * before and an after, or prompt B if that is what the run stands beside; without either there is one run
- * and nothing to compare. Read-outs are asked for where the service can make them.
+ * and nothing to compare. Read-outs, and the sources of attention latents, are asked for where the service
+ * can make them.
  */
-export function attributeRequest(question: Question, readOuts: boolean): AttributeRequestJson {
+export function attributeRequest(
+  question: Question,
+  readOuts: boolean,
+  sources = false,
+): AttributeRequestJson {
   const { model, prompt, targets, distractors, interventions, trace, dictionaries } = question;
   const other = compared(question);
   const refs = (texts: string[]): TokenRefJson[] => texts.map((text) => ({ text }));
@@ -37,7 +44,14 @@ export function attributeRequest(question: Question, readOuts: boolean): Attribu
     ...(dictionaries.length > 0 ? { dictionaries } : {}),
     topK: question.rows,
     rankBy: column(question.rankBy),
-    ...(readOuts ? { readOuts: { tokens: READ_OUT_TOKENS } } : {}),
+    ...(readOuts
+      ? {
+          readOuts: {
+            tokens: READ_OUT_TOKENS,
+            ...(sources && dictionaries.length > 0 ? { sources: SOURCES } : {}),
+          },
+        }
+      : {}),
   };
 }
 

@@ -109,3 +109,11 @@ test("dictionaries are asked for by name", () => {
   const latents = attributeRequest({ ...question, dictionaries: ["demo-mlp_out"] }, false);
   expect(latents.dictionaries).toEqual(["demo-mlp_out"]);
 });
+
+test("sources are asked for only of latents", () => {
+  expect(attributeRequest(question, true, true).readOuts).toEqual({ tokens: 6 });
+  const latents = { ...question, dictionaries: ["demo"] };
+  expect(attributeRequest(latents, true, true).readOuts).toEqual({ tokens: 6, sources: 5 });
+  expect(attributeRequest(latents, true, false).readOuts).toEqual({ tokens: 6 });
+  expect(attributeRequest(latents, false, true)).not.toHaveProperty("readOuts");
+});
