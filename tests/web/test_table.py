@@ -227,7 +227,7 @@ def test_read_outs_stand_in_the_row_and_below_it(page: Page) -> None:
     row = page.locator(f"tr.row[data-node='{told['node']}']")
     expect(row.locator("+ tr.does")).to_contain_text(re.compile("promotes .* ?demotes "))
     row.click()
-    details = page.locator(".read-outs")
+    details = page.locator(".details-box > .read-outs")
     for name, sign in (("promotes", 1), ("demotes", -1)):
         chips = details.locator(f"dt:text-is('{name}') + dd .chip").all()
         titles = [chip.get_attribute("title") or "" for chip in chips]

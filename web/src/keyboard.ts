@@ -1,4 +1,7 @@
-/** Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), m opens the menu, g generates, u undoes, f filters, / goes to the prompt. */
+/**
+ * Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), m opens the
+ * menu, g generates, u undoes, f filters, / goes to the prompt.
+ */
 import { undo } from "./asking";
 import { toggleAblation } from "./editing";
 import { continuePrompt } from "./generating";
