@@ -27,9 +27,11 @@ BUILT = (
     "target.head_vector",
     "target.sublayer",
     "target.residual",
+    "target.latent",
     "target.resid_mid",
     "target.bias",
     "attribute.compare",
+    "attribute.dictionaries",
     "attribute.norm_modes",
     "attribute.read_outs",
     "run.logit_lens",
@@ -46,7 +48,6 @@ BUILT = (
 )
 
 NOT_BUILT = {
-    "attribute.dictionaries": "dictionaries",
     "attribute.read_outs.sources": "the sources of attention latents",
 }
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from google.protobuf.json_format import MessageToDict
@@ -38,10 +39,12 @@ def build(
 ) -> manifest_pb2.Manifest:
     """`canonical` is the request after reading made it canonical; its model is the resolved id.
 
-    `dictionaries` has the ids of those that were used; their warnings come before `warnings`.
+    Dictionaries that the request names were used, and those of `dictionaries` besides; their
+    warnings come before `warnings`.
     """
-    used = [model.shelf.served[name] for name in dictionaries]
     request = MessageToDict(canonical)
+    names = {*dictionaries, *_named(request, model.shelf.served.keys())}
+    used = [model.shelf.served[name] for name in sorted(names)]
     request_json = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     manifest = manifest_pb2.Manifest(
         request_json=request_json,
@@ -62,6 +65,28 @@ def build(
     )
     manifest.result_id = _result_id(manifest)
     return manifest
+
+
+_IN_ADDRESSES = re.compile(r"(?:latent|latents|bias|skip|error)\.([A-Za-z0-9_-]+)(?:[.~].*)?")
+_NOT_ADDRESSES = frozenset({"stop", "text", "content"})
+
+
+def _named(part: object, known: Collection[str], key: str = "") -> Iterator[str]:
+    """Ids of dictionaries in the addresses and lists of a canonical request."""
+    match part:
+        case dict():
+            for name, value in part.items():
+                if name not in _NOT_ADDRESSES:
+                    yield from _named(value, known, name)
+        case list():
+            for value in part:
+                yield from _named(value, known, key)
+        case str() if key == "dictionaries":
+            yield part
+        case str():
+            match = _IN_ADDRESSES.fullmatch(part)
+            if match and match[1] in known:
+                yield match[1]
 
 
 def model_ref(model: Model) -> manifest_pb2.ModelRef:

@@ -86,6 +86,8 @@ class Attribution:
     """Whether it is integrated along the input path."""
     baseline: Baseline | None = None
     """What effects are measured from; None: 0."""
+    dictionaries: tuple[str, ...] = ()
+    """Ids of those whose latents stand in the table."""
 
     @property
     def reference(self) -> Reference | None:
@@ -126,8 +128,13 @@ def read_attribution(
 
     Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented.
     """
-    _refuse_unbuilt(request)
+    if request.read_outs.HasField("sources"):
+        raise features.not_built("attribute.read_outs.sources", "read_outs.sources")
     run = required_run(request, model)
+    with inside("dictionaries"):
+        dictionaries = model.shelf.named(request.dictionaries)
+    del request.dictionaries[:]
+    request.dictionaries.extend(dictionaries)
     if not request.HasField("objective"):
         raise InvalidArgument(
             "an objective is required, for example logit_diff with one target", field="objective"
@@ -163,6 +170,7 @@ def read_attribution(
         _integrated_steps(request),
         _along_input(request),
         _baseline(request, model, len(run.token_ids), whole_table),
+        dictionaries,
     )
 
 
@@ -222,13 +230,6 @@ def _read_out_tokens(request: attribute_pb2.AttributeRequest) -> int:
             field="read_outs",
         )
     return tokens
-
-
-def _refuse_unbuilt(request: attribute_pb2.AttributeRequest) -> None:
-    if request.dictionaries:
-        raise features.not_built("attribute.dictionaries", "dictionaries")
-    if request.read_outs.HasField("sources"):
-        raise features.not_built("attribute.read_outs.sources", "read_outs.sources")
 
 
 def _compared(

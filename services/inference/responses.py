@@ -15,6 +15,7 @@ from services.inference import (
     tensors,
 )
 from services.inference.engine import ENGINE_VERSION, tables
+from services.inference.engine.decomposition import View
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.model import (
     AttributeResult,
@@ -160,6 +161,8 @@ def fill_attribution(
     response.token_effects.extend(_effects(each, False) for each in table.token_effects[0])
     for name, value in first.remainder.items():
         response.remainder.add(node=name, direct_effect=value)
+    for number, explanation in enumerate(explanations):
+        response.views.extend(_view(each, number > 0) for each in explanation.views)
     if len(explanations) == 1:
         return
     second = explanations[1]
@@ -240,6 +243,17 @@ def _row(row: tables.NodeRow) -> attribute_pb2.NodeRow:
 def _totals(totals: tables.Totals) -> attribute_pb2.Totals:
     return attribute_pb2.Totals(
         listed=totals.listed, unlisted=totals.unlisted, remainder=totals.remainder
+    )
+
+
+def _view(view: View, compare: bool) -> attribute_pb2.ViewTotals:
+    return attribute_pb2.ViewTotals(
+        dictionary=view.dictionary,
+        compare=compare,
+        latents=view.latents,
+        bias=view.bias,
+        error=view.error,
+        site=view.site,
     )
 
 

@@ -126,6 +126,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                     cancel,
                     wanted.read_out_tokens,
                     wanted.reference,
+                    wanted.dictionaries,
                 )
             )
         )

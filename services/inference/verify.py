@@ -159,7 +159,12 @@ async def stream(
     if wanted.named is None:
         result = await timed(
             lambda cancel: model.attribute(
-                [run], table.norm_mode, table.ranking, cancel, reference=table.reference
+                [run],
+                table.norm_mode,
+                table.ranking,
+                cancel,
+                reference=table.reference,
+                dictionaries=table.dictionaries,
             )
         )
         timings.forward_ms = result.times.forward

@@ -643,10 +643,14 @@ MALFORMED |= {
         "verify",
         "at most 1000 rows are verified; top_k is 1001",
     ),
+    "unknown dictionary in the table": (
+        {"dictionaries": ["x"]},
+        "dictionaries[0]",
+        "no dictionary or set 'x' is served with this model; served: none",
+    ),
 }
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
-    "dictionaries": ({"dictionaries": ["x"]}, "dictionaries"),
 }
 
 

@@ -301,14 +301,16 @@ class Model:
         cancel: CancelToken,
         read_out_tokens: int = 0,
         reference: Reference | None = None,
+        dictionaries: Sequence[str] = (),
     ) -> AttributeResult:
         """The node table of one run, or of a run and the one it is compared with.
 
         `read_out_tokens` tokens are read out of every listed node; 0: none. The estimates of a
-        single run are measured from `reference`; None: from 0.
+        single run are measured from `reference`; None: from 0. `dictionaries` names those whose
+        latents stand in the table.
         """
         explanations, times = attribution.explain(
-            self.hooks, self.architecture, runs, norm_mode, cancel
+            self.hooks, self.architecture, runs, norm_mode, cancel, dictionaries
         )
         cancel.check()
         starts = self._starts(explanations[0], reference, cancel) if reference else {}

@@ -88,7 +88,7 @@ def build(explanations: Sequence[Explanation], ranking: Ranking) -> Table:
     return Table(
         rows=tuple(rows),
         totals=tuple(
-            _totals(explanation, column)
+            _totals(explanation, nodes, column)
             for explanation, column in zip(explanations, values, strict=True)
         ),
         token_effects=tuple(_token_effects(explanation.groups) for explanation in explanations),
@@ -103,14 +103,14 @@ _ATTRIBUTE = {
 }
 
 
-def _place(row: NodeRow, column: Column | None) -> tuple[float, str, int, int, int, int]:
+def _place(row: NodeRow, column: Column | None) -> tuple[float, str, str, int, int, int, int]:
     name = _ATTRIBUTE[column or Column.TOTAL_EFFECT]
     present = [values for values in (row.values, row.compare) if values is not None]
     node = row.node
     numbers = (node.layer, node.index, node.position, node.key)
     layer, index, position, key = (-1 if number is None else number for number in numbers)
     magnitude = max(abs(getattr(values, name)) for values in present)
-    return -magnitude, node.kind.value, layer, index, position, key
+    return -magnitude, node.kind.value, node.dictionary, layer, index, position, key
 
 
 def _selections(groups: Sequence[NodeGroup], ranking: Ranking) -> list[Selection]:
@@ -156,8 +156,15 @@ def _gather(explanation: Explanation, nodes: Sequence[Address]) -> list[NodeValu
     return found
 
 
-def _totals(explanation: Explanation, listed: Sequence[NodeValues | None]) -> Totals:
-    of_listed = sum(values.direct_effect for values in listed if values is not None)
+def _totals(
+    explanation: Explanation, nodes: Sequence[Address], values: Sequence[NodeValues | None]
+) -> Totals:
+    outside = {view.dictionary for view in explanation.views}
+    of_listed = sum(
+        each.direct_effect
+        for node, each in zip(nodes, values, strict=True)
+        if each is not None and node.dictionary not in outside
+    )
     of_all = sum(group.direct_total() for group in explanation.groups)
     return Totals(of_listed, of_all - of_listed, sum(explanation.remainder.values()))
 

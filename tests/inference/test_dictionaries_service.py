@@ -1,0 +1,223 @@
+"""Dictionaries over gRPC: listed with their self-test, refused where they do not fit, in tables."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+import pytest
+import pytest_asyncio
+import torch
+from safetensors.torch import save_file
+from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc, verify_pb2
+
+from services.common.errors import FailedPrecondition
+from services.common.settings import DictionarySource, ModelSource, Settings
+from services.inference.engine.model import Model
+from services.inference.server import build_server, load_model
+from services.inference.worker import TorchWorker
+from tests.inference.test_refusals import refusal_of
+
+if TYPE_CHECKING:
+    from tdb.inference.v1.service_pb2_grpc import InferenceServiceAsyncStub as Stub
+
+WIDTH = 16
+IDS = [5, 17, 4, 25, 60, 8]
+
+
+def write(
+    folder: Path, hook: str, w_enc: torch.Tensor, w_dec: torch.Tensor, **metadata: Any
+) -> None:
+    """A ReLU dictionary in SAELens's layout."""
+    folder.mkdir(parents=True)
+    latents = w_enc.shape[1]
+    config = {
+        "architecture": "standard",
+        "d_in": WIDTH,
+        "d_sae": latents,
+        "dtype": "float32",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "metadata": {"hook_name": hook, **metadata},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    tensors = {
+        "W_enc": w_enc,
+        "W_dec": w_dec,
+        "b_enc": torch.zeros(latents),
+        "b_dec": torch.zeros(WIDTH),
+    }
+    save_file(tensors, folder / "sae_weights.safetensors")
+
+
+def exact() -> tuple[torch.Tensor, torch.Tensor]:
+    """relu(x) and relu(-x) of every channel: they add up to x."""
+    eye = torch.eye(WIDTH)
+    return torch.cat([eye, -eye], 1), torch.cat([eye, -eye])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dictionaries")
+    for layer in range(2):
+        write(root / "set" / str(layer), f"blocks.{layer}.hook_mlp_out", *exact())
+    write(root / "attn", "blocks.1.hook_attn_out", *exact(), l0=WIDTH, fvu=0.0)
+    write(root / "stream", "blocks.1.hook_resid_post", *exact())
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(WIDTH, 40, generator=generator)
+    write(root / "random", "blocks.1.hook_mlp_out", random, random.T.contiguous())
+    write(root / "declared", "blocks.1.hook_attn_out", *exact(), l0=3.0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(model_folder: Path, folders: Path) -> Model:
+    sources = [
+        DictionarySource("set", str(folders / "set"), False),
+        DictionarySource("attn", str(folders / "attn"), False),
+        DictionarySource("stream", str(folders / "stream"), False),
+        DictionarySource("random", str(folders / "random"), True),
+    ]
+    return load_model(ModelSource("tiny", str(model_folder)), None, sources)
+
+
+@pytest_asyncio.fixture
+async def stub(
+    served: Model, model_folder: Path, worker: TorchWorker, tmp_path: Path
+) -> AsyncIterator["Stub"]:
+    settings = Settings.from_env(
+        {"TDB_MODEL": f"tiny={model_folder}", "TDB_DATA_DIR": str(tmp_path)}
+    )
+    async with build_server(settings, worker, {"tiny": served}, port=0) as server:
+        await server.set_serving()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield service_pb2_grpc.InferenceServiceStub(channel)
+
+
+def table(*dictionaries: str, **more: Any) -> attribute_pb2.AttributeRequest:
+    request = attribute_pb2.AttributeRequest(dictionaries=dictionaries, **more)
+    request.run.prompt.token_ids.ids.extend(IDS)
+    request.objective.logit_diff.targets.add(id=5)
+    request.objective.logit_diff.distractors.add(id=9)
+    return request
+
+
+async def test_get_model_lists_them_with_what_they_measured(stub: "Stub") -> None:
+    described = await stub.GetModel(model_pb2.GetModelRequest())
+    by_id = {each.id: each for each in described.dictionaries}
+    assert set(by_id) == {"set-mlp_out-0", "set-mlp_out-1", "attn", "stream", "random"}
+    attn = by_id["attn"]
+    assert (attn.site_in, attn.latents, attn.activation) == ("attn_out.1", 2 * WIDTH, "relu")
+    assert attn.self_test.fvu < 1e-6
+    assert attn.self_test.l0 == pytest.approx(WIDTH)
+    assert attn.self_test.declared_l0 == WIDTH
+    assert 500 <= attn.self_test.tokens <= 4_100
+    assert attn.set_name == "attn"
+    assert by_id["set-mlp_out-0"].set_name == "set"
+    assert not attn.warning
+    assert "FVU" in by_id["random"].warning
+
+
+def test_one_that_does_not_fit_is_refused_with_the_numbers(
+    model_folder: Path, folders: Path
+) -> None:
+    for name, numbers in (
+        ("random", "FVU is"),
+        ("declared", "L0 is 16, where its files declare 3"),
+    ):
+        source = DictionarySource(name, str(folders / name), False)
+        with pytest.raises(FailedPrecondition, match=numbers) as refused:
+            load_model(ModelSource("tiny", str(model_folder)), None, [source])
+        assert "tried instead: " in refused.value.message
+        assert "before (" not in refused.value.message  # this model has no post-norms
+
+
+async def test_latents_stand_in_the_table_and_close(stub: "Stub") -> None:
+    plain = await stub.Attribute(table(top_k=30))
+    response = await stub.Attribute(table("set", "attn", "stream", top_k=30))
+    assert response.objective_value == pytest.approx(plain.objective_value, abs=1e-5)
+    totals = response.totals
+    assert totals.listed + totals.unlisted + totals.remainder == pytest.approx(
+        response.objective_value, abs=1e-4
+    )
+    kinds = {row.node.partition(".")[0] for row in response.rows}
+    assert "latent" in kinds
+    assert "neuron" not in kinds
+    assert any(row.node.startswith("head.0.") for row in response.rows)
+    assert not any(row.node.startswith("head.1.") for row in response.rows)
+    left = {row.node for row in response.remainder}
+    assert {"bias.attn", "error.attn", "error.set-mlp_out-0"} <= left
+    assert "bias.mlp.0" not in left
+    (view,) = response.views
+    assert view.dictionary == "stream"
+    assert view.latents + view.bias + view.error == pytest.approx(view.site, abs=1e-4)
+    manifest = response.manifest
+    names = [each.id for each in manifest.dictionaries]
+    assert names == ["attn", "set-mlp_out-0", "set-mlp_out-1", "stream"]
+    assert all(len(each.weights_hash) == 64 for each in manifest.dictionaries)
+    assert manifest.result_id != plain.manifest.result_id
+    replayed = attribute_pb2.AttributeRequest()
+    replayed.CopyFrom(table(*names, top_k=30))
+    again = await stub.Attribute(replayed)
+    assert again.manifest.result_id == manifest.result_id
+
+
+async def test_an_ablated_latent_is_verified_and_named_in_the_manifest(stub: "Stub") -> None:
+    request = table("random", top_k=20)
+    response = await stub.Attribute(request)
+    assert "FVU" in response.manifest.warnings[0]
+    latents = [row for row in response.rows if row.node.startswith("latent.random")]
+    node = latents[0].node
+    run = run_pb2.RunRequest()
+    run.run.prompt.token_ids.ids.extend(IDS)
+    run.run.interventions.add(target=node).zero.SetInParent()
+    run.tokens.add(id=5)
+    run.tokens.add(id=9)
+    ablated = await stub.Run(run)
+    (receipt,) = ablated.receipts
+    assert receipt.target == node
+    assert receipt.before == pytest.approx(latents[0].activation, rel=1e-5)
+    assert receipt.after == 0
+    assert [each.id for each in ablated.manifest.dictionaries] == ["random"]
+    target, distractor = ablated.next_tokens[0].named
+    without = target.logit - distractor.logit
+    verify = verify_pb2.VerifyRequest(table=table(), nodes=[node])
+    verified = [
+        event.node async for event in stub.Verify(verify) if event.WhichOneof("event") == "node"
+    ]
+    assert verified[0].objective_value == pytest.approx(without, abs=1e-4)
+    assert verified[0].verified_effect == pytest.approx(
+        response.objective_value - without, abs=1e-4
+    )
+    assert verified[0].total_effect == pytest.approx(latents[0].total_effect, rel=1e-3, abs=1e-5)
+
+
+async def test_the_table_of_latents_is_verified_row_by_row(stub: "Stub") -> None:
+    request = verify_pb2.VerifyRequest(table=table("set", top_k=10))
+    events = [event async for event in stub.Verify(request)]
+    nodes = [event.node.node for event in events if event.WhichOneof("event") == "node"]
+    assert len(nodes) == 10
+    assert any(node.startswith("latent.set-mlp_out") for node in nodes)
+    assert {each.id for each in events[-1].summary.manifest.dictionaries} == {
+        "set-mlp_out-0",
+        "set-mlp_out-1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "field", "sentence"),
+    [
+        (["nothing"], "dictionaries[0]", "served: attn, random, set, stream"),
+        (["set", "random"], "dictionaries[1]", "both read mlp.1"),
+        (["attn", "attn"], "dictionaries[1]", "named twice"),
+        (["set", "set-mlp_out-0"], "dictionaries[1]", "named twice"),
+    ],
+)
+async def test_what_cannot_stand_together_is_refused(
+    stub: "Stub", names: list[str], field: str, sentence: str
+) -> None:
+    code, at, message = await refusal_of(stub.Attribute(table(*names)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert at == field
+    assert sentence in message
