@@ -651,6 +651,7 @@ MALFORMED |= {
 }
 
 NOT_BUILT: dict[str, tuple[dict[str, Any], str]] = {
+    "sources": ({"readOuts": {"tokens": 3, "sources": 2}}, "read_outs.sources"),
 }
 
 
