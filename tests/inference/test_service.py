@@ -43,7 +43,8 @@ async def test_models_are_listed_and_described(stub: "Stub") -> None:
     assert described.tokenizer.vocabulary < PADDED_VOCABULARY
     supported = {each.feature: each.supported for each in described.supports}
     assert supported["objective.logit_diff"]
-    assert not supported["objective.traced_node"]
+    assert supported["objective.traced_node"]
+    assert not supported["attribute.integrated_steps.traced"]
     assert all(each.supported or each.reason for each in described.supports)
 
 

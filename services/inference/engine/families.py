@@ -158,6 +158,8 @@ FEATURES = {
     "verification": "effects of a run resumed at the first changed layer, stage and token equal a "
     "whole pass with plain PyTorch hooks",
     "integration": "integrated effects equal the sum over midpoints in Hugging Face's own pass",
+    "tracing": "a traced value and its slopes at the embedding are those of Hugging Face's pass, "
+    "its sums close, and a trace through a value is the pair's direct effect",
 }
 """What `tests/inference/families` proves of every variant of every family, by name."""
 
@@ -171,6 +173,7 @@ EXPERT_FEATURES = (
     "batches",
     "verification",
     "integration",
+    "tracing",
     "points",
     "generation",
     "half precision",

@@ -19,6 +19,7 @@ from tests.inference.families import (
     test_family_latents,
     test_family_numbers,
     test_family_passes,
+    test_family_traces,
     test_running,
     test_verifying,
 )
@@ -99,13 +100,14 @@ def test_every_feature_has_its_test_on_every_variant() -> None:
         test_family_passes,
         test_family_numbers,
         test_family_latents,
+        test_family_traces,
         test_running,
         test_verifying,
     )
     for feature in FEATURES:
         assert set(VARIANTS) <= variants_of(feature, *files), feature
     for feature in EXPERT_FEATURES:
-        found = variants_of(feature, test_family_experts, test_family_latents)
+        found = variants_of(feature, test_family_experts, test_family_latents, test_family_traces)
         assert set(EXPERT_VARIANTS) <= found, feature
 
 
