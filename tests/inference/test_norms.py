@@ -55,6 +55,12 @@ def test_what_is_no_norm_is_refused() -> None:
         probe_norm(Clamped(16).requires_grad_(False), 16, torch.zeros(1))
 
 
+def test_the_scale_of_half_precision_does_not_overflow() -> None:
+    norm = probe_norm(layer_norm(16).half(), 16, torch.zeros(1, dtype=torch.float16))
+    x = torch.tensor([1000.0, -1000.0] * 8, dtype=torch.float16)
+    assert float(norm.scale(x)) == pytest.approx(1000, rel=1e-3)
+
+
 @pytest.mark.parametrize("make", [layer_norm, OnePlusWeight])
 def test_rows_freeze_one_by_one_and_forward_values_never_change(make: type[nn.Module]) -> None:
     torch.manual_seed(1)
