@@ -48,6 +48,7 @@ BUILT = (
 )
 
 NOT_BUILT = {
+    "objective.traced_node.latent": "tracing a latent",
     "attribute.read_outs.sources": "the sources of attention latents",
 }
 

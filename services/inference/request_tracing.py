@@ -7,6 +7,7 @@ from tdb.inference.v1 import objective_pb2
 from services.common import addresses
 from services.common.addresses import Address, Kind
 from services.common.errors import InvalidArgument, inside
+from services.inference import features
 from services.inference.engine.model import Model
 from services.inference.engine.objectives import Objective
 from services.inference.engine.tracing import Branch, Side, TracedNeuron, TracedScore, TracedValue
@@ -43,6 +44,8 @@ def traced_node(
             return _neuron(message, node, model)
         case Kind.HEAD:
             return _head(message, node, model, tokens, read)
+        case Kind.LATENT:
+            raise features.not_built("objective.traced_node.latent", "node")
         case _:
             raise InvalidArgument(
                 f"{node} has no value that can be traced; name a neuron or a head's pair at a "
