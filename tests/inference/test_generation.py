@@ -1,7 +1,7 @@
 """Generation over a cache is, step by step, the whole sequence run anew, whatever is edited."""
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +19,10 @@ from services.inference.engine.generation import Continuation, Ending, Finish, G
 from services.inference.engine.interventions import (
     Add,
     Intervention,
+    Mask,
     Mean,
     Patch,
+    ProjectOut,
     Scale,
     SetTo,
     Source,
@@ -28,10 +30,10 @@ from services.inference.engine.interventions import (
 )
 from services.inference.engine.sampling import Sampler, Sampling
 from services.inference.engine.text import Vocabulary
-from tests.inference import plain
+from tests.inference import by_hand, plain
 from tests.inference.helpers import HEAD_WIDTH, VOCABULARY, WIDTH, Engine, random_engine
 from tests.inference.planted import random_dictionary
-from tests.inference.test_random_requests import engine_of, interventions, place
+from tests.inference.test_random_requests import engine_of, interventions
 
 PROMPT = (3, 17, 4, 4, 25)
 NEW = 6
@@ -69,31 +71,20 @@ def distribution(step: Generated) -> Tensor:
     return found
 
 
-def places(wanted: Intervention, length: int) -> tuple[Any, ...] | None:
-    """Where an edit acts in a pass over `length` tokens, None where nowhere."""
+def reached(wanted: Intervention, length: int) -> Intervention | None:
+    """The edit at its positions in a pass over `length` tokens, None where it has none there."""
     target = wanted.target
     if target.position is not None:
-        return place(target) if target.position < length else None
+        return wanted if target.position < length else None
     positions = range(TOKENS) if wanted.positions is None else wanted.positions
-    here = [position for position in positions if position < length]
-    if not here:
-        return None
-    kind, layer, index = place(target.at(0))
-    if kind in ("q", "k", "v"):
-        return kind, layer, (index[0], here)
-    if kind in ("z", "neurons"):
-        return kind, layer, (here, index[1])
-    return kind, layer, (here,)
+    here = tuple(position for position in positions if position < length)
+    return replace(wanted, positions=here) if here else None
 
 
 def from_scratch(model: Any, ids: Sequence[int], wanted: Sequence[Intervention]) -> Tensor:
     """Log probabilities [V] after `ids`, by a pass over all of them written by hand."""
-    changes = [
-        (*where, partial(plain.apply, each.operation))
-        for each in wanted
-        if (where := places(each, len(ids))) is not None
-    ]
-    logits = plain.forward(model, ids, plain.edited(*changes))[-1]
+    here = [part for each in wanted if (part := reached(each, len(ids))) is not None]
+    logits = plain.forward(model, ids, by_hand.edited(model, here, len(ids)))[-1]
     return logits.double().log_softmax(-1)
 
 
@@ -128,6 +119,18 @@ CASES: dict[str, tuple[Intervention, ...]] = {
     ),
     "a node beyond the prompt": (Intervention(parse("mlp.0~7"), Zero()),),
     "a pair, query generated": (Intervention(parse("head.1.2~8-3"), SetTo(0.9)),),
+    "a masked pair, both generated": (
+        Intervention(parse("head.0.1~9-6"), Mask()),
+        Intervention(parse("head.0.1~9-9"), Mask()),
+    ),
+    "a direction, everywhere": (Intervention(parse("resid_mid.1"), ProjectOut(VECTOR)),),
+    "steered by lengths": (Intervention(parse("attn.1"), Add(VECTOR, relative=True)),),
+    "a mean, everywhere": (Intervention(parse("mlp.0"), Mean((Source((5, 6)), Source((9,))))),),
+    "patched in prompt and continuation": (
+        Intervention(
+            parse("resid_post.0"), Patch(Source((9, 8, 7)), ((1, 2), (6, 0), (7, 1))), (1, 6, 7)
+        ),
+    ),
     "a pair, both generated": (Intervention(parse("head.0.1~9-6"), SetTo(0.9)),),
     "a key of the prompt": (Intervention(parse("head.1.0.k~1"), SetTo(HEAD_VECTOR)),),
     "keys everywhere": (Intervention(parse("head.0.3.k"), Scale(-3.0)),),

@@ -4,7 +4,6 @@ A tenth of the examples in `make test`, all of them in `make test-long`.
 """
 
 import gc
-from functools import partial
 from typing import Any
 
 import psutil
@@ -18,9 +17,21 @@ from services.common.addresses import Address, Kind
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column
-from services.inference.engine.interventions import Add, Intervention, Operation, Scale, SetTo, Zero
+from services.inference.engine.interventions import (
+    Add,
+    Intervention,
+    Mask,
+    Mean,
+    Operation,
+    Patch,
+    ProjectOut,
+    Scale,
+    SetTo,
+    Source,
+    Zero,
+)
 from services.inference.engine.objectives import LogitDiff
-from tests.inference import plain
+from tests.inference import by_hand, plain
 from tests.inference.helpers import (
     HEAD_WIDTH,
     HEADS,
@@ -29,23 +40,13 @@ from tests.inference.helpers import (
     VOCABULARY,
     WIDTH,
     Engine,
+    direct_sums,
     random_engine,
     random_model,
 )
 
 EXAMPLES = 30
-SITES = {
-    Kind.HEAD: "z",
-    Kind.QUERY: "q",
-    Kind.KEY: "k",
-    Kind.VALUE: "v",
-    Kind.EMBED: "embed",
-    Kind.ATTN: "attn",
-    Kind.MLP: "mlp",
-    Kind.RESID_MID: "resid_mid",
-    Kind.RESID_POST: "resid_post",
-    Kind.NEURON: "neurons",
-}
+KINDS = [kind for kind in by_hand.SITES if kind not in (Kind.BIAS_ATTN, Kind.BIAS_MLP)]
 
 
 @st.composite
@@ -53,9 +54,14 @@ def prompts(draw: st.DrawFn) -> tuple[int, ...]:
     return tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12)))
 
 
+def prompts_of(tokens: int) -> st.SearchStrategy[tuple[int, ...]]:
+    ids = st.integers(0, VOCABULARY - 1)
+    return st.lists(ids, min_size=tokens, max_size=tokens).map(tuple)
+
+
 @st.composite
 def interventions(draw: st.DrawFn, tokens: int) -> Intervention:
-    kind = draw(st.sampled_from(list(SITES)))
+    kind = draw(st.sampled_from(KINDS))
     layer = None if kind is Kind.EMBED else draw(st.integers(0, LAYERS - 1))
     index = None
     if kind is Kind.NEURON:
@@ -69,20 +75,19 @@ def interventions(draw: st.DrawFn, tokens: int) -> Intervention:
     number = draw(st.floats(-3, 3))
     scalar = kind is Kind.NEURON or key is not None
     value: float | Tensor = number if scalar else torch.linspace(-1, number, width).double()
+    prompts = tuple(Source(draw(prompts_of(tokens))) for _ in range(draw(st.integers(1, 3))))
+    source = draw(prompts_of(tokens + 2))
+    aligned = ((position, position + 2), *(() if key in (None, position) else ((key, key + 1),)))
+    inner = Intervention(Address(Kind.NEURON, 0, 3), SetTo(number))
     operations: list[Operation] = [Zero(), SetTo(value), Scale(number), Add(value)]
-    operation = draw(st.sampled_from(operations))
-    return Intervention(target, operation)
-
-
-def place(target: Address) -> tuple[str, int | None, Any]:
-    if target.key is not None:
-        return "probabilities", target.layer, (target.index, target.position, target.key)
-    site = SITES[target.kind]
-    if site in ("q", "k", "v"):
-        return site, target.layer, (target.index, target.position)
-    if site in ("z", "neurons"):
-        return site, target.layer, (target.position, target.index)
-    return site, target.layer, (target.position,)
+    operations += [Mean(prompts, per_position=True), Patch(Source(source, (inner,)), aligned)]
+    if key is None:
+        operations.append(Mean((*prompts, Source(source))))
+    elif position:
+        operations.append(Mask())
+    if isinstance(value, Tensor):
+        operations += [Add(value, relative=True), ProjectOut(value)]
+    return Intervention(target, draw(st.sampled_from(operations)))
 
 
 ENGINES: dict[str, tuple[Engine, Any]] = {}
@@ -94,40 +99,66 @@ def engine_of(family: str) -> tuple[Engine, Any]:
     return ENGINES[family]
 
 
-def check(family: str, data: st.DataObject) -> None:
-    engine, model = engine_of(family)
-    ids = data.draw(prompts())
-    wanted = data.draw(st.lists(interventions(len(ids)), max_size=4, unique_by=lambda i: i.target))
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Intervention], LogitDiff]:
+    """A prompt, edits that do not refuse each other, and an objective."""
+    ids = draw(prompts())
+    wanted = draw(st.lists(interventions(len(ids)), max_size=4, unique_by=lambda i: i.target))
     pairs = {
         (i.target.layer, i.target.index, i.target.position)
         for i in wanted
         if i.target.key is not None
     }
-    rows = {
-        (i.target.layer, i.target.index, i.target.position)
+    # A row and its pair may conflict, and masks may use up a row: refusals have their own tests.
+    rows = [
+        i
         for i in wanted
-        if i.target.kind is Kind.HEAD and i.target.key is None
-    }
-    if pairs & rows:  # a row and its pair may conflict: that refusal has tests of its own
-        return
+        if i.target.kind is Kind.HEAD
+        and i.target.key is None
+        and (i.target.layer, i.target.index, i.target.position) in pairs
+    ]
+    masks = [i for i in wanted if isinstance(i.operation, Mask)]
+    kept = [i for i in wanted if i not in rows and i not in masks[1:]]
+    return ids, kept, LogitDiff((5,), (9,), draw(st.integers(0, len(ids) - 1)))
+
+
+def check(family: str, data: st.DataObject) -> None:
+    engine, model = engine_of(family)
+    ids, wanted, objective = data.draw(runs())
     edits = engine.edits(*wanted, tokens=len(ids))
-    site = plain.edited(
-        *((*place(each.target), partial(plain.apply, each.operation)) for each in wanted)
-    )
-    theirs = plain.forward(model, ids, site)
+    theirs = plain.forward(model, ids, by_hand.edited(model, wanted, len(ids)))
     ours = engine.hooks.run([Row(ids, edits)], range(len(ids)), gradients=False).logits[0]
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
-    objective = LogitDiff((5,), (9,), data.draw(st.integers(0, len(ids) - 1)))
     norm_mode = data.draw(st.sampled_from(NormMode))
     (explanation,) = engine.explain(ExplainedRun(ids, edits, objective), norm_mode=norm_mode)
-    columns = [group.column(Column.DIRECT_EFFECT).double() for group in explanation.groups]
-    remainder = list(explanation.remainder.values())
-    total = sum(float(column.sum()) for column in columns) + sum(remainder)
-    size = sum(float(column.abs().sum()) for column in columns) + sum(map(abs, remainder))
+    total, size = direct_sums(explanation)
     assert abs(total - explanation.value) <= 1e-5 * size + 1e-6
 
 
+def check_batch(family: str, data: st.DataObject) -> None:
+    """Runs of one batch are the runs alone, in every column."""
+    engine, _ = engine_of(family)
+    batch = [
+        ExplainedRun(ids, engine.edits(*wanted, tokens=len(ids)), objective)
+        for ids, wanted, objective in data.draw(st.lists(runs(), min_size=2, max_size=3))
+    ]
+    norm_mode = data.draw(st.sampled_from(NormMode))
+    together = engine.explain(*batch, norm_mode=norm_mode)
+    for run, batched in zip(batch, together, strict=True):
+        (alone,) = engine.explain(run, norm_mode=norm_mode)
+        assert abs(batched.value - alone.value) <= 1e-5 * max(1.0, abs(alone.value))
+        for column in Column:
+            ours = torch.cat([group.column(column) for group in batched.groups])
+            theirs = torch.cat([group.column(column) for group in alone.groups])
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 1e-7
+        for left, right in zip(batched.receipts, alone.receipts, strict=True):
+            assert left.delta_norm == pytest.approx(right.delta_norm, rel=1e-4, abs=1e-6)
+
+
 FAST = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+BATCHES = settings(
+    max_examples=EXAMPLES // 3, deadline=None, suppress_health_check=list(HealthCheck)
+)
 FULL = settings(max_examples=EXAMPLES * 10, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -136,6 +167,21 @@ FULL = settings(max_examples=EXAMPLES * 10, deadline=None, suppress_health_check
 @given(data=st.data())
 def test_random_requests(family: str, data: st.DataObject) -> None:
     check(family, data)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@BATCHES
+@given(data=st.data())
+def test_random_batches(family: str, data: st.DataObject) -> None:
+    check_batch(family, data)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@FULL
+@given(data=st.data())
+def test_many_random_batches(family: str, data: st.DataObject) -> None:
+    check_batch(family, data)
 
 
 @pytest.mark.long

@@ -102,6 +102,27 @@ async def test_run_gives_probabilities_of_top_and_named_tokens(stub: "Stub") -> 
     assert last.named[0].token.text == f"<{PADDED_VOCABULARY - 1}>"
 
 
+async def test_values_of_other_runs_are_taken_over_the_wire(stub: "Stub") -> None:
+    """Patched from the same prompt a value stays; the canonical request holds ids alone."""
+    other = {"prompt": {"text": SENTENCE}}
+    prompt = {"text": SENTENCE}
+    wanted = [
+        {"target": "attn.1", "patch": {"source": other}},
+        {"target": "neuron.0.5~3", "mean": {"prompts": [{"text": " Mary"}, {"text": SENTENCE}]}},
+        {"target": "head.1.0~4-2", "mask": {}},
+    ]
+    request = ParseDict({"run": {"prompt": prompt, "interventions": wanted}}, run_pb2.RunRequest())
+    patched, mean, mask = (await stub.Run(request)).receipts
+    assert patched.sites == len(patched.positions) > 1
+    assert mean.delta_norm > 0
+    assert (mask.after, mask.before > 0) == (0, True)
+    same = ParseDict({"run": {"prompt": prompt, "interventions": wanted[:1]}}, run_pb2.RunRequest())
+    response = await stub.Run(same)
+    assert response.receipts[0].delta_norm < 1e-5
+    assert SENTENCE not in response.manifest.request_json
+    assert "tokenIds" in response.manifest.request_json
+
+
 async def test_attribute_table_sums_to_the_objective(stub: "Stub") -> None:
     response = await stub.Attribute(attribute(topK=7))
     assert len(response.rows) == 7
