@@ -1,11 +1,58 @@
-"""What is known of the dictionaries, in a real browser."""
+"""Latents in the table, and what is known of the dictionaries, in a real browser."""
+
+import re
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.web.driving import shoot, start
+from tests.web.driving import ablate, answered, number, rows, shoot, start
 
 pytestmark = pytest.mark.browser
+
+
+def switch(page: Page, sublayer: str, to: str) -> None:
+    group = page.get_by_role("group", name=f"What stands for the {sublayer}")
+    with page.expect_request("**/Attribute"):
+        group.get_by_role("button", name=to, exact=True).click()
+    answered(page)
+    expect(group.get_by_role("button", name=to, exact=True)).to_have_attribute(
+        "aria-pressed", "true"
+    )
+
+
+def kinds(page: Page) -> set[str]:
+    nodes = [row.get_attribute("data-node") or "" for row in rows(page).all()]
+    return {
+        re.sub(r"^latent\.([\w-]+)-\d+\..*", r"latent \1", node).split(".")[0] for node in nodes
+    }
+
+
+def test_latents_stand_for_neurons_and_are_ablated(page_with_latents: Page) -> None:
+    page = page_with_latents
+    difference = start(page)
+    assert "neuron" in kinds(page)
+    switch(page, "MLPs", "latents")
+    assert {"latent exact-mlp_out", "head"} <= kinds(page)
+    assert "neuron" not in kinds(page)
+    assert number(page) == pytest.approx(difference, rel=1e-4)
+    assert page.url.count("dictionary=exact-mlp_out-") == 4
+    switch(page, "attention", "latents")
+    assert kinds(page) & {"head", "neuron"} == set()
+    assert "dictionary=exact&" in f"{page.url}&"
+
+    foot = page.locator("tfoot")
+    expect(foot).to_contain_text("bias + error + rest")
+    foot.get_by_role("button", name="parts").click()
+    expect(foot).to_contain_text("error.exact-mlp_out-3")
+    shoot(page, "latents")
+
+    node = page.locator("tr.row[data-node^='latent.']").first.get_attribute("data-node") or ""
+    ablate(page, node)
+    assert number(page) != pytest.approx(difference, rel=1e-4)
+    expect(page.locator(".receipt")).to_contain_text("→ 0")
+    switch(page, "MLPs", "neurons")
+    assert "neuron" in kinds(page)
+    expect(page.locator(".edit")).to_contain_text(f"ablate {node}")
 
 
 def test_the_library_tells_how_well_each_dictionary_does(page_with_latents: Page) -> None:
