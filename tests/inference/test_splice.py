@@ -11,7 +11,16 @@ from services.common.addresses import parse
 from services.inference.engine.captured import Row
 from services.inference.engine.dictionaries.dictionary import Dictionary, InputNorm, NormKind
 from services.inference.engine.dictionaries.sites import Point
-from services.inference.engine.interventions import Intervention, Operation, Scale, SetTo, Zero
+from services.inference.engine.interventions import (
+    Intervention,
+    Mean,
+    Operation,
+    Patch,
+    Scale,
+    SetTo,
+    Source,
+    Zero,
+)
 from tests.inference import plain
 from tests.inference.helpers import FAMILIES, in_float64, random_engine, random_model
 from tests.inference.planted import ACTIVATIONS, ByHand, random_dictionary
@@ -194,3 +203,27 @@ def test_receipts_say_what_was_done() -> None:
     error = ByHand(dictionary).error(site.x[0], site.target[0])
     assert of_error.delta_norm == pytest.approx(float(error.norm()), rel=1e-5)
     assert of_error.sites == len(IDS)
+
+
+def test_latents_take_means_and_values_of_other_runs() -> None:
+    """Read by the encoder in those runs, before and after an edit there."""
+    dictionary = random_dictionary("D", Point.MLP_OUT, 1)
+    engine = random_engine(dictionaries=[dictionary])
+    name = "latent.D.3"
+    others = ((5, 6, 7), (40, 3, 3, 9))
+
+    def latent(ids: tuple[int, ...]) -> Tensor:
+        current = engine.hooks.run([Row(ids)], [0], gradients=False, dictionaries=[dictionary.id])
+        return current.sites.found[dictionary.id].clean(0, len(ids))[:, 3]
+
+    mean = torch.cat([latent(ids) for ids in others]).mean()
+    source = Source(others[1], (Intervention(parse(f"{name}~2"), Scale(3.0)),))
+    wanted = (
+        Intervention(parse(f"{name}~4"), Mean(tuple(map(Source, others)))),
+        Intervention(parse(f"{name}~6"), Patch(source, ((6, 2),))),
+    )
+    row = Row(IDS, engine.edits(*wanted, tokens=len(IDS)))
+    averaged, patched = engine.hooks.run([row], [7], gradients=False).receipts(0)
+    assert averaged.after == pytest.approx(float(mean), rel=1e-5, abs=1e-6)
+    assert patched.after == pytest.approx(3 * float(latent(others[1])[2]), rel=1e-5, abs=1e-6)
+    assert mean.abs() > 1e-3
