@@ -10,14 +10,27 @@ from services.common.addresses import Address, Kind, parse
 from services.inference.engine import estimates, resuming, verification
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column
-from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
+from services.inference.engine.interventions import (
+    Add,
+    Intervention,
+    Mask,
+    Mean,
+    Patch,
+    ProjectOut,
+    Scale,
+    SetTo,
+    Source,
+    Zero,
+)
 from services.inference.engine.objectives import LogitDiff, LogProb, OfLogits
 from services.inference.engine.resuming import Stage
 from services.inference.engine.verification import Ablation, Verified
 from tests.inference import plain
 from tests.inference.helpers import (
     FAMILIES,
+    HEAD_WIDTH,
     HEADS,
     LAYERS,
     WIDTH,
@@ -31,6 +44,7 @@ from tests.inference.helpers import (
 IDS = (3, 17, 4, 4, 25, 60, 8, 1)
 LAST = len(IDS) - 1
 OBJECTIVE = LogitDiff((5,), (9, 11), LAST)
+BIASES = (Kind.BIAS_ATTN, Kind.BIAS_MLP)
 
 # Nodes and components of every kind, and the same place in the pass written by hand.
 TARGETS: dict[str, tuple[str, int | None, Any]] = {
@@ -210,3 +224,41 @@ def test_estimates_of_nodes_are_the_tables_and_of_components_their_sums(mode: No
     for name, value in zip(expected, got, strict=True):
         assert value == pytest.approx(float(expected[name]), abs=1e-5 * largest), name
     assert largest > 1e-2
+
+
+EVERY_OPERATION = (
+    Intervention(parse("embed~2"), ProjectOut(torch.linspace(-1, 2, WIDTH))),
+    Intervention(parse("head.0.1~5-2"), Mask()),
+    Intervention(parse("head.1.2~6-4"), Mask()),
+    Intervention(parse("head.1.3"), Mean((Source((1, 2, 3)), Source((9, 8, 7, 6))))),
+    Intervention(parse("head.1.1.k"), Scale(1.5)),
+    Intervention(parse("head.2.0.q~7"), ProjectOut(torch.linspace(-1, 2, HEAD_WIDTH))),
+    Intervention(parse("attn.1"), Patch(Source((5, 4, 3, 2, 1, 0, 9, 8)))),
+    Intervention(parse("bias.attn.1"), Scale(3.0), (3, 7)),
+    Intervention(parse("resid_mid.2"), Add(torch.linspace(-0.5, 1, WIDTH), relative=True)),
+    Intervention(parse("neuron.1.3"), Mean((Source((1, 2, 3)),))),
+    Intervention(parse("bias.mlp.0"), Zero()),
+    Intervention(parse("mlp.2~7"), ProjectOut(torch.linspace(2, -1, WIDTH))),
+    Intervention(parse("resid_post.0"), Patch(Source((5, 4, 3)), ((1, 2), (6, 0))), (1, 6)),
+)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_every_operation_resuming_is_running_the_whole_pass(family: str, tokens: int) -> None:
+    engine = random_engine(family)
+    biased = engine.architecture.layers[0].b_o is not None
+    wanted = [each for each in EVERY_OPERATION if biased or each.target.kind not in BIASES]
+    edits = engine.edits(*wanted, tokens=len(IDS))
+    run = ExplainedRun(IDS, edits, OBJECTIVE)
+    names = [*TARGETS, *(["bias.attn.2~7", "bias.mlp.1"] if biased else [])]
+    ablations = zeroed(engine, *names)
+    found = verify(engine, run, *ablations, tokens=tokens)
+    rows = [Row(IDS, edits), *(Row(IDS, (*edits, each.edit)) for each in ablations)]
+    whole = engine.hooks.run(rows, [LAST], gradients=False).logits[:, 0]
+    values = [float(OBJECTIVE.of_logits(logits)) for logits in whole]
+    largest = max(abs(value - values[0]) for value in values)
+    for name, value in zip(names, values[1:], strict=True):
+        effect = found[parse(name)].effect
+        assert effect == pytest.approx(values[0] - value, abs=1e-5 * largest), name
+    assert sum(abs(values[0] - value) > 1e-3 * largest for value in values) > 5
