@@ -5,6 +5,7 @@ only active latents are computed with; the others exist, can be looked up, and f
 asks for more rows than there are active nodes.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -55,6 +56,27 @@ class LatentNodes(NodeGroup):
         self._met = met
         self._reads = reads
         self._padding = torch.empty(0, dtype=torch.long, device=values.device)
+
+    @property
+    def dictionary(self) -> str:
+        return self._bound.id
+
+    def activations(self, nodes: Sequence[Address]) -> Tensor:
+        """[n]: f of some nodes, after edits."""
+        found = [self.find(node) for node in nodes]
+        active = [
+            index if index is not None and 0 <= index < self.active else -1 for index in found
+        ]
+        values = torch.cat([self._values, self._values.new_zeros(1)])
+        return values[active]
+
+    def writes(self, nodes: Sequence[Address]) -> Tensor:
+        """[n, d]: what some nodes add to the residual stream."""
+        tokens = [node.position for node in nodes]
+        decoder = self._bound.dictionary.w_dec[[node.index for node in nodes]]
+        written = self.activations(nodes)[:, None] * decoder * self._scale[tokens]
+        writes = self._bound.to_residual(written)
+        return writes if self._post_scale is None else writes / self._post_scale[tokens]
 
     @property
     def active(self) -> int:

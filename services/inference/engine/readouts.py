@@ -4,7 +4,6 @@ All listed nodes of a run are read out in a few matrix products with the unembed
 embedding; only the tokens of largest absolute score leave the device.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,17 @@ from torch import Tensor
 from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.attribution import Explanation
+from services.inference.engine.latents import LatentNodes
+from services.inference.engine.own_token import input_gradients, source_scores
+from services.inference.engine.rotation import unrotated
+from services.inference.engine.run_view import RunView
+from services.inference.engine.splice import LatentSite
 
 Scores = tuple[tuple[int, float], ...]
 """(token id, score), largest absolute score first."""
+
+_READING = (Kind.HEAD, Kind.NEURON, Kind.LATENT)
+"""Kinds of nodes that have inputs."""
 
 _CHUNK = 128
 """Nodes per matrix product: [128, V] of scores at a time."""
@@ -29,6 +36,9 @@ class ReadOut:
     output: Scores
     input: Scores
     key_input: Scores
+    sources: tuple[tuple[int, float], ...] = ()
+    """(position, score) of an active latent of an attention dictionary: what its value comes from,
+    largest absolute score first."""
 
 
 def read_out(
@@ -37,13 +47,17 @@ def read_out(
     nodes: Sequence[Address],
     tokens: int,
     vocabulary: int,
+    sources: int = 0,
 ) -> dict[Address, ReadOut]:
-    """Reads out nodes of a run; ids from `vocabulary` on are never listed."""
+    """Reads out nodes of a run; ids from `vocabulary` on are never listed.
+
+    `sources`: positions listed per latent of an attention dictionary.
+    """
     reader = _Reader(architecture, explanation)
     w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
     embed_scale = architecture.embed_scale
     outputs = scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
-    with_inputs = [node for node in nodes if node.kind in (Kind.HEAD, Kind.NEURON)]
+    with_inputs = [node for node in nodes if node.kind in _READING]
     heads = [node for node in nodes if node.kind is Kind.HEAD]
     directions = [
         reader.directions(with_inputs, through_key=False),
@@ -52,8 +66,9 @@ def read_out(
     inputs = scored(torch.cat(directions) * embed_scale, w_e, tokens)
     of_input = dict(zip(with_inputs, inputs[: len(with_inputs)], strict=True))
     of_key = dict(zip(heads, inputs[len(with_inputs) :], strict=True))
+    of_source = reader.sources(nodes, sources) if sources else {}
     return {
-        node: ReadOut(output, of_input.get(node, ()), of_key.get(node, ()))
+        node: ReadOut(output, of_input.get(node, ()), of_key.get(node, ()), of_source.get(node, ()))
         for node, output in zip(nodes, outputs, strict=True)
     }
 
@@ -82,10 +97,21 @@ class _Reader:
         self._architecture = architecture
         self._captured = explanation.captured
         self._row = explanation.row
+        self._run = RunView(architecture, explanation.captured, explanation.row)
+        self._latents = {
+            group.dictionary: group
+            for group in explanation.groups
+            if isinstance(group, LatentNodes)
+        }
 
     def output_directions(self, nodes: Sequence[Address]) -> Tensor:
         """[n, d]: writes through the final norm, with its scale at the token written to."""
-        writes = torch.stack([self._write(node) for node in nodes])
+        writes = torch.empty(len(nodes), self._architecture.width).to(self._architecture.w_u)
+        for name, places in _by_dictionary(nodes).items():
+            writes[places] = self._latents[name].writes([nodes[place] for place in places])
+        for place, node in enumerate(nodes):
+            if node.kind is not Kind.LATENT:
+                writes[place] = self._write(node)
         norm = self._architecture.final_norm
         positions = [node.position for node in nodes]
         scale = norm.scale(self._captured.final_input[self._row, positions].detach())
@@ -94,7 +120,7 @@ class _Reader:
         return writes * norm.gain / scale
 
     def _write(self, node: Address) -> Tensor:
-        """[d]: what the node adds to the residual stream."""
+        """[d]: what a node of the model adds to the residual stream."""
         position = node.position
         if node.layer is None:
             return self._captured.embed[self._row, position].detach()
@@ -119,10 +145,14 @@ class _Reader:
         """[n, d]: gradient of each node's value before its non-linearity, at the residual stream
         that it reads, with the norm's scale constant."""
         found = torch.empty(len(nodes), self._architecture.width).to(self._architecture.w_e)
+        for name, places in _by_dictionary(nodes).items():
+            here = [nodes[place] for place in places]
+            read = input_gradients(self._run, self._site(name), *_parts(here))
+            found[places] = read.to(found)
         by_site: dict[tuple[Kind, int], list[int]] = {}
         for place, node in enumerate(nodes):
-            assert node.layer is not None
-            by_site.setdefault((node.kind, node.layer), []).append(place)
+            if node.layer is not None:
+                by_site.setdefault((node.kind, node.layer), []).append(place)
         for (kind, layer), places in by_site.items():
             here = [nodes[place] for place in places]
             if kind is Kind.NEURON:
@@ -155,28 +185,62 @@ class _Reader:
             read = heads
             weights, bias, positions, qk_norm = layer.w_q, layer.b_q, queries, layer.q_norm
         weights = weights[read]
-        unrotated = self._unrotated(index, other, positions) * layer.scaling
+        rotation = self._captured.rotations[index]
+        back = unrotated(layer.attention, rotation, positions, other) * layer.scaling
         if qk_norm is not None:
             attn_in = self._captured.attn_in[index][self._row, positions].detach()
             projected = torch.einsum("ned,nd->ne", weights, attn_in)
             if bias is not None:
                 projected = projected + bias[read]
-            unrotated = qk_norm.frozen_gradient(unrotated, qk_norm.scale(projected))
-        gradient = torch.einsum("ne,ned->nd", unrotated, weights)
+            back = qk_norm.frozen_gradient(back, qk_norm.scale(projected))
+        gradient = torch.einsum("ne,ned->nd", back, weights)
         scale = norm.scale(self._captured.block_inputs[index][self._row, positions].detach())
         return norm.frozen_gradient(gradient, scale)
 
-    def _unrotated(self, index: int, vectors: Tensor, positions: Sequence[int]) -> Tensor:
-        """[n, dh] -> [n, dh]: the transpose of the model's own rotation at each position."""
-        rotation = self._captured.rotations[index]
-        if rotation is None:
-            return vectors
-        cosine, sine = (part[0, list(positions), None].detach() for part in rotation)
-        attention = self._architecture.layers[index].attention
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        with torch.enable_grad():
-            start = torch.zeros_like(vectors)[:, None, None].requires_grad_()
-            rotated, _ = rotate(start, start.detach(), cosine, sine)
-            (found,) = torch.autograd.grad(rotated, start, vectors[:, None, None])
-        unrotated: Tensor = found[:, 0, 0]
-        return unrotated
+    def sources(
+        self, nodes: Sequence[Address], count: int
+    ) -> dict[Address, tuple[tuple[int, float], ...]]:
+        """Of each active latent of an attention dictionary: `count` (position, score), largest
+        absolute score first, ties by position."""
+        found: dict[Address, tuple[tuple[int, float], ...]] = {}
+        for name, places in _by_dictionary(nodes).items():
+            site = self._site(name)
+            if site.bound.sublayer is not Kind.ATTN:
+                continue
+            here = [nodes[place] for place in places]
+            values = self._latents[name].activations(here).tolist()
+            here = [node for node, value in zip(here, values, strict=True) if value > 0]
+            for first in range(0, len(here), _CHUNK):
+                some = here[first : first + _CHUNK]
+                scores = source_scores(self._run, site, *_parts(some)).cpu()
+                for node, row in zip(some, scores, strict=True):
+                    found[node] = self._largest(row, site.bound.layer, node, count)
+        return found
+
+    def _largest(
+        self, scores: Tensor, layer: int, node: Address, count: int
+    ) -> tuple[tuple[int, float], ...]:
+        """Of scores [T] those of tokens that the node's own can see."""
+        assert node.position is not None
+        first = self._architecture.shape.first_visible(layer, node.position)
+        visible = scores[first : node.position + 1]
+        best = torch.sort(visible.abs(), descending=True, stable=True).indices[:count]
+        return tuple((first + place, float(visible[place])) for place in best.tolist())
+
+    def _site(self, dictionary: str) -> LatentSite:
+        return self._captured.sites.found[dictionary]
+
+
+def _by_dictionary(nodes: Sequence[Address]) -> dict[str, list[int]]:
+    """Places of the latents among nodes, by dictionary."""
+    found: dict[str, list[int]] = {}
+    for place, node in enumerate(nodes):
+        if node.kind is Kind.LATENT:
+            found.setdefault(node.dictionary, []).append(place)
+    return found
+
+
+def _parts(latents: Sequence[Address]) -> tuple[list[int], list[int]]:
+    """Tokens and indices of latents at tokens."""
+    tokens = [node.position for node in latents if node.position is not None]
+    return tokens, [node.index for node in latents if node.index is not None]
