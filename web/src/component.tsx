@@ -32,13 +32,6 @@ export function describable(node: string): boolean {
   return ["head", "neuron", "latent"].includes(site(node).kind);
 }
 
-function whyUndescribed(component: string): string | undefined {
-  return (
-    whyNot("describe_component") ??
-    (site(component).kind === "latent" ? whyNot("describe_component.latents") : undefined)
-  );
-}
-
 function description(component: string): DescribeComponentRequestJson {
   return { model: currentModel(), component, tokens: TOKENS, similar: SIMILAR };
 }
@@ -60,7 +53,7 @@ async function described(
 export function Component({ node }: { node: string }) {
   const own = site(node).component;
   const [component, setComponent] = useState(own);
-  const why = whyUndescribed(component);
+  const why = whyNot("describe_component");
   const { value, error } = useLatest(
     why === undefined ? component : null,
     (signal) => described(component, signal),

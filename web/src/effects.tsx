@@ -13,7 +13,10 @@ import { choosePlace, isPlace } from "./view";
 const KINDS: Record<string, { name: string; meaning: string }> = {
   embed: { name: "embed", meaning: "The token's embedding" },
   attn_source: { name: "attn from", meaning: "All heads, by the token they read from" },
-  attn_reading: { name: "attn at", meaning: "All heads, or their latents, by the token they write at" },
+  attn_reading: {
+    name: "attn at",
+    meaning: "All heads, or their latents, by the token they write at",
+  },
   mlp: { name: "mlp", meaning: "All neurons, or latents, at the token" },
 };
 

@@ -1,6 +1,7 @@
 /** What the service can do with the loaded model, by its own word, and so what the page offers. */
 import { site } from "./address";
 import type { DictionaryJson } from "./gen/tdb/inference/v1/model_pb";
+import { sublayerOf } from "./latents";
 import { sentence } from "./problems";
 import { model } from "./state";
 
@@ -50,4 +51,10 @@ export function layerOf(component: string): number | undefined {
 export function dictionaryOf(component: string): DictionaryJson | undefined {
   const [kind, id] = component.split(".");
   return kind === "latent" ? model.value?.dictionaries?.find((each) => each.id === id) : undefined;
+}
+
+/** Whether the node is a latent of the residual stream, which stands outside the table's sum. */
+export function isView(node: string): boolean {
+  const dictionary = dictionaryOf(site(node).component);
+  return dictionary !== undefined && sublayerOf(dictionary) === "resid";
 }

@@ -2,6 +2,7 @@
 import { signal } from "@preact/signals";
 import { site } from "./address";
 import { columns, difference, value, type Column } from "./columns";
+import { isView } from "./features";
 import type { RemainderRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { count, full, num, signed } from "./numbers";
 import { answer } from "./state";
@@ -79,7 +80,7 @@ export function byComponent(rows: readonly RemainderRowJson[]): Part[] {
 /** The listed rows that the filters hide: with them, and with the rest of the foot, the column adds up. */
 function hiddenPart(): Part {
   const shown = new Set(shownRows.value);
-  const hidden = allRows.value.filter((row) => !shown.has(row));
+  const hidden = allRows.value.filter((row) => !shown.has(row) && !isView(row.node ?? ""));
   const sum = (side: Column["side"]) => {
     const col = columns(true).find((c) => c.quantity === "directEffect" && c.side === side)!;
     return hidden.reduce((total, row) => total + (value(row, col) ?? 0), 0);

@@ -3,6 +3,7 @@ import { AblateButton } from "./actions";
 import { QUANTITIES, value, type Column, type Quantity } from "./columns";
 import { Details } from "./details";
 import { isAblated } from "./editing";
+import { isView } from "./features";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
 import { full, plain, signed } from "./numbers";
@@ -44,6 +45,14 @@ export function Row({ row, cols, ends, tokens, told }: RowProps) {
           >
             {node}
           </button>
+          {isView(node) && (
+            <small
+              class="quiet-text"
+              title="A latent of the residual stream: a view, outside the table's sum of direct effects"
+            >
+              view
+            </small>
+          )}
         </th>
         <td class="at">
           <Place node={node} tokens={tokens} />

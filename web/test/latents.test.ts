@@ -1,7 +1,9 @@
 // Dictionaries are switched by set and site, and named as shortly as can be.
 import { expect, test } from "vitest";
 import { choose, chosenIds, groups, isChosen, siteName } from "../src/latents";
+import { isView } from "../src/features";
 import { byComponent } from "../src/remainder";
+import { model } from "../src/state";
 
 const dictionary = (setName: string, siteIn: string, siteOut = siteIn) => ({
   id: `${setName}-${siteOut.replace(".", "-")}`,
@@ -68,4 +70,12 @@ test("remainder rows of one component are added up over tokens", () => {
     { node: "rest", after: 0, before: undefined },
   ]);
   expect(parts[0]?.title).toMatch(/2 tokens/);
+});
+
+test("latents of the stream are views, which the sum of what filters hide leaves out", () => {
+  model.value = { dictionaries: all };
+  expect(isView("latent.res-resid_post-1.7~3")).toBe(true);
+  expect(isView("latent.demo-mlp_out-0.7~3")).toBe(false);
+  expect(isView("neuron.0.1~3")).toBe(false);
+  model.value = null;
 });
