@@ -144,11 +144,10 @@ class _Reading:
 
     @classmethod
     def of(cls, view: RunView, objective: Objective) -> "_Reading":
-        point = objective.point(view.architecture)
         return cls(
             objective,
-            point,
-            view.residual(point),
+            objective.point(view.architecture),
+            objective.reference(view),
             objective.constants(view),
             objective.edited(view),
         )
@@ -211,7 +210,13 @@ def _explanation(
     reads, applied = reading.objective.reads, view.edits
     reference = reading.reference[row, :length].detach()
     gradient = gradients.of(reading.reference)[row, :length]
-    path = direct_path(gradient, reading.point, applied, len(architecture.layers))
+    path = direct_path(
+        gradient,
+        reading.point,
+        applied,
+        len(architecture.layers),
+        before_edits=reading.objective.before_edits,
+    )
     embed_gradient = gradients.of(current.embed)[row, :length]
     groups: list[NodeGroup] = [
         EmbedNodes(

@@ -9,7 +9,7 @@ one number per token.
 import torch
 from torch import Tensor
 
-from services.common.addresses import Kind
+from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.dictionaries.dictionary import Dictionary, NormKind
 from services.inference.engine.dictionaries.sites import Header, Point, Site
@@ -45,6 +45,21 @@ class Place:
     @property
     def layer(self) -> int:
         return self.site.layer
+
+    @property
+    def reading(self) -> Kind | None:
+        """The sublayer whose values it reads: ATTN, MLP, or None where it reads the stream."""
+        if self.site_in.is_residual:
+            return None
+        return Kind.ATTN if self.site_in.point in (Point.Z, Point.ATTN_OUT) else Kind.MLP
+
+    def read_tokens(self, position: int) -> tuple[int, ...]:
+        """The tokens of the residual stream that its latents at a position depend on, through the
+        sublayer they read alone."""
+        if self.reading is not Kind.ATTN:
+            return (position,)
+        first = self._architecture.shape.first_visible(self.site_in.layer, position)
+        return tuple(range(first, position + 1))
 
     @property
     def is_view(self) -> bool:
@@ -163,6 +178,19 @@ class BoundDictionary(Place):
         as for every other scale that is left out."""
         norm = self.dictionary.norm
         return 1 / norm.factor if norm.kind is NormKind.FACTOR and norm.undone else 1.0
+
+
+_RESIDUAL = {
+    Point.RESID_PRE: Kind.EMBED,
+    Point.RESID_MID: Kind.RESID_MID,
+    Point.RESID_POST: Kind.RESID_POST,
+}
+
+
+def residual_point(site: Site) -> Address:
+    """The address of a canonical site of the residual stream."""
+    kind = _RESIDUAL[site.point]
+    return Address(kind, None if kind is Kind.EMBED else site.layer)
 
 
 def canonical(site: Site) -> Site:

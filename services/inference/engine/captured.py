@@ -127,6 +127,9 @@ class Pass:
     (with gradients)."""
     qk_normed: dict[NormPlace, Tensor] = field(default_factory=dict)
     """Outputs of QK-norms, token axis anywhere but first (with gradients)."""
+    projected: dict[tuple[Kind, int], Tensor] = field(default_factory=dict)
+    """[B, T, d]: output of a layer's `attn` or `mlp`, bias included, before any dictionary,
+    post-norm or edit of it (with gradients)."""
     attn_scale: list[Tensor | None] = field(default_factory=list)
     """Per layer [B, T, 1], detached: scale of the norm behind attention, if there is one."""
     attn_write: list[Tensor] = field(default_factory=list)

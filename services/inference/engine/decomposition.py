@@ -13,18 +13,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from services.common.addresses import Address, Kind
-from services.inference.engine.bound import BoundDictionary
-from services.inference.engine.dictionaries.sites import Point
+from services.inference.engine.bound import BoundDictionary, residual_point
 from services.inference.engine.direct_path import DirectPath
 from services.inference.engine.latents import LatentNodes
 from services.inference.engine.run_view import RunView, before_post_norm
 from services.inference.engine.splice import LatentSite
-
-_RESIDUAL = {
-    Point.RESID_PRE: Kind.EMBED,
-    Point.RESID_MID: Kind.RESID_MID,
-    Point.RESID_POST: Kind.RESID_POST,
-}
 
 
 @dataclass(frozen=True)
@@ -96,17 +89,12 @@ def decompose(
 def met_at(run: RunView, path: DirectPath, bound: BoundDictionary) -> Tensor:
     """[T, d_out]: the gradient that writes at a dictionary's site meet on the direct path."""
     if bound.sublayer is None:
-        return path.residual[_residual_point(bound)]
+        return path.residual[residual_point(bound.site)]
     if bound.passes_post_norm:
         gradient = before_post_norm(run, path, bound.sublayer, bound.layer)
     else:
         gradient = (path.attention if bound.sublayer is Kind.ATTN else path.mlp)[bound.layer]
     return bound.from_residual(gradient)
-
-
-def _residual_point(bound: BoundDictionary) -> Address:
-    kind = _RESIDUAL[bound.site.point]
-    return Address(kind, None if kind is Kind.EMBED else bound.layer)
 
 
 def _add(

@@ -33,9 +33,14 @@ class DirectPath:
 
 
 def direct_path(
-    reference: Tensor, point: Address, edits: Sequence[Edit], layers: int
+    reference: Tensor,
+    point: Address,
+    edits: Sequence[Edit],
+    layers: int,
+    *,
+    before_edits: bool = False,
 ) -> DirectPath:
-    """`reference` is g*, [T, d], at a point of the residual stream after its edits.
+    """`reference` is g*, [T, d], at a point of the residual stream after its edits, or before them.
 
     Whatever is not upstream of the point meets a gradient of 0.
     """
@@ -43,8 +48,6 @@ def direct_path(
 
     def before(kind: Kind, layer: int | None, gradient: Tensor) -> Tensor:
         """The gradient before the edits of one site; the last edit comes first."""
-        if (kind, layer) == (point.kind, point.layer):
-            gradient = reference
         for edit in reversed(edits):
             if edit.target.kind is kind and edit.target.layer == layer:
                 gradient = through(edit, edit.target, gradient, rows)
@@ -55,6 +58,12 @@ def direct_path(
     residual: dict[Address, Tensor] = {}
 
     def at(kind: Kind, layer: int | None, gradient: Tensor) -> Tensor:
+        is_point = (kind, layer) == (point.kind, point.layer)
+        if is_point and before_edits:
+            residual[Address(kind, layer)] = torch.zeros_like(reference)
+            return reference
+        if is_point:
+            gradient = reference
         residual[Address(kind, layer)] = found = before(kind, layer, gradient)
         return found
 

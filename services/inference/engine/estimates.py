@@ -29,6 +29,9 @@ class _Weighted(Edit):
     def zeroes(self) -> bool:
         return False
 
+    def only(self, positions: Sequence[int]) -> Edit:
+        return replace(self, positions=tuple(positions), baseline=self.baseline.only(positions))
+
     def apply(self, value: Tensor) -> Tensor:
         start = self.baseline.apply(value)
         return start + self.weight.to(value) * (value - start)
@@ -56,10 +59,14 @@ def estimate(
     objective, positions = run.objective, run.objective.logit_positions
     row = row_of(hooks.architecture, run, norm_mode)
     if objective.holds:
-        current = hooks.run([row], positions, gradients=True, cancel=cancel)
+        current = hooks.run(
+            [row], positions, gradients=True, cancel=cancel, dictionaries=objective.dictionaries
+        )
         objective = objective.hold(RunView(hooks.architecture, current, 0))
     row = replace(row, edits=(*run.edits, *moved))
-    current = hooks.run([row], positions, gradients=True, cancel=cancel)
+    current = hooks.run(
+        [row], positions, gradients=True, cancel=cancel, dictionaries=objective.dictionaries
+    )
     value = objective.value(RunView(hooks.architecture, current, 0))
     (gradient,) = torch.autograd.grad(value, weights, materialize_grads=True)
     found: list[float] = gradient.double().tolist()

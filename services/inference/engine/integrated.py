@@ -137,7 +137,9 @@ class Integration:
             whole,
         )
         read = self._wanted if self._along_input else (moving,)
-        logits = self._hooks.resume(current, [each.dictionary for each in read])
+        logits = self._hooks.resume(
+            current, [*(each.dictionary for each in read), *self._objective.dictionaries]
+        )
         values = (self._value(current, row, logits[row]) for row in range(len(points)))
         objective = torch.stack(list(values)).sum()
         sites = [
@@ -273,7 +275,13 @@ def begin(
     objective = run.objective
     if objective.holds:
         row = row_of(hooks.architecture, run, norm_mode)
-        current = hooks.run([row], objective.logit_positions, gradients=True, cancel=cancel)
+        current = hooks.run(
+            [row],
+            objective.logit_positions,
+            gradients=True,
+            cancel=cancel,
+            dictionaries=objective.dictionaries,
+        )
         objective = objective.hold(RunView(hooks.architecture, current, 0))
     recording = hooks.record(
         Row(run.token_ids, run.edits),

@@ -67,6 +67,13 @@ class Objective(Protocol):
     def point(self, architecture: Architecture) -> Address:
         """Where the reference residual x_ref is."""
 
+    @property
+    def before_edits(self) -> bool:
+        """Whether x_ref is the stream before the edits of its point, not after them."""
+
+    def reference(self, run: RunView) -> Tensor:
+        """[B, T, d]: x_ref of the whole batch, of the graph."""
+
     def reading_norms(self, architecture: Architecture) -> frozenset[NormPlace]:
         """The norms that lie between x_ref and J; their scale is constant unless all are live."""
 
@@ -100,6 +107,13 @@ class Unconditional:
     @property
     def dictionaries(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def before_edits(self) -> bool:
+        return False
+
+    def reference(self: Objective, run: RunView) -> Tensor:
+        return run.residual(self.point(run.architecture))
 
     def hold(self, run: RunView) -> Self:
         return self

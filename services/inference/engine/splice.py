@@ -42,6 +42,16 @@ class LatentSite:
     """Per row the edits of its parts, in order, with what each added at its positions, detached."""
     _edited: dict[int, list[tuple[Edit, Tensor]]] = field(default_factory=dict)
     """Per row the edits of latents with the values they left at their positions, detached."""
+    _pre_activations: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
+
+    def pre_activation(self, latent: int, *, frozen: bool) -> Tensor:
+        """[B, T, 1]: what goes into a latent's activation, the same tensor of the graph each time;
+        `frozen` holds norm_in's scale constant."""
+        if (latent, frozen) not in self._pre_activations:
+            index = torch.tensor([latent], device=self.x.device)
+            pre = self.bound.dictionary.pre_activation_of(self.x, index, frozen=frozen)
+            self._pre_activations[latent, frozen] = pre
+        return self._pre_activations[latent, frozen]
 
     def normalised(self, row: int, length: int) -> Normalised:
         """norm_in of the row's real tokens, detached."""

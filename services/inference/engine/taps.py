@@ -193,6 +193,8 @@ class Taps:
         current = self.current
         if current is None:
             return None
+        if current.gradients:
+            current.projected[Kind.ATTN, layer] = output[0]
         write = current.at_site(Point.ATTN_OUT, layer, output[0], before_post_norm=True)
         return (write, *output[1:])
 
@@ -203,6 +205,8 @@ class Taps:
         if current is None:
             return None
         write = self._per_token(output)
+        if current.gradients:
+            current.projected[Kind.MLP, layer] = write
         write = current.at_site(Point.MLP_OUT, layer, write, before_post_norm=True)
         return write.view_as(output)
 

@@ -94,13 +94,7 @@ class TracedNeuron(Unconditional):
         return values[run.row, self.position, self.node.index]
 
     def constants(self, run: RunView) -> tuple[Constant, ...]:
-        layer, captured = run.layer(self._layer), run.captured
-        found = [Constant(layer.mlp_norm.bias, captured.mlp_in[self._layer])]
-        if layer.b_in is not None:
-            found.append(Constant(layer.b_in, captured.gates[self._layer]))
-        if layer.b_up is not None:
-            found.append(Constant(layer.b_up, captured.ups[self._layer]))
-        return tuple(found)
+        return tuple(mlp_constants(run, self._layer))
 
 
 class _TracedPair(Unconditional):
@@ -262,6 +256,10 @@ class TracedValue(_TracedPair):
         return (self._key,)
 
     @property
+    def dictionaries(self) -> tuple[str, ...]:
+        return self.downstream.dictionaries
+
+    @property
     def holds(self) -> bool:
         return True
 
@@ -294,12 +292,18 @@ class TracedValue(_TracedPair):
     def _downstream(self, run: RunView) -> tuple[Tensor, tuple[str, ...]]:
         """[T, d]: the gradient of `downstream` that the layer's heads meet, before a post-norm."""
         point = self.downstream.point(run.architecture)
-        reference = run.residual(point)
+        reference = self.downstream.reference(run)
         (gradient,) = torch.autograd.grad(
             self.downstream.value(run), reference, retain_graph=True, materialize_grads=True
         )
         gradient = gradient[run.row, : run.tokens]
-        path = direct_path(gradient, point, run.edits, len(run.architecture.layers))
+        path = direct_path(
+            gradient,
+            point,
+            run.edits,
+            len(run.architecture.layers),
+            before_edits=self.downstream.before_edits,
+        )
         met = path.attention[self._layer]
         if not is_upstream(Kind.ATTN, self._layer, point):
             reason = (
@@ -317,6 +321,16 @@ class TracedValue(_TracedPair):
         held = self.held or _given(self.hold(run).held)
         value = self._shared(run, run.attention(self._layer).values)[self._key]
         return held.probability * ((value - held.constant) @ held.direction)
+
+
+def mlp_constants(run: RunView, layer: int) -> Iterator[Constant]:
+    """What enters between the residual stream that an MLP reads and its neurons."""
+    captured, weights = run.captured, run.layer(layer)
+    yield Constant(weights.mlp_norm.bias, captured.mlp_in[layer])
+    if weights.b_in is not None:
+        yield Constant(weights.b_in, captured.gates[layer])
+    if weights.b_up is not None:
+        yield Constant(weights.b_up, captured.ups[layer])
 
 
 def attention_constants(run: RunView, layer: int) -> Iterator[Constant]:

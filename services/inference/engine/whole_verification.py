@@ -39,8 +39,14 @@ class WholeVerification:
         """
         ablations, run = self.chunks[number], self._run
         rows = [Row(run.token_ids, (*run.edits, each.edit)) for each in ablations]
-        positions = self._objective.logit_positions
-        current = self._hooks.run(rows, positions, gradients=False, branches=True, cancel=cancel)
+        current = self._hooks.run(
+            rows,
+            self._objective.logit_positions,
+            gradients=False,
+            branches=True,
+            cancel=cancel,
+            dictionaries=self._objective.dictionaries,
+        )
         found = []
         for row, ablation in enumerate(ablations):
             value = float(self._objective.value(RunView(self._hooks.architecture, current, row)))
@@ -71,6 +77,7 @@ def begin(
         gradients=run.objective.holds,
         branches=True,
         cancel=cancel,
+        dictionaries=run.objective.dictionaries,
     )
     view = RunView(hooks.architecture, current, 0)
     objective = run.objective.hold(view) if run.objective.holds else run.objective
