@@ -43,7 +43,7 @@ class LatentNodes(NodeGroup):
         post_scale: that of the post-norm on the way to the stream, [T, 1]; gradient: G at the
         dictionary's output site, [T, d_out]; met: the gradient that writes at the site meet on the
         direct path, [T, d_out], zero but at the tokens `reads`."""
-        self._bound = bound
+        self.bound = bound
         self._tokens, self._latents = values.shape
         self.nodes = values.numel()
         self.device = values.device
@@ -102,7 +102,7 @@ class LatentNodes(NodeGroup):
 
     @property
     def is_view(self) -> bool:
-        return self._bound.is_view
+        return self.bound.is_view
 
     def prepare(self, k: int) -> None:
         """Where fewer than k nodes are active, the first inactive ones by address stand in."""
@@ -127,7 +127,7 @@ class LatentNodes(NodeGroup):
                 scale = self._scale[tokens, 0].abs()
                 if self._post_scale is not None:
                     scale = scale / self._post_scale[tokens, 0]
-                return self._values.abs() * self._bound.write_norms[latents] * scale
+                return self._values.abs() * self.bound.write_norms[latents] * scale
             case Column.DIRECT_EFFECT:
                 return self._direct
             case Column.TOTAL_EFFECT:
@@ -141,7 +141,7 @@ class LatentNodes(NodeGroup):
         for position in self._reads:
             here = (tokens == position).nonzero()[:, 0]
             met = self._met[position] * self._scale[position]
-            rows = self._bound.dictionary.w_dec[latents[here]]
+            rows = self.bound.dictionary.w_dec[latents[here]]
             found[here] = self._values[here] * (rows @ met)
         return found
 
@@ -149,7 +149,7 @@ class LatentNodes(NodeGroup):
     def _total(self) -> Tensor:
         """[active]: (f - f0) G(f), with G(f) = dec . G at the site."""
         tokens, latents = self._where
-        decoder = self._bound.dictionary.w_dec
+        decoder = self.bound.dictionary.w_dec
         gradient = self._gradient * self._scale
         if self.active > _DENSE * self.nodes:
             met = (gradient @ decoder.T)[self._where]
@@ -185,7 +185,7 @@ class LatentNodes(NodeGroup):
 
     def address(self, index: int) -> Address:
         token, latent = self._node(index)
-        return Address(Kind.LATENT, index=latent, dictionary=self._bound.id, position=token)
+        return Address(Kind.LATENT, index=latent, dictionary=self.bound.id, position=token)
 
     def find(self, address: Address) -> int | None:
         token, latent = address.position, address.index
@@ -206,7 +206,7 @@ class LatentNodes(NodeGroup):
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         if self.is_view:
             return {}
-        kind = "attn_reading" if self._bound.sublayer is Kind.ATTN else "mlp"
+        kind = "attn_reading" if self.bound.sublayer is Kind.ATTN else "mlp"
         sums = []
         for column in (self._direct, self._total):
             sums.append(column.new_zeros(self._tokens).index_add(0, self._where[0], column))

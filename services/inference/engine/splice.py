@@ -163,7 +163,8 @@ class Sites:
         here = [
             LatentSite(bound, self._inputs[bound.id], x) for bound in self._written.get(site, ())
         ]
-        after = x
+        # Not x itself: what reads x is not reached by what dictionaries write here.
+        after = x.view_as(x)
         for latents in here:
             for row, edits in edits_of(latents.bound.id).items():
                 added = latents.splice(row, edits, apply)
