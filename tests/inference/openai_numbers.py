@@ -40,7 +40,6 @@ EMBEDDING = {
     Column.TOTAL_EFFECT: "token_attribution",
 }
 OTHERS = {
-    Column.ACTIVATION: {"unflattened_attn": "attn_qk_probs", "mlp": "mlp_post_act"},
     Column.WRITE_MAGNITUDE: "write_norm",
     Column.DIRECT_EFFECT: "write_to_final_residual_grad",
     Column.TOTAL_EFFECT: "act_times_grad",
@@ -188,23 +187,20 @@ def in_their_shape(group: NodeGroup, column: Column, tokens: int) -> tuple[str, 
     [query, key, head] with 0 where masked, [T, F], [T, N]."""
     if isinstance(group, EmbedNodes):
         return f"{EMBEDDING[column]}/LNone", group.column(column)[:, None]
-    other = OTHERS[column]
     if isinstance(group, LatentNodes):
         group.prepare(group.nodes)
         values = group.column(column)
         full = values.new_empty(group.nodes)
         full[group.order(torch.arange(group.nodes))] = values
         kind = "mlp" if group.bound.sublayer is Kind.MLP else "attention"
-        scalar = f"online_{kind}_autoencoder_" + (
-            "latent" if column is Column.ACTIVATION else str(other)
-        )
+        scalar = f"online_{kind}_autoencoder_{OTHERS.get(column, 'latent')}"
         return f"{scalar}/L{group.bound.layer}", full.view(-1, tokens).T
     layer, values = group.address(0).layer, group.column(column)
-    name = "unflattened_attn" if isinstance(group, HeadNodes) else "mlp"
-    scalar = f"{name}_{other}" if isinstance(other, str) else other[name]
     if not isinstance(group, HeadNodes):
+        scalar = f"mlp_{OTHERS.get(column, 'post_act')}"
         return f"{scalar}/L{layer}", values.view(tokens, -1)
     rows, keys = torch.tril_indices(tokens, tokens)
     full = values.new_zeros(tokens, tokens, group.size // len(rows))
     full[rows, keys] = values.view(-1, len(rows)).T
+    scalar = f"unflattened_attn_{OTHERS[column]}" if column in OTHERS else "attn_qk_probs"
     return f"{scalar}/L{layer}", full

@@ -59,7 +59,7 @@ class LatentNodes(NodeGroup):
 
     @property
     def dictionary(self) -> str:
-        return self._bound.id
+        return self.bound.id
 
     def activations(self, nodes: Sequence[Address]) -> Tensor:
         """[n]: f of some nodes, after edits."""
@@ -73,9 +73,9 @@ class LatentNodes(NodeGroup):
     def writes(self, nodes: Sequence[Address]) -> Tensor:
         """[n, d]: what some nodes add to the residual stream."""
         tokens = [node.position for node in nodes]
-        decoder = self._bound.dictionary.w_dec[[node.index for node in nodes]]
+        decoder = self.bound.dictionary.w_dec[[node.index for node in nodes]]
         written = self.activations(nodes)[:, None] * decoder * self._scale[tokens]
-        writes = self._bound.to_residual(written)
+        writes = self.bound.to_residual(written)
         return writes if self._post_scale is None else writes / self._post_scale[tokens]
 
     @property
@@ -88,7 +88,7 @@ class LatentNodes(NodeGroup):
 
     @property
     def sublayer(self) -> Sublayer:
-        return Sublayer(Kind.LATENT, None, self._bound.id)
+        return Sublayer(Kind.LATENT, None, self.bound.id)
 
     def measure_from(self, start: Tensor) -> None:
         """Sets x0, [T, N]; nodes that are not 0 there are active too."""
