@@ -46,6 +46,8 @@ def test_a_row_is_verified_by_its_key_and_other_rows_leave_it_its_value(page: Pa
     first = rows(page).first
     expect(first.locator("td.verifiedEffect")).to_have_attribute("data-value", re.compile(r"\d"))
     expect(page.locator("tr.details")).to_contain_text("verified total effect")
+    spare = page.locator(".details-box").evaluate("e => e.scrollHeight - e.clientHeight")
+    assert spare <= 0
     effects = verified(page)
     assert len(effects) == 1
     page.get_by_role("combobox", name="rows").select_option("20")
