@@ -84,7 +84,7 @@ def _points(
     found: list[Point] = []
     for number, name in enumerate(names):
         with inside(f"{field}[{number}]"):
-            point = points.parse(name, model.architecture)
+            point = points.parse(name, model.architecture, model.shelf.shapes)
             if point in found:
                 raise InvalidArgument(f"{point} is listed twice; name it once")
         found.append(point)

@@ -16,11 +16,14 @@ from services.common.errors import FailedPrecondition, InvalidArgument
 from services.inference import points_page, request_points
 from services.inference.engine import activations, points
 from services.inference.engine.captured import Pass, Row
+from services.inference.engine.dictionaries.dictionary import Dictionary
+from services.inference.engine.dictionaries.sites import Point as SitePoint
 from services.inference.engine.interventions import Intervention, SetTo, Zero
 from services.inference.engine.lens import default_points, lens_logits
 from services.inference.engine.points import Point
 from tests.inference import plain
 from tests.inference.helpers import LAYERS, SENTENCE, Engine, random_engine, random_model
+from tests.inference.planted import LATENTS, ByHand, random_dictionary
 from tests.inference.test_refusals import refusal_of
 
 if TYPE_CHECKING:  # the stubs name it, the generated module does not
@@ -42,15 +45,24 @@ PLAIN = {
 }
 """Per-layer points and the sites of the pass written by hand that they are."""
 FAMILIES = ("gpt2", "llama")
+DICTIONARY = random_dictionary("D", SitePoint.MLP_ACT, LAYER)
 
 
 def everything(engine: Engine, *edits: Intervention) -> tuple[Pass, frozenset[Point]]:
-    names = [kind.name + (f".{LAYER}" if kind.per_layer else "") for kind in points.KINDS]
-    wanted = frozenset(points.parse(name, engine.architecture) for name in names)
+    of = {"L": f".{LAYER}", "D": ".D", "": ""}
+    names = [kind.name + of[kind.of] for kind in points.KINDS]
+    shapes = engine.hooks.shelf.shapes
+    wanted = frozenset(points.parse(name, engine.architecture, shapes) for name in names)
     # A longer row beside it: pads must not show.
     rows = [Row(IDS, engine.edits(*edits, tokens=len(IDS))), Row((*IDS, 9, 9, 9))]
-    current = engine.hooks.run(rows, range(len(IDS)), gradients=False, keep=wanted)
+    current = engine.hooks.run(
+        rows, range(len(IDS)), gradients=False, keep=wanted, dictionaries=["D"]
+    )
     return current, wanted
+
+
+def engine_with(family: str, *others: Dictionary, dtype: torch.dtype = torch.float32) -> Engine:
+    return random_engine(family, dtype, [DICTIONARY, *others])
 
 
 def by_hand(family: str, *changes: Any) -> dict[str, Tensor]:
@@ -80,6 +92,7 @@ def by_hand(family: str, *changes: Any) -> dict[str, Tensor]:
     final = model.transformer.ln_f if gpt2 else model.model.norm
     found["final_norm"] = final(seen["last"])
     found["logits"] = logits
+    found["latents"] = ByHand(DICTIONARY).latents(seen["neurons"])
     return found
 
 
@@ -109,7 +122,7 @@ EDITS: tuple[tuple[Intervention, ...], tuple[Any, ...]] = (
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_point_is_what_it_is_by_hand(family: str, edited: bool) -> None:
-    engine = random_engine(family)
+    engine = engine_with(family)
     interventions, changes = EDITS if edited else ((), ())
     current, wanted = everything(engine, *interventions)
     theirs = by_hand(family, *changes)
@@ -145,7 +158,7 @@ def by_hand_before(family: str, changes: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_points_agree_with_each_other(family: str) -> None:
-    engine = random_engine(family)
+    engine = engine_with(family)
     current, _ = everything(engine)
     layer = engine.architecture.layers[LAYER]
 
@@ -165,6 +178,49 @@ def test_points_agree_with_each_other(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_points_are_what_the_next_projection_reads_where_latents_are_edited(family: str) -> None:
+    of_heads = random_dictionary("Z", SitePoint.Z, LAYER)
+    engine = engine_with(family, of_heads)
+    wanted = {
+        "D": Intervention(parse("latent.D.3"), SetTo(2.0)),
+        "Z": Intervention(parse("latent.Z.5~4"), SetTo(-1.0)),
+    }
+    current, _ = everything(engine, *wanted.values())
+    plain, _ = everything(engine)
+    layer = engine.architecture.layers[LAYER]
+
+    def value(name: str, of: Pass = current) -> Tensor:
+        return activations.read(Point(name, LAYER), engine.architecture, of, 0)
+
+    assert layer.mlp_down is not None
+    assert close(layer.mlp_down(value("mlp_act")), value("mlp_out"))
+    assert close(layer.attention_out(value("z").flatten(1)), value("attn_out"))
+    assert not close(value("z"), value("z", plain))
+    # The neurons that the dictionary encoded, without what the edit of its latents adds.
+    assert not close(layer.mlp_down(current.neurons[LAYER][0, : len(IDS)]), value("mlp_out"))
+    latents = Point("latents", dictionary="D", latents=LATENTS)
+    f = activations.read(latents, engine.architecture, current, 0)
+    assert bool((f[:, 3] == 2.0).all())
+    clean = ByHand(DICTIONARY).latents(current.neurons[LAYER][0, : len(IDS)])
+    clean[:, 3] = 2.0
+    assert close(f, clean)
+
+
+def test_latents_of_a_transcoder_are_of_what_it_reads() -> None:
+    transcoder = random_dictionary("T", SitePoint.MLP_OUT, LAYER, reads=SitePoint.MLP_IN)
+    engine = engine_with("llama", transcoder)
+    wanted = [
+        points.parse(name, engine.architecture, engine.hooks.shelf.shapes)
+        for name in ("latents.T", f"mlp_in.{LAYER}")
+    ]
+    current = engine.hooks.run(
+        [Row(IDS)], [0], gradients=False, keep=frozenset(wanted), dictionaries=["T"]
+    )
+    f, read = (activations.read(each, engine.architecture, current, 0) for each in wanted)
+    assert close(f, ByHand(transcoder).latents(read))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_lens_ends_at_the_models_own_logits(family: str) -> None:
     engine = random_engine(family)
     wanted = default_points(engine.architecture)
@@ -180,7 +236,7 @@ def test_the_lens_ends_at_the_models_own_logits(family: str) -> None:
 
 
 def test_half_precision_is_given_as_it_is() -> None:
-    engine = random_engine("llama", torch.bfloat16)
+    engine = engine_with("llama", dtype=torch.bfloat16)
     current, wanted = everything(engine)
     theirs = by_hand("llama")
     for point in wanted:
@@ -213,11 +269,15 @@ def test_non_finite_activations_are_refused_by_name() -> None:
         ("mlp_out.3", "layer 3 does not exist; valid is 0..2"),
         ("logits.0", "there is one logits"),
         ("embed~3", "is not a point"),
+        ("latents", "the id of a dictionary served with this model is required; there are latents"),
+        ("latents.E", "there are latents.D"),
+        ("latents.D.3", "there are latents.D"),
     ],
 )
 def test_what_is_no_point_is_refused(text: str, says: str) -> None:
+    engine = engine_with("gpt2")
     with pytest.raises(InvalidArgument, match=says):
-        points.parse(text, random_engine().architecture)
+        points.parse(text, engine.architecture, engine.hooks.shelf.shapes)
 
 
 def test_the_page_is_written_from_the_registry() -> None:

@@ -20,8 +20,8 @@ def size(point: Point, architecture: Architecture, tokens: int) -> int:
 def read(point: Point, architecture: Architecture, current: Pass, row: int) -> Tensor:
     """The point's activations on one row, its real tokens only, contiguous on the CPU.
 
-    The pass must have been run with the point among those to keep, and for `logits` at every
-    position. Raises FailedPrecondition (reason NON_FINITE).
+    The pass must have been run with the point among those to keep, for latents with their
+    dictionary, and for `logits` at every position. Raises FailedPrecondition (reason NON_FINITE).
     """
     values = _values(point, architecture, current, row)
     tokens = len(current.rows[row].token_ids)
@@ -42,23 +42,24 @@ def _values(point: Point, architecture: Architecture, current: Pass, row: int) -
         return current.final_output[row]
     if point.name == "logits":
         return current.logits[row]
+    if point.dictionary:
+        site = current.sites.found[point.dictionary]
+        return site.values(row, site.clean(row, len(current.rows[row].token_ids)))
     if point.layer is None or point in current.kept:
         return current.kept[point][row]
     if point.name == "resid_mid":
         return current.middles[point.layer][row]
-    if point.name == "mlp_act":
-        return current.neurons[point.layer][row]
-    site = current.attention[point.layer]
+    attention = current.attention[point.layer]
     match point.name:
         case "q":
-            return site.query[row].transpose(0, 1)
+            return attention.query[row].transpose(0, 1)
         case "k":
-            return site.keys_per_head(row).transpose(0, 1)
+            return attention.keys_per_head(row).transpose(0, 1)
         case "v":
-            return site.values_per_head(row).transpose(0, 1)
+            return attention.values_per_head(row).transpose(0, 1)
         case "attn_probs":
-            return site.used(row)
+            return attention.used(row)
         case "z":
-            return site.z[row]
+            return attention.z[row]
         case _:
-            return site.scores(row, architecture.layers[point.layer].scaling)
+            return attention.scores(row, architecture.layers[point.layer].scaling)

@@ -62,6 +62,10 @@ class ReadPoints:
     def all(self) -> frozenset[Point]:
         return frozenset(self.lens + self.activations)
 
+    @property
+    def dictionaries(self) -> tuple[str, ...]:
+        return tuple(each.dictionary for each in self.activations if each.dictionary)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -207,6 +211,7 @@ class Model:
             gradients=False,
             cancel=cancel,
             keep=read.all,
+            dictionaries=read.dictionaries,
         )
         logits = current.logits[0, list(positions)] if everywhere else current.logits[0]
         predicting = Predicting(top_k, tuple(named), self.vocabulary.listed)
@@ -245,8 +250,14 @@ class Model:
         row = Row(tuple(token_ids), edits)
         everywhere = Point("logits") in wanted
         positions = range(len(token_ids)) if everywhere else [len(token_ids) - 1]
+        read = ReadPoints(activations=tuple(wanted))
         current = self.hooks.run(
-            [row], positions, gradients=False, cancel=cancel, keep=frozenset(wanted)
+            [row],
+            positions,
+            gradients=False,
+            cancel=cancel,
+            keep=read.all,
+            dictionaries=read.dictionaries,
         )
         return Captured(current, self.architecture)
 

@@ -1,6 +1,6 @@
 """Points: the named places of a forward pass whose activations can be read whole.
 
-    embed   resid_post.3   attn_probs.2   mlp_act.0   logits
+    embed   resid_post.3   attn_probs.2   mlp_act.0   latents.D   logits
 
 One registry says what each point is; requests are parsed with it, shapes are computed from it and
 docs/points.md is written from it. Values are those after interventions. A point of the residual
@@ -8,8 +8,10 @@ stream is the place that an intervention's address of the same name edits.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.common.addresses import DictionaryShape
 from services.common.errors import InvalidArgument
 from services.inference.engine.architecture import Architecture
 
@@ -25,7 +27,8 @@ class PointKind:
     meaning: str
     axes: tuple[str, ...]
     """Outermost first."""
-    per_layer: bool = True
+    of: str = "L"
+    """What there is one of for each: layers, `L`, or dictionaries, `D`; empty: there is one."""
 
 
 _RESIDUAL_AXES = ("token", "channel")
@@ -38,7 +41,7 @@ KINDS = (
         "Input of the first block: token and position embedding, with the embedding's scale and "
         "norm where the model has them.",
         _RESIDUAL_AXES,
-        per_layer=False,
+        of="",
     ),
     PointKind(
         "resid_pre",
@@ -100,17 +103,22 @@ KINDS = (
         "the model has one.",
         _RESIDUAL_AXES,
     ),
+    PointKind("final_norm", "Output of the norm before the unembedding.", _RESIDUAL_AXES, of=""),
     PointKind(
-        "final_norm", "Output of the norm before the unembedding.", _RESIDUAL_AXES, per_layer=False
+        "latents",
+        "Activations of every latent of dictionary D, 0 where it is not active.",
+        ("token", "latent"),
+        of="D",
     ),
     PointKind(
         "logits",
         "The model's logits, after its soft cap.",
         ("token", "vocabulary"),
-        per_layer=False,
+        of="",
     ),
 )
 _BY_NAME = {kind.name: kind for kind in KINDS}
+_NO_DICTIONARIES: Mapping[str, DictionaryShape] = {}
 _LAYER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -120,16 +128,25 @@ class Point:
 
     name: str
     layer: int | None = None
+    dictionary: str = ""
+    latents: int = 0
+    """How many the dictionary has."""
 
     @property
     def axes(self) -> tuple[str, ...]:
         return _BY_NAME[self.name].axes
 
     def __str__(self) -> str:
+        if self.dictionary:
+            return f"{self.name}.{self.dictionary}"
         return self.name if self.layer is None else f"{self.name}.{self.layer}"
 
 
-def parse(text: str, architecture: Architecture) -> Point:
+def parse(
+    text: str,
+    architecture: Architecture,
+    dictionaries: Mapping[str, DictionaryShape] = _NO_DICTIONARIES,
+) -> Point:
     """Reads a point of this model; `resid_pre.L` comes back as its canonical name.
 
     Raises InvalidArgument that names the part that is wrong.
@@ -140,7 +157,9 @@ def parse(text: str, architecture: Architecture) -> Point:
         raise InvalidArgument(
             f"{_quote(text)} is not a point; the points are {', '.join(map(_spelling, KINDS))}"
         )
-    if not kind.per_layer:
+    if kind.of == "D":
+        return _of_dictionary(name, layer, text, dictionaries)
+    if not kind.of:
         if dot:
             raise InvalidArgument(f"{_quote(text)}: there is one {name}, so it has no layer")
         return Point(name)
@@ -167,6 +186,19 @@ def parse(text: str, architecture: Architecture) -> Point:
     return point
 
 
+def _of_dictionary(
+    name: str, dictionary: str, text: str, dictionaries: Mapping[str, DictionaryShape]
+) -> Point:
+    found = dictionaries.get(dictionary)
+    if found is None:
+        served = ", ".join(f"{name}.{each}" for each in sorted(dictionaries)) or "none"
+        raise InvalidArgument(
+            f"{_quote(text)}: the id of a dictionary served with this model is required; there "
+            f"are {served}"
+        )
+    return Point(name, dictionary=dictionary, latents=found.latents)
+
+
 def residual_before(layer: int) -> Point:
     """The residual stream that a layer reads, by its canonical name."""
     return Point("embed") if layer == 0 else Point("resid_post", layer - 1)
@@ -187,13 +219,14 @@ def shape(point: Point, architecture: Architecture, tokens: int) -> tuple[int, .
         "head_channel": architecture.head_width,
         "channel": architecture.width,
         "neuron": architecture.neurons,
+        "latent": point.latents,
         "vocabulary": architecture.vocabulary,
     }
     return tuple(lengths[axis] for axis in point.axes)
 
 
 def _spelling(kind: PointKind) -> str:
-    return f"{kind.name}.L" if kind.per_layer else kind.name
+    return f"{kind.name}.{kind.of}" if kind.of else kind.name
 
 
 def _quote(text: str) -> str:
@@ -212,9 +245,10 @@ _HEAD = """\
 # Points
 
 The places of a forward pass that `Run{activations}` and `StreamActivations` give whole, as tensors
-in the model's data type, row-major and little-endian. L is a layer, counted from 0. Values are
-those after the run's interventions, of the prompt's tokens only. `Run` answers up to 1 MiB of them,
-`StreamActivations` up to 1 GiB.
+in the model's data type, row-major and little-endian. L is a layer, counted from 0, D the id of a
+dictionary. Values are those after the run's interventions, of the prompt's tokens only: where
+latents at `z` or `mlp_act` are edited, what the next projection really reads. `Run` answers up to
+1 MiB of them, `StreamActivations` up to 1 GiB.
 
 The logit lens reads `embed`, `resid_pre.L`, `resid_mid.L` and `resid_post.L`.
 

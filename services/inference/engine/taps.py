@@ -291,6 +291,7 @@ class Taps:
             return None
         neurons = self.current.edit_neurons(layer, self._per_token(args[0]))
         neurons = self.current.at_site(Point.MLP_ACT, layer, neurons)
+        self.current.keep("mlp_act", layer, neurons)
         return (neurons.view_as(args[0]), *args[1:])
 
     def _leave_norm(

@@ -74,10 +74,11 @@ def check_points(variant: str) -> None:
     engine = engine_of(variant)
     architecture = engine.architecture
     wanted = {
-        points.parse(f"{kind.name}.{layer}" if kind.per_layer else kind.name, architecture)
+        points.parse(f"{kind.name}.{layer}" if kind.of else kind.name, architecture)
         for kind in points.KINDS
         for layer in range(LAYERS)
-        if not (kind.name == "resid_mid" and architecture.parallel)
+        if kind.of != "D"
+        and not (kind.name == "resid_mid" and architecture.parallel)
         and not (kind.name == "mlp_act" and architecture.layers[layer].experts)
     }
     rows = [Row(IDS), Row((*IDS, 9, 9))]
