@@ -143,6 +143,7 @@ export function cannotTrace(step: Step, trace: readonly Step[]): string | undefi
   return (
     untraceable(step.node, step.through, trace) ??
     whyNot("objective.traced_node") ??
+    (site(step.node).kind === "latent" ? whyNot("objective.traced_node.latent") : undefined) ??
     (now && stepWords(now) === stepWords(step) ? "This is what is traced now." : undefined)
   );
 }

@@ -129,6 +129,18 @@ test("a head is traced through one of four inputs, a neuron through its own", ()
   expect(traces(HEAD)[0]?.why).toMatch(/traced now/);
 });
 
+test("a latent is traced where the service can", () => {
+  const latent = "latent.demo-mlp_out-3.5~2";
+  expect(traces(latent)[0]?.why).toMatch(/traced_node.latent/);
+  state.model.value = {
+    supports: ["objective.traced_node", "objective.traced_node.latent"].map((feature) => ({
+      feature,
+      supported: true,
+    })),
+  };
+  expect(traces(latent)[0]?.why).toBeUndefined();
+});
+
 test("going back along a chain asks for what was there", () => {
   const neuron = { node: "neuron.0.1~2" };
   show({ trace: [{ node: HEAD, through: "query" }, neuron] });
