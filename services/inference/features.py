@@ -34,6 +34,7 @@ BUILT = (
     "attribute.dictionaries",
     "attribute.norm_modes",
     "attribute.read_outs",
+    "attribute.read_outs.sources",
     "run.logit_lens",
     "run.activations",
     "attribute.verify",
@@ -49,7 +50,6 @@ BUILT = (
 
 NOT_BUILT = {
     "objective.traced_node.latent": "tracing a latent",
-    "attribute.read_outs.sources": "the sources of attention latents",
 }
 
 

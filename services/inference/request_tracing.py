@@ -32,7 +32,7 @@ def traced_node(
     """A node's own value; made canonical in place. `read` reads the downstream objective."""
     with inside("node"):
         node = addresses.parse(message.node)
-        model.architecture.shape.check(node, tokens)
+        model.shape.check(node, tokens)
     message.node = str(node)
     if message.HasField("downstream") and message.through != VALUE:
         raise InvalidArgument(

@@ -11,7 +11,6 @@ from tdb.inference.v1 import attribute_pb2, intervention_pb2, objective_pb2, run
 
 from services.common.errors import InvalidArgument, inside
 from services.inference import (
-    features,
     request_baselines,
     request_interventions,
     request_objectives,
@@ -28,6 +27,7 @@ from services.inference.engine.model import Model, ReadPoints
 MAX_ROWS = 100_000
 MAX_READ_OUT_TOKENS = 100
 MAX_READ_OUT_ROWS = 1_000
+MAX_SOURCES = 100
 MAX_VERIFIED_ROWS = 1_000
 MAX_INTEGRATED_STEPS = 256
 DEFAULT_ROWS = 50
@@ -88,6 +88,8 @@ class Attribution:
     """What effects are measured from; None: 0."""
     dictionaries: tuple[str, ...] = ()
     """Ids of those whose latents stand in the table."""
+    sources: int = 0
+    """Source tokens listed per latent of an attention dictionary."""
 
     @property
     def reference(self) -> Reference | None:
@@ -128,8 +130,6 @@ def read_attribution(
 
     Raises InvalidArgument, FailedPrecondition (no tokenizer), Unimplemented.
     """
-    if request.read_outs.HasField("sources"):
-        raise features.not_built("attribute.read_outs.sources", "read_outs.sources")
     run = required_run(request, model)
     with inside("dictionaries"):
         dictionaries = model.shelf.named(request.dictionaries)
@@ -171,6 +171,7 @@ def read_attribution(
         _along_input(request),
         _baseline(request, model, len(run.token_ids), whole_table),
         dictionaries,
+        request.read_outs.sources,
     )
 
 
@@ -229,6 +230,12 @@ def _read_out_tokens(request: attribute_pb2.AttributeRequest) -> int:
             f"read-outs are made for at most {MAX_READ_OUT_ROWS} rows; top_k is {request.top_k}",
             field="read_outs",
         )
+    if not 0 <= request.read_outs.sources <= MAX_SOURCES:
+        raise InvalidArgument(
+            f"{request.read_outs.sources} sources are asked for; valid is 0..{MAX_SOURCES}",
+            field="read_outs.sources",
+        )
+    request.read_outs.sources = request.read_outs.sources  # its default, where it was absent
     return tokens
 
 

@@ -153,6 +153,8 @@ def fill_attribution(
             message.output_tokens.extend(scores(read.output, vocabulary))
             message.input_tokens.extend(scores(read.input, vocabulary))
             message.key_input_tokens.extend(scores(read.key_input, vocabulary))
+            for position, score in read.sources:
+                message.sources.add(position=position, score=score)
         response.rows.append(message)
     response.totals.CopyFrom(_totals(table.totals[0]))
     response.tokens.extend(tokens(ids[0], vocabulary))

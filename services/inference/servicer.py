@@ -127,6 +127,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                     wanted.read_out_tokens,
                     wanted.reference,
                     wanted.dictionaries,
+                    wanted.sources,
                 )
             )
         )

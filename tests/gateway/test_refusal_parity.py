@@ -29,7 +29,7 @@ from tests.common.backend import SERVICE
 from tests.gateway.helpers import running
 from tests.inference import test_components, test_points
 from tests.inference.conftest import model, model_folder, server, worker
-from tests.inference.test_refusals import MALFORMED, NOT_BUILT, OBJECTIVE, RUN
+from tests.inference.test_refusals import MALFORMED, OBJECTIVE, RUN
 
 __all__ = ["model", "model_folder", "server", "worker"]  # fixtures
 
@@ -63,7 +63,6 @@ READ_OUTS: dict[str, tuple[str, dict[str, Any]]] = {
 # Name -> (method, the request as JSON).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: attribute(change) for name, (change, *_) in MALFORMED.items()},
-    **{f"not built: {name}": attribute(change) for name, (change, *_) in NOT_BUILT.items()},
     **READ_OUTS,
     "run: position out of range": ("Run", {"run": RUN, "positions": {"start": 99}}),
     "run: nothing": ("Run", {}),
@@ -132,7 +131,7 @@ async def both_ways(server: ServiceServer) -> AsyncIterator[Both]:
 
 
 def test_there_are_enough_cases() -> None:
-    assert len(CASES) == len(MALFORMED) + len(NOT_BUILT) + len(READ_OUTS) + 6
+    assert len(CASES) == len(MALFORMED) + len(READ_OUTS) + 6
     assert len(CASES) >= 60
 
 

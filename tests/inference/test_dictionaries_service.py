@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -203,6 +204,79 @@ async def test_the_table_of_latents_is_verified_row_by_row(stub: "Stub") -> None
         "set-mlp_out-0",
         "set-mlp_out-1",
     }
+
+
+async def test_latents_are_read_out_with_their_sources(stub: "Stub", served: Model) -> None:
+    request = table("set", "attn", "stream", top_k=40)
+    request.read_outs.tokens = 4
+    request.read_outs.sources = 3
+    response = await stub.Attribute(request)
+    rows = {row.node: row for row in response.rows if row.node.startswith("latent.")}
+    assert {name.split(".")[1] for name in rows} >= {"attn", "stream", "set-mlp_out-0"}
+    for name, row in rows.items():
+        assert len(row.output_tokens) == len(row.input_tokens) == 4
+        assert not row.key_input_tokens
+        position = int(name.partition("~")[2])
+        from_attention = name.startswith("latent.attn") and row.activation > 0
+        assert len(row.sources) == (min(3, position + 1) if from_attention else 0)
+        assert all(each.position <= position for each in row.sources)
+    assert any(row.sources for row in rows.values())
+    assert json.loads(response.manifest.request_json)["readOuts"] == {"tokens": 4, "sources": 3}
+    # Of the two halves of a channel that this dictionary is, the value is the channel of
+    # attention's output: all its sources together, but for the output bias.
+    node, row = next((name, row) for name, row in rows.items() if row.sources)
+    request.read_outs.sources = 100
+    everything = await stub.Attribute(request)
+    (whole,) = (each for each in everything.rows if each.node == node)
+    assert list(whole.sources)[: len(row.sources)] == list(row.sources)
+    latent = int(node.split(".")[2].partition("~")[0])
+    bias = served.architecture.layers[1].b_o
+    assert bias is not None
+    held = float(bias[latent % WIDTH]) * (1 if latent < WIDTH else -1)
+    total = sum(each.score for each in whole.sources)
+    assert total == pytest.approx(whole.activation - held, abs=1e-5)
+
+
+async def test_latents_are_activations_by_name(stub: "Stub") -> None:
+    attributed = await stub.Attribute(table("attn", top_k=200))
+    request = run_pb2.RunRequest(activations=["latents.attn", "latents.random"])
+    request.run.prompt.token_ids.ids.extend(IDS)
+    response = await stub.Run(request)
+    first, second = response.activations
+    assert [each.point for each in response.activations] == ["latents.attn", "latents.random"]
+    assert list(first.axes) == ["token", "latent"]
+    assert list(first.tensor.shape) == [len(IDS), 2 * WIDTH]
+    assert list(second.tensor.shape) == [len(IDS), 40]
+    values = np.frombuffer(first.tensor.data, "<f4").reshape(len(IDS), -1)
+    for row in attributed.rows:
+        if row.node.startswith("latent.attn"):
+            latent, token = map(int, row.node.split(".")[2].split("~"))
+            assert values[token, latent] == pytest.approx(row.activation, abs=1e-5)
+    assert [each.id for each in response.manifest.dictionaries] == ["attn", "random"]
+    stream = run_pb2.StreamActivationsRequest(points=["latents.attn"])
+    stream.run.prompt.token_ids.ids.extend(IDS)
+    events = [event async for event in stub.StreamActivations(stream)]
+    data = b"".join(event.chunk for event in events if event.WhichOneof("event") == "chunk")
+    assert data == first.tensor.data
+    assert [each.id for each in events[-1].summary.manifest.dictionaries] == ["attn"]
+
+
+async def test_what_is_not_built_is_named_never_ignored(stub: "Stub") -> None:
+    request = table("attn")
+    request.objective.traced_node.node = "latent.attn.3~2"
+    code, field, message = await refusal_of(stub.Attribute(request))
+    assert code is grpc.StatusCode.UNIMPLEMENTED
+    assert field == "objective.traced_node.node"
+    assert "version" in message
+
+
+async def test_latents_of_no_dictionary_are_no_point(stub: "Stub") -> None:
+    request = run_pb2.RunRequest(activations=["latents.nothing"])
+    request.run.prompt.token_ids.ids.extend(IDS)
+    code, at, message = await refusal_of(stub.Run(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert at == "activations[0]"
+    assert "there are latents.attn" in message
 
 
 @pytest.mark.parametrize(

@@ -313,12 +313,14 @@ class Model:
         read_out_tokens: int = 0,
         reference: Reference | None = None,
         dictionaries: Sequence[str] = (),
+        sources: int = 0,
     ) -> AttributeResult:
         """The node table of one run, or of a run and the one it is compared with.
 
         `read_out_tokens` tokens are read out of every listed node; 0: none. The estimates of a
         single run are measured from `reference`; None: from 0. `dictionaries` names those whose
-        latents stand in the table.
+        latents stand in the table; with read-outs, `sources` source tokens are listed of those
+        behind attention.
         """
         explanations, times = attribution.explain(
             self.hooks, self.architecture, runs, norm_mode, cancel, dictionaries
@@ -331,7 +333,7 @@ class Model:
             explanations,
             table,
             tuple(self._top(explanation.logits, TOP_TOKENS) for explanation in explanations),
-            self._read_outs(explanations, table, read_out_tokens),
+            self._read_outs(explanations, table, read_out_tokens, sources),
             times,
             starts,
         )
@@ -386,7 +388,7 @@ class Model:
         )
 
     def _read_outs(
-        self, explanations: Sequence[Explanation], table: tables.Table, tokens: int
+        self, explanations: Sequence[Explanation], table: tables.Table, tokens: int, sources: int
     ) -> dict[Address, ReadOut]:
         found: dict[Address, ReadOut] = {}
         if not tokens:
@@ -398,9 +400,8 @@ class Model:
                 if row.node not in found and (row.values if number == 0 else row.compare)
             ]
             if nodes:
-                found |= read_out(
-                    self.architecture, explanation, nodes, tokens, self.vocabulary.listed
-                )
+                listed = self.vocabulary.listed
+                found |= read_out(self.architecture, explanation, nodes, tokens, listed, sources)
         return found
 
     def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
