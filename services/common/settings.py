@@ -72,6 +72,12 @@ def _mebibytes(text: str) -> int:
     return int(text) * 2**20
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", text):
+        raise ValueError(f"must be auto, cpu, cuda, cuda:N or mps, not {text!r}")
+    return text
+
+
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d{1,4}(\.\d+)?", text):
         raise ValueError(f"must be a number of seconds from 0 to 9999, not {text!r}")
@@ -240,6 +246,13 @@ class Settings:
         "Memory on the device for dictionaries, in MiB. Those used last stay there; one request "
         "cannot use more than fit together.",
         _mebibytes,
+    )
+    device: str = _setting(
+        "TDB_DEVICE",
+        "auto",
+        "Where the model runs: cpu, cuda, cuda:N or mps. auto takes the first CUDA device, else "
+        "the CPU. mps is there but has not been tested.",
+        _device,
     )
     data_type: str = _setting(
         "TDB_DTYPE",

@@ -14,6 +14,7 @@ import torch
 from tdb.inference.v1 import service_pb2_grpc
 from transformers.utils import logging as transformers_logging
 
+from services.common.errors import FailedPrecondition
 from services.common.server import ServiceServer, run_service
 from services.common.settings import DictionarySource, ModelSource, Settings, SettingsError
 from services.inference.engine import loading
@@ -48,17 +49,28 @@ def load_model(
     dictionaries: Sequence[DictionarySource] = (),
     dictionary_bytes: int = 2**30,
     dtype: torch.dtype = torch.float32,
+    device: str = "auto",
 ) -> Model:
-    """Loads and warms up one model, on the GPU where there is one, and tests its dictionaries.
-
-    Raises FailedPrecondition.
-    """
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = loading.load(source.name, source.source, tokenizer, device, dtype)
+    """Loads and warms up one model, and tests its dictionaries. Raises FailedPrecondition."""
+    where = _device(device)
+    loaded = loading.load(source.name, source.source, tokenizer, where, dtype)
     model = Model(loaded)
     model.warm_up()
     model.open_dictionaries(dictionaries, dictionary_bytes)
     return model
+
+
+def _device(name: str) -> torch.device:
+    """The device of TDB_DEVICE. Raises FailedPrecondition where this machine lacks it."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise FailedPrecondition(f"TDB_DEVICE is {name}, but torch sees {count} CUDA devices here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise FailedPrecondition("TDB_DEVICE is mps, which torch does not see here")
+    return device
 
 
 def main() -> int:
@@ -88,6 +100,7 @@ def main() -> int:
                     dictionaries,
                     settings.dictionary_bytes,
                     getattr(torch, settings.data_type),
+                    settings.device,
                 )
 
             models[source.name] = (await worker.submit(load)).result

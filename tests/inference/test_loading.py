@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from services.common.errors import FailedPrecondition
+from services.common.settings import ModelSource
 from services.inference.engine import hub, loading
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.cancellation import CancelToken
@@ -19,6 +20,7 @@ from services.inference.engine.columns import Column
 from services.inference.engine.model import Model
 from services.inference.engine.objectives import LogitMinusMean
 from services.inference.engine.tables import Ranking
+from services.inference.server import load_model
 
 CPU = torch.device("cpu")
 
@@ -204,3 +206,12 @@ def test_half_a_cached_snapshot_is_completed_from_the_hub(
     shutil.copytree(copy, cached, dirs_exist_ok=True)
     assert load("somebody/model").folder == cached
     assert asked == [True, False, True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_is_not_there_is_refused(model_folder: Path, device: str) -> None:
+    source = ModelSource("tiny", str(model_folder))
+    with pytest.raises(FailedPrecondition, match=f"TDB_DEVICE is {device}"):
+        load_model(source, None, device=device)
+    assert load_model(source, None, device="cpu").device.type == "cpu"

@@ -13,6 +13,7 @@ from services.inference.engine.dictionaries.sites import Point as SitePoint
 from services.inference.engine.dictionaries.sites import Site
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.norms import FINAL, NormPlace
+from services.inference.engine.numerics import precise
 from services.inference.engine.points import Point
 from services.inference.engine.splice import Probe, Sites
 
@@ -380,7 +381,7 @@ class Pass:
 
     def _record(self, row: int, number: int, edit: Edit, before: Tensor, after: Tensor) -> None:
         single = edit.is_scalar and len(edit.positions) == 1
-        change = (after.detach() - before.detach()).double()
+        change = precise(after.detach() - before.detach())
         self._receipts[row, number] = Receipt(
             target=edit.target,
             sites=len(edit.positions),

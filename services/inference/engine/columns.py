@@ -17,6 +17,7 @@ from torch import Tensor
 from services.common.addresses import Address, Kind
 from services.inference.engine.architecture import Layer
 from services.inference.engine.direct_path import HeadPath
+from services.inference.engine.numerics import precise
 from services.inference.engine.sublayers import Sublayer
 
 
@@ -125,7 +126,7 @@ class EmbedNodes(NodeGroup):
         return position if position is not None and position < self.size else None
 
     def direct_total(self) -> float:
-        return float(self.column(Column.DIRECT_EFFECT).double().sum())
+        return float(precise(self.column(Column.DIRECT_EFFECT)).sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {
@@ -248,7 +249,7 @@ class HeadNodes(NodeGroup):
         return head * self._pairs + before + key - first
 
     def direct_total(self) -> float:
-        return float(self._read_effects.double().sum())
+        return float(precise(self._read_effects).sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         direct = self._direct().sum(0)
@@ -351,7 +352,7 @@ class NeuronNodes(NodeGroup):
         return address.position * self._neurons + address.index
 
     def direct_total(self) -> float:
-        return float(self._read_effects.double().sum())
+        return float(precise(self._read_effects).sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {"mlp": (self._direct().sum(1), self._matrix(Column.TOTAL_EFFECT).sum(1))}

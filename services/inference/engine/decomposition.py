@@ -16,6 +16,7 @@ from services.common.addresses import Address, Kind
 from services.inference.engine.bound import BoundDictionary, residual_point
 from services.inference.engine.direct_path import DirectPath
 from services.inference.engine.latents import LatentNodes
+from services.inference.engine.numerics import precise
 from services.inference.engine.run_view import RunView, before_post_norm
 from services.inference.engine.splice import LatentSite
 
@@ -141,7 +142,7 @@ def _edit_rows(run: RunView, site: LatentSite, met: Tensor) -> dict[Address, flo
     """Direct effect of what edits of a dictionary write, by the edited node."""
     rows: dict[Address, float] = defaultdict(float)
     for edit, change in site.added.get(run.row, []):
-        effects = (change.double() * met[list(edit.positions)].double()).sum(1)
+        effects = (precise(change) * precise(met[list(edit.positions)])).sum(1)
         for position, effect in zip(edit.positions, effects.tolist(), strict=True):
             if effect:
                 rows[edit.target.component.at(position)] += effect
@@ -150,4 +151,4 @@ def _edit_rows(run: RunView, site: LatentSite, met: Tensor) -> dict[Address, flo
 
 def dot(left: Tensor, right: Tensor) -> float:
     """The sum of all products, in float64."""
-    return float((left.double() * right.double()).sum())
+    return float((precise(left) * precise(right)).sum())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.common.addresses import Address, Kind
 from services.inference.engine.interventions import Edit
+from services.inference.engine.numerics import precise
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def through(edit: Edit, target: Address, gradient: Tensor, rows: dict[Address, f
     positions = list(edit.positions)
     met = gradient[positions]
     if edit.constant is not None:
-        effects = (met.double() * edit.constant.to(met).double()).sum(-1)
+        effects = (precise(met) * precise(edit.constant.to(met))).sum(-1)
         for position, effect in zip(positions, effects.tolist(), strict=True):
             if effect:
                 rows[target.component.at(position)] += effect
@@ -150,7 +151,7 @@ def _enter(edit: Edit, position: int, met: Tensor, rows: dict[Address, float]) -
         return
     if constant.dim() == 2:
         constant = constant[edit.positions.index(position)]
-    effect = float(met.double() @ constant.to(met).double())
+    effect = float(precise(met) @ precise(constant.to(met)))
     if effect:
         rows[edit.target.component.at(position)] += effect
 

@@ -15,6 +15,7 @@ from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
+from services.inference.engine.numerics import precise
 from services.inference.engine.run_view import RunView
 
 
@@ -69,5 +70,5 @@ def estimate(
     )
     value = objective.value(RunView(hooks.architecture, current, 0))
     (gradient,) = torch.autograd.grad(value, weights, materialize_grads=True)
-    found: list[float] = gradient.double().tolist()
+    found: list[float] = precise(gradient).tolist()
     return found

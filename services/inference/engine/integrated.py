@@ -23,6 +23,7 @@ from services.inference.engine.captured import Pass, Row
 from services.inference.engine.dictionaries.sites import Point, Site
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
+from services.inference.engine.numerics import precise
 from services.inference.engine.objectives import Objective, OfLogits
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 from services.inference.engine.run_view import RunView, is_upstream
@@ -155,7 +156,7 @@ class Integration:
                     f"a gradient on the path of {moving.kind.value} is not finite",
                     reason="NON_FINITE",
                 )
-            total = gradient.double().sum(0)
+            total = precise(gradient).sum(0)
             done = self._sums.get(sublayer)
             self._sums[sublayer] = total if done is None else done + total
 
@@ -171,7 +172,7 @@ class Integration:
             if sublayer.dictionary:
                 continue
             end, start = self._values(sublayer), self._start(sublayer)
-            moved = self._cut(sublayer, end - start).double()
+            moved = precise(self._cut(sublayer, end - start))
             effects = moved * self._sums[sublayer] / self._steps
             vectors = sublayer.kind in (Kind.EMBED, Kind.MLP)
             found[sublayer] = effects.sum(-1) if vectors else effects
@@ -191,7 +192,7 @@ class Integration:
         assert node.position is not None
         assert node.index is not None
         moved, scale, decoder = self._latents(node.dictionary)
-        unit = decoder[node.index].double() * scale[node.position].double()
+        unit = precise(decoder[node.index]) * precise(scale[node.position])
         met = unit @ self._sums[Sublayer.of(node)][node.position] / self._steps
         return float(moved[node.position, node.index] * met)
 

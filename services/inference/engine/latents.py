@@ -14,6 +14,7 @@ from torch import Tensor
 from services.common.addresses import Address, Kind
 from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.columns import COLUMNS, Column, NodeGroup
+from services.inference.engine.numerics import precise
 from services.inference.engine.sublayers import Sublayer
 
 _DENSE = 1 / 16
@@ -197,11 +198,11 @@ class LatentNodes(NodeGroup):
         return -1 - (latent * self._tokens + token)
 
     def direct_total(self) -> float:
-        return 0.0 if self.is_view else float(self._direct.double().sum())
+        return 0.0 if self.is_view else float(precise(self._direct).sum())
 
     def total_total(self) -> float:
         """Sum of (f - f0) G(f) over all latents."""
-        return float(self._total.double().sum())
+        return float(precise(self._total).sum())
 
     def token_effects(self) -> dict[str, tuple[Tensor, Tensor]]:
         if self.is_view:

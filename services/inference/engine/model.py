@@ -38,6 +38,7 @@ from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.lens import lens_logits
+from services.inference.engine.numerics import precise
 from services.inference.engine.objectives import LogitDiff, OfLogits
 from services.inference.engine.points import Point
 from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
@@ -407,15 +408,15 @@ class Model:
     def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
         """[d]: mean unembedding column of the targets minus that of the distractors."""
         columns = self.architecture.w_u
-        direction = columns[list(targets)].double().mean(0)
+        direction = precise(columns[list(targets)]).mean(0)
         if distractors:
-            direction = direction - columns[list(distractors)].double().mean(0)
+            direction = direction - precise(columns[list(distractors)]).mean(0)
         return direction
 
     def neuron_write(self, neuron: Address) -> Tensor:
         """[d]: what one unit of a neuron adds to the residual stream."""
         assert neuron.layer is not None
-        return self.architecture.layers[neuron.layer].w_out[neuron.index].double()
+        return precise(self.architecture.layers[neuron.layer].w_out[neuron.index])
 
     def _top(self, logits: Tensor, k: int) -> tuple[tuple[int, float], ...]:
         """(id, logit) of the k largest; ids the tokenizer cannot decode are never listed."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.inference.engine.columns import Column, NodeGroup
+from services.inference.engine.numerics import precise
 
 
 def top_indices(values: Tensor, k: int, group: NodeGroup) -> Tensor:
@@ -48,7 +49,7 @@ def select(groups: Sequence[NodeGroup], column: Column, k: int) -> Selection:
             (
                 np.full(indices.numel(), number),
                 indices.cpu().numpy(),
-                values[indices].abs().double().cpu().numpy(),
+                precise(values[indices].abs()).cpu().numpy(),
                 group.order(indices).cpu().numpy(),
             )
         )

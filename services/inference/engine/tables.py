@@ -10,6 +10,7 @@ from services.common.addresses import Address, Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine.attribution import Explanation
 from services.inference.engine.columns import COLUMNS, Column, NodeGroup
+from services.inference.engine.numerics import precise
 from services.inference.engine.ranking import Selection, select
 
 
@@ -145,7 +146,7 @@ def _gather(explanation: Explanation, nodes: Sequence[Address]) -> list[NodeValu
     for number, places in wanted.items():
         group = explanation.groups[number]
         indices = torch.tensor([index for _, index in places], device=group.device)
-        columns = group.gather(indices).double().cpu()
+        columns = precise(group.gather(indices)).cpu()
         if not torch.isfinite(columns).all():
             raise FailedPrecondition(
                 f"values of {group.address(places[0][1]).component} are not finite",
