@@ -55,6 +55,17 @@ def test_latents_stand_for_neurons_and_are_ablated(page_with_latents: Page) -> N
     expect(page.locator(".edit")).to_contain_text(f"ablate {node}")
 
 
+def test_an_attention_latent_says_which_tokens_it_comes_from(page_with_latents: Page) -> None:
+    page = page_with_latents
+    start(page)
+    switch(page, "attention", "latents")
+    rows(page).and_(page.locator("[data-node*='attn_out']")).first.click()
+    expect(page.locator(".details-box > .read-outs dt").last).to_have_text("comes from")
+    expect(page.locator(".component dt").first).to_have_text("similar")
+    spare = page.locator(".details-box").evaluate("e => e.scrollHeight - e.clientHeight")
+    assert spare <= 0
+
+
 def test_the_library_tells_how_well_each_dictionary_does(page_with_latents: Page) -> None:
     page = page_with_latents
     start(page)
