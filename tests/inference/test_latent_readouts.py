@@ -350,6 +350,20 @@ def test_a_source_is_what_its_token_gives(point: Point) -> None:
         assert score == pytest.approx(float(pre(x) - pre(without["x"])), rel=1e-8)
 
 
+@pytest.mark.parametrize("point", SITES)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_half_precision_reads_nearly_the_same(family: str, point: Point) -> None:
+    nodes = at(5, *range(LATENTS))
+    vectors = []
+    for dtype in (torch.bfloat16, torch.float32):
+        dictionary = dictionary_at(point).to(torch.device("cpu"), dtype)
+        engine = random_engine(family, dtype, [dictionary])
+        (explanation,) = engine.explain(explained(IDS), dictionaries=["D"])
+        read = read_out(engine.architecture, explanation, nodes, VOCABULARY, VOCABULARY, 100)
+        vectors.append(torch.cat([as_vector(read[node].input) for node in nodes]))
+    assert float(torch.corrcoef(torch.stack(vectors))[0, 1]) > 0.98
+
+
 def test_only_attention_latents_have_sources_and_as_many_as_asked_for() -> None:
     for point in (Point.MLP_OUT, Point.RESID_POST):
         dictionary = dictionary_at(point)

@@ -18,7 +18,7 @@ from torch import Tensor
 from services.common.addresses import Kind
 from services.inference.engine.dictionaries.sites import Point, Site
 from services.inference.engine.interventions import Edit
-from services.inference.engine.norms import Norm
+from services.inference.engine.norms import Norm, at_least_float32
 from services.inference.engine.rotation import rotated
 from services.inference.engine.run_view import RunView
 from services.inference.engine.splice import LatentSite
@@ -132,13 +132,15 @@ class Again:
         keys, values = (
             each(run.row)[:, :length] for each in (site.keys_per_head, site.values_per_head)
         )
-        own = torch.nn.functional.one_hot(stream.new_tensor(tokens).long(), length)[:, None] > 0
+        places = torch.tensor(tokens, device=stream.device)
+        own = torch.nn.functional.one_hot(places, length)[:, None] > 0
         scores = torch.einsum("nhe,hte->nht", query, keys)
         scores = torch.where(own, (query * key).sum(-1, keepdim=True), scores) * layer.scaling
         if layer.attn_softcap is not None:
             scores = layer.attn_softcap * (scores / layer.attn_softcap).tanh()
         visible = site.probabilities.detach()[run.row][:, tokens, :length].transpose(0, 1) != 0
-        pattern = scores.where(visible, -torch.inf).softmax(-1)
+        scores = at_least_float32(scores).where(visible, -torch.inf)
+        pattern = scores.softmax(-1).to(values.dtype)
         pattern = self._edited_pairs(pattern)
         others = torch.einsum("nht,hte->nhe", pattern.where(~own, 0), values)
         through_own = pattern.where(own, 0).sum(-1, keepdim=True) * value
