@@ -194,6 +194,31 @@ async def test_an_ablated_latent_is_verified_and_named_in_the_manifest(stub: "St
     assert verified[0].total_effect == pytest.approx(latents[0].total_effect, rel=1e-3, abs=1e-5)
 
 
+async def test_named_latents_are_verified_from_another_run(stub: "Stub") -> None:
+    """One token of a latent and all of them: what `Run` does with the same values set."""
+    request = verify_pb2.VerifyRequest(
+        table=table(), nodes=["latent.random.3~5", "latent.random.3"]
+    )
+    source = request.table.baseline.run.source
+    source.prompt.token_ids.ids.extend(reversed(IDS))
+    source.interventions.add(target="latent.random.3~2").scale.factor = 4.0
+    events = [event async for event in stub.Verify(request)]
+    nodes = [event.node for event in events if event.WhichOneof("event") == "node"]
+    plain = (await stub.Attribute(table())).objective_value
+    for found in nodes:
+        run = run_pb2.RunRequest()
+        run.run.prompt.token_ids.ids.extend(IDS)
+        run.run.interventions.add(target=found.node).patch.CopyFrom(request.table.baseline.run)
+        run.tokens.add(id=5)
+        run.tokens.add(id=9)
+        target, distractor = (await stub.Run(run)).next_tokens[0].named
+        moved = target.logit - distractor.logit
+        assert found.objective_value == pytest.approx(moved, abs=1e-4)
+        assert found.verified_effect == pytest.approx(plain - moved, abs=1e-4)
+    assert max(abs(each.verified_effect) for each in nodes) > 1e-3
+    assert [each.id for each in events[-1].summary.manifest.dictionaries] == ["random"]
+
+
 async def test_the_table_of_latents_is_verified_row_by_row(stub: "Stub") -> None:
     request = verify_pb2.VerifyRequest(table=table("set", top_k=10))
     events = [event async for event in stub.Verify(request)]
