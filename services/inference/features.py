@@ -1,8 +1,7 @@
-"""What this version can do, and what it cannot do yet: one list for GetModel and for refusals."""
+"""What this version can do on a model, and why not where it cannot: the list of GetModel."""
 
 from collections.abc import Iterator
 
-from services.common.errors import Unimplemented
 from services.inference.engine.architecture import Architecture
 
 BUILT = (
@@ -12,6 +11,7 @@ BUILT = (
     "objective.prob",
     "objective.along",
     "objective.traced_node",
+    "objective.traced_node.latent",
     "intervention.zero",
     "intervention.set",
     "intervention.scale",
@@ -48,18 +48,12 @@ BUILT = (
     "describe_component",
 )
 
-NOT_BUILT = {
-    "objective.traced_node.latent": "tracing a latent",
-}
-
 
 def on(architecture: Architecture) -> Iterator[tuple[str, bool, str]]:
     """Every feature: whether it works on a model, and where or why not."""
     limits = _limits(architecture)
     for feature in BUILT:
         yield feature, *limits.get(feature, (True, ""))
-    for feature, what in NOT_BUILT.items():
-        yield feature, False, f"{what} is not built in this version"
 
 
 def _limits(architecture: Architecture) -> dict[str, tuple[bool, str]]:
@@ -77,8 +71,3 @@ def _limits(architecture: Architecture) -> dict[str, tuple[bool, str]]:
             "attention and MLP of a layer read the same residual stream, so there is none between",
         )
     return limits
-
-
-def not_built(feature: str, field: str) -> Unimplemented:
-    """The refusal of a feature of `NOT_BUILT`, naming the field that asked for it."""
-    return Unimplemented(f"{NOT_BUILT[feature]} is not built in this version", field=field)

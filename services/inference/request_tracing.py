@@ -7,9 +7,11 @@ from tdb.inference.v1 import objective_pb2
 from services.common import addresses
 from services.common.addresses import Address, Kind
 from services.common.errors import InvalidArgument, inside
-from services.inference import features
+from services.inference.engine.bound import Place
+from services.inference.engine.dictionaries.sites import Point
 from services.inference.engine.model import Model
 from services.inference.engine.objectives import Objective
+from services.inference.engine.traced_latents import TracedLatent
 from services.inference.engine.tracing import Branch, Side, TracedNeuron, TracedScore, TracedValue
 
 PRE = objective_pb2.ACTIVATION_SIDE_PRE
@@ -45,20 +47,42 @@ def traced_node(
         case Kind.HEAD:
             return _head(message, node, model, tokens, read)
         case Kind.LATENT:
-            raise features.not_built("objective.traced_node.latent", "node")
+            return _latent(message, node, model)
         case _:
             raise InvalidArgument(
-                f"{node} has no value that can be traced; name a neuron or a head's pair at a "
-                "token, for example neuron.3.17~5 or head.2.3~13-1",
+                f"{node} has no value that can be traced; name a neuron, a latent or a head's pair "
+                "at a token, for example neuron.3.17~5, latent.mine.7~5 or head.2.3~13-1",
                 field="node",
             )
 
 
-def _neuron(message: objective_pb2.TracedNode, node: Address, model: Model) -> Objective:
+def _check_token(node: Address) -> None:
     if not node.is_node:
         raise InvalidArgument(
             f"{node} has a value at every token; name one, for example {node}~0", field="node"
         )
+
+
+def _latent(message: objective_pb2.TracedNode, node: Address, model: Model) -> Objective:
+    _check_token(node)
+    if message.through:
+        raise InvalidArgument(
+            f"{node} is a latent: it has one input, the site that {node.dictionary} reads; leave "
+            "through unset",
+            field="through",
+        )
+    place = Place(model.shelf.served[node.dictionary].header, model.architecture)
+    if place.site_in.point is Point.RESID_PRE:
+        # It is encoded before any edit of the embedding: nothing that can be named moves it.
+        raise InvalidArgument(
+            f"{node} reads the embedding, and nothing is upstream of that", field="node"
+        )
+    message.side = message.side or PRE
+    return TracedLatent(node, place, post=message.side == POST)
+
+
+def _neuron(message: objective_pb2.TracedNode, node: Address, model: Model) -> Objective:
+    _check_token(node)
     layer = model.architecture.layers[node.layer or 0]
     message.side = message.side or PRE
     if message.through and message.through not in _BRANCHES:

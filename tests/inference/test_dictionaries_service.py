@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from google.protobuf.json_format import Parse
 from safetensors.torch import save_file
-from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc, verify_pb2
+from tdb.inference.v1 import (
+    attribute_pb2,
+    model_pb2,
+    objective_pb2,
+    run_pb2,
+    service_pb2_grpc,
+    verify_pb2,
+)
 
-from services.common.errors import FailedPrecondition
+from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.settings import DictionarySource, ModelSource, Settings
 from services.inference.engine.model import Model
+from services.inference.request_tracing import traced_node
 from services.inference.server import build_server, load_model
 from services.inference.worker import TorchWorker
 from tests.inference.test_refusals import refusal_of
@@ -286,15 +295,6 @@ async def test_latents_are_activations_by_name(stub: "Stub") -> None:
     assert [each.id for each in events[-1].summary.manifest.dictionaries] == ["attn"]
 
 
-async def test_what_is_not_built_is_named_never_ignored(stub: "Stub") -> None:
-    request = table("attn")
-    request.objective.traced_node.node = "latent.attn.3~2"
-    code, field, message = await refusal_of(stub.Attribute(request))
-    assert code is grpc.StatusCode.UNIMPLEMENTED
-    assert field == "objective.traced_node.node"
-    assert "version" in message
-
-
 async def test_latents_of_no_dictionary_are_no_point(stub: "Stub") -> None:
     request = run_pb2.RunRequest(activations=["latents.nothing"])
     request.run.prompt.token_ids.ids.extend(IDS)
@@ -320,3 +320,131 @@ async def test_what_cannot_stand_together_is_refused(
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert at == field
     assert sentence in message
+
+
+def traced(node: str, *dictionaries: str, **more: Any) -> attribute_pb2.AttributeRequest:
+    request = attribute_pb2.AttributeRequest(dictionaries=dictionaries, top_k=20)
+    request.run.prompt.token_ids.ids.extend(IDS)
+    request.objective.traced_node.CopyFrom(objective_pb2.TracedNode(node=node, **more))
+    return request
+
+
+PRE, POST = objective_pb2.ACTIVATION_SIDE_PRE, objective_pb2.ACTIVATION_SIDE_POST
+
+
+@pytest.mark.parametrize("name", ["set-mlp_out-1", "attn", "stream", "random"])
+async def test_a_latent_is_traced(stub: "Stub", name: str) -> None:
+    """Before its activation, after it, verified, along paths, and replayed from the manifest."""
+    listed = await stub.Attribute(table(name, top_k=40))
+    node = next(row for row in listed.rows if row.node.startswith(f"latent.{name}"))
+    before = await stub.Attribute(traced(node.node, "set-mlp_out-0"))
+    after = await stub.Attribute(traced(node.node, "set-mlp_out-0", side=POST))
+    for response in (before, after):  # active, and relu: J is the same
+        totals = response.totals
+        total = totals.listed + totals.unlisted + totals.remainder
+        assert total == pytest.approx(response.objective_value, abs=1e-4)
+        assert response.objective_value == pytest.approx(node.activation, rel=1e-4)
+        assert any(row.direct_effect for row in response.rows)
+        assert {each.id for each in response.manifest.dictionaries} == {name, "set-mlp_out-0"}
+        assert bool(response.manifest.warnings) is (name == "random")
+    written = json.loads(before.manifest.request_json)["objective"]["tracedNode"]
+    assert written == {"node": node.node, "side": "ACTIVATION_SIDE_PRE"}
+    again = Parse(before.manifest.request_json, attribute_pb2.AttributeRequest())
+    assert (await stub.Attribute(again)).manifest.result_id == before.manifest.result_id
+    nodes = ["embed~5", "neuron.0.3~5", "head.0.0~5", node.node]
+    for side, itself in ((PRE, 0.0), (POST, node.activation)):
+        request = verify_pb2.VerifyRequest(table=traced(node.node, side=side), nodes=nodes)
+        request.table.ClearField("top_k")
+        found = {
+            event.node.node: event.node
+            async for event in stub.Verify(request)
+            if event.WhichOneof("event") == "node"
+        }
+        assert found[node.node].verified_effect == pytest.approx(itself, rel=1e-4, abs=1e-5)
+        assert found[node.node].total_effect == pytest.approx(itself, rel=1e-4)
+        for ablated in nodes[:3]:
+            edited = traced(node.node, side=side)
+            edited.run.interventions.add(target=ablated).zero.SetInParent()
+            without = (await stub.Attribute(edited)).objective_value
+            assert found[ablated].objective_value == pytest.approx(without, abs=1e-4)
+
+
+async def test_integrated_effects_of_a_traced_latent_add_up(stub: "Stub") -> None:
+    """All neurons of a layer together from 0, and all latents of one that stands there."""
+    node = "latent.stream.3~5"
+    for kind, listed, target in (
+        ("neuron.0.", (), "mlp.0"),
+        ("latent.set-mlp_out-0.", ("set-mlp_out-0",), ""),
+    ):
+        request = traced(node, *listed)
+        request.top_k, request.integrated_steps = 20_000, 200
+        response = await stub.Attribute(request)
+        moved = sum(row.integrated_effect for row in response.rows if row.node.startswith(kind))
+        if not target:  # they are exact: with all at 0 nothing is written
+            target = "mlp.0"
+        edited = traced(node)
+        edited.run.interventions.add(target=target).zero.SetInParent()
+        without = (await stub.Attribute(edited)).objective_value
+        assert moved == pytest.approx(response.objective_value - without, rel=2e-2, abs=2e-3)
+        assert abs(moved) > 0.01
+
+
+async def test_a_latents_own_integrated_effect_is_its_value(stub: "Stub") -> None:
+    listed = await stub.Attribute(table("stream", top_k=40))
+    node = next(row for row in listed.rows if row.node.startswith("latent.stream"))
+    request = traced(node.node, "stream", side=POST)
+    request.top_k, request.integrated_steps = 2_000, 3
+    response = await stub.Attribute(request)
+    (own,) = (row for row in response.rows if row.node == node.node)
+    for value in (own.activation, own.total_effect, own.integrated_effect):
+        assert value == pytest.approx(response.objective_value, rel=1e-5)
+    assert own.direct_effect == 0
+
+
+async def test_a_pairs_write_is_traced_on_a_latent(stub: "Stub") -> None:
+    latent = traced("latent.stream.3~5")
+    request = traced("head.0.1~5-2", through=objective_pb2.THROUGH_VALUE)
+    request.objective.traced_node.downstream.CopyFrom(latent.objective)
+    response = await stub.Attribute(request)
+    latent.top_k = 20_000
+    (pair,) = (row for row in (await stub.Attribute(latent)).rows if row.node == "head.0.1~5-2")
+    assert response.objective_value == pytest.approx(pair.direct_effect, rel=1e-4)
+    assert [each.id for each in response.manifest.dictionaries] == ["stream"]
+
+
+@pytest.mark.parametrize(
+    ("node", "more", "field", "sentence"),
+    [
+        ("latent.stream.3", {}, "node", "has a value at every token"),
+        ("latent.stream.32~5", {}, "node", "valid is 0..31"),
+        ("latent.stream.3~6", {}, "node", "6 does not exist"),
+        ("latent.nothing.3~5", {}, "node", "'nothing'"),
+        ("bias.stream~5", {}, "node", "no value that can be traced"),
+        ("latent.stream.3~5", {"through": objective_pb2.THROUGH_GATE}, "through", "one input"),
+        ("latent.stream.3~5", {"side": 9}, "side", "does not define"),
+        (
+            "latent.stream.3~5",
+            {"downstream": table().objective},
+            "downstream",
+            "THROUGH_VALUE only",
+        ),
+    ],
+)
+async def test_traces_of_latents_that_make_no_sense_are_refused(
+    stub: "Stub", node: str, more: dict[str, Any], field: str, sentence: str
+) -> None:
+    code, at, message = await refusal_of(stub.Attribute(traced(node, **more)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert at == f"objective.traced_node.{field}"
+    assert sentence in message
+
+
+def test_nothing_is_upstream_of_a_latent_of_the_embedding(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "start", "blocks.0.hook_resid_pre", *exact())
+    source = DictionarySource("start", str(tmp_path / "start"), False)
+    model = load_model(ModelSource("tiny", str(model_folder)), None, [source])
+    message = objective_pb2.TracedNode(node="latent.start.3~5")
+    with pytest.raises(InvalidArgument, match="nothing is upstream of that"):
+        traced_node(message, model, len(IDS), lambda *_: pytest.fail("has no downstream"))

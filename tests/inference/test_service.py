@@ -44,7 +44,7 @@ async def test_models_are_listed_and_described(stub: "Stub") -> None:
     supported = {each.feature: each.supported for each in described.supports}
     assert supported["objective.logit_diff"]
     assert supported["objective.traced_node"]
-    assert not supported["objective.traced_node.latent"]
+    assert supported["objective.traced_node.latent"]
     assert all(each.supported or each.reason for each in described.supports)
 
 

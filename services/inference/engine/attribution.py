@@ -33,6 +33,7 @@ from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.objectives import Constant, EditedVectors, Objective
 from services.inference.engine.run_view import RunView, before_post_norm
+from services.inference.engine.traced_latents import TracedLatent
 
 
 class NormMode(Enum):
@@ -248,6 +249,11 @@ def _explanation(
         reads,
     )
     groups += latents.groups
+    objective = reading.objective
+    if isinstance(objective, TracedLatent) and objective.post:
+        for nodes in latents.groups:
+            if nodes.dictionary == objective.node.dictionary:
+                nodes.is_itself_the_objective(objective.node)
     for index, layer in enumerate(architecture.layers):
         if standing.of(Kind.MLP, index):
             continue

@@ -56,6 +56,7 @@ class LatentNodes(NodeGroup):
         self._gradient = gradient
         self._met = met
         self._reads = reads
+        self._itself: Address | None = None
         self._padding = torch.empty(0, dtype=torch.long, device=values.device)
 
     @property
@@ -100,6 +101,11 @@ class LatentNodes(NodeGroup):
         self._changes = (values - start)[self._where]
         for computed in ("_direct", "_total"):
             self.__dict__.pop(computed, None)
+
+    def is_itself_the_objective(self, node: Address) -> None:
+        """J is the value of this node as it stands, so that G(f) is 1 besides what it writes."""
+        self._itself = node
+        self.__dict__.pop("_total", None)
 
     @property
     def is_view(self) -> bool:
@@ -162,6 +168,9 @@ class LatentNodes(NodeGroup):
                 [torch.einsum("nd,nd->n", decoder[those], gradient[here]) for here, those in parts]
                 or [self._values]
             )
+        if self._itself is not None:
+            itself = torch.tensor([self._itself.position, self._itself.index], device=self.device)
+            met = met + (torch.stack(self._where, 1) == itself).all(1).to(met)
         return self._changes * met
 
     def gather(self, indices: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class TracedLatent(Unconditional):
         latent = torch.tensor([self._latent], device=pre.device)
         with torch.no_grad():
             f = site.bound.dictionary.encode_of(site.x[run.row, self.position], latent)
-        value = torch.where(f[0] != 0, pre, 0)
+        value = torch.where(f[0] != 0, pre, torch.zeros_like(pre))
         for edit in run.edits:
             if edit.target.component == self.node.component and self.position in edit.positions:
                 value = edit.only((self.position,)).apply(value.view(1)).view(())
