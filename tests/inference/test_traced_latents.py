@@ -134,7 +134,7 @@ def norm_scale(dictionary: Dictionary, x: Tensor) -> Tensor:
         case NormKind.LAYER_NORM:
             return x.std(-1, keepdim=True) + dictionary.norm.eps
         case NormKind.CONSTANT_NORM:
-            return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            return x.square().mean(-1, keepdim=True).sqrt()
         case NormKind.FACTOR:
             return torch.full_like(x[..., :1], 1 / dictionary.norm.factor)
     return torch.ones_like(x[..., :1])
