@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind, parse
+from services.inference.engine.bound import Place
+from services.inference.engine.columns import Column
 from services.inference.engine.dictionaries.dictionary import (
     Dictionary,
     Gated,
@@ -17,6 +19,7 @@ from services.inference.engine.dictionaries.dictionary import (
 from services.inference.engine.dictionaries.sites import Point
 from services.inference.engine.interventions import Intervention, Scale, SetTo, Zero
 from services.inference.engine.readouts import ReadOut, read_out
+from services.inference.engine.traced_latents import TracedLatent
 from tests.inference import by_hand, plain
 from tests.inference.helpers import (
     LAYERS,
@@ -177,6 +180,26 @@ def test_input_tokens_of_a_transcoder_are_linear(family: str) -> None:
     ours = as_vector(found(family, dictionary, [node])[node].input)
     expected = input_by_hand(family, dictionary, node)
     assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("point", SITES)
+def test_the_score_of_the_token_itself_is_its_embeddings_row_in_a_trace(point: Point) -> None:
+    """In the first layer, where the embedding alone is upstream of what attention reads."""
+    dictionary = dictionary_at(point, 0)
+    engine = random_engine("llama", DOUBLE, [dictionary])
+    for node in (*at(5, 2), *at(LAST, 7)):
+        objective = TracedLatent(node, Place(dictionary.header, engine.architecture))
+        traced, plain_table = (
+            engine.explain(explained(IDS, objective=each), dictionaries=["D"])[0]
+            for each in (objective, None)
+        )
+        embeds = traced.groups[0].column(Column.DIRECT_EFFECT)
+        (read,) = read_out(
+            engine.architecture, plain_table, [node], VOCABULARY, VOCABULARY
+        ).values()
+        ours = as_vector(read.input)[IDS[node.position or 0]]
+        assert float(ours) == pytest.approx(float(embeds[node.position]), rel=1e-6)
 
 
 EDITS = (

@@ -3,8 +3,8 @@
 The pre-activation of `latent.D.i~t` is a function of the residual stream that its sublayer reads.
 Its gradient there, at token t alone, needs no pass of the model: token t of that one sublayer is
 run again, for n latents at once as n rows, and everything that other tokens give it (their keys and
-values) stays what it was in the pass. The scales of the sublayer's input norm, of its post-norm and
-of the dictionary's norm_in are constants; QK-norms, the pattern and the MLP are live. The edits of
+values) stays what it was in the pass. As in a trace of the latent, the scales of all norms on the
+way are constants, the dictionary's norm_in included; the pattern and the MLP are live. The edits of
 the run lie where they lay.
 """
 
@@ -66,7 +66,7 @@ def _input_gradients(
     if read.point is Point.MLP_IN:
         norm, stream = run.layer(read.layer).mlp_norm, again.read_by_mlp
         return norm.frozen_gradient(rows, norm.scale(stream))
-    attention = read.point in (Point.Z, Point.ATTN_OUT)
+    attention = site.bound.reading is Kind.ATTN
     stream = (again.read_by_attention if attention else again.read_by_mlp).requires_grad_()
     with torch.enable_grad():
         at = again.of_heads(again.heads(stream)) if attention else again.of_mlp(stream)
@@ -272,7 +272,7 @@ def _projected(read: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | N
     vectors = torch.einsum("hed,nd->nhe", weight, read)
     if bias is not None:
         vectors = vectors + bias
-    return vectors if norm is None else _held(norm, vectors, norm.scale(vectors))
+    return vectors if norm is None else _held(norm, vectors, norm.scale(vectors.detach()))
 
 
 def _held(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:

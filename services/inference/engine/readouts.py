@@ -205,7 +205,7 @@ class _Reader:
         found: dict[Address, tuple[tuple[int, float], ...]] = {}
         for name, places in _by_dictionary(nodes).items():
             site = self._site(name)
-            if site.bound.sublayer is not Kind.ATTN:
+            if site.bound.reading is not Kind.ATTN:
                 continue
             here = [nodes[place] for place in places]
             values = self._latents[name].activations(here).tolist()
