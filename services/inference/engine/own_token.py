@@ -10,6 +10,7 @@ the run lie where they lay.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ class Again:
                 continue
             edits = [
                 replace(edit, positions=tuple(rows))
-                for edit, rows in self._placed()
+                for edit, rows in self._placed
                 if edit.target.dictionary == bound.id
             ]
             if edits:
@@ -245,16 +246,25 @@ class Again:
         return values
 
     def _edits(self, kind: Kind) -> Iterator[tuple[Edit, list[int]]]:
-        for edit, rows in self._placed():
+        for edit, rows in self._placed:
             if (edit.target.kind, edit.target.layer) == (kind, self._target.layer):
                 yield edit, rows
 
-    def _placed(self) -> Iterator[tuple[Edit, list[int]]]:
-        """The run's edits that reach some of the rows, and which; one position for each."""
+    @cached_property
+    def _placed(self) -> list[tuple[Edit, list[int]]]:
+        """The run's edits of this layer and of dictionaries that reach some of the rows, and which
+        rows; one position for each."""
+        rows_of: dict[int, list[int]] = {}
+        for row, token in enumerate(self._tokens):
+            rows_of.setdefault(token, []).append(row)
+        placed = []
         for edit in self._run.edits:
-            rows = [row for row, token in enumerate(self._tokens) if token in edit.positions]
+            if edit.target.layer != self._target.layer and not edit.target.dictionary:
+                continue
+            rows = [row for position in edit.positions for row in rows_of.get(position, ())]
             if rows:
-                yield edit.only([self._tokens[row] for row in rows]), rows
+                placed.append((edit.only([self._tokens[row] for row in rows]), rows))
+        return placed
 
 
 def _apply(row: int, number: int, edit: Edit, before: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from services.common.addresses import parse
 from services.common.errors import FailedPrecondition
+from services.inference.engine import verification
 from services.inference.engine.attribution import NormMode
+from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.dictionaries.dictionary import Dictionary, InputNorm, NormKind
 from services.inference.engine.dictionaries.sites import Point, Site
 from services.inference.engine.interventions import Intervention, Scale, SetTo, Zero
 from services.inference.engine.shelving import widths_of
+from services.inference.engine.verification import Ablation
 from tests.inference.families.models import (
     ALL_VARIANTS,
     IDS,
@@ -141,6 +144,38 @@ def test_sums_close_with_latents_in_the_table(variant: str) -> None:
                     if not edits:
                         without = total - explanation.remainder["error.D"]
                         assert abs(without - explanation.value) > 1e-4 * size, name
+
+
+@pytest.mark.parametrize("variant", list(ALL_VARIANTS))
+def test_verified_latents(variant: str) -> None:
+    """Resumed where each starts, under edits of the same dictionary, against whole passes."""
+    for name in DICTIONARIES:
+        if not exists(variant, name):
+            continue
+        with served(variant, name) as (engine, _):
+            base = [
+                Intervention(parse("latent.D.4"), SetTo(1.5)),
+                Intervention(parse("mlp.1~5"), Scale(0.5)),
+            ]
+            edits = engine.edits(*base, tokens=len(IDS))
+            site = engine.hooks.run([Row(IDS)], [0], gradients=False, dictionaries=["D"])
+            latent = int(site.sites.found["D"].clean(0, len(IDS))[LAST].argmax())
+            nodes = [parse(f"latent.D.{latent}{place}") for place in ("", f"~{LAST}", "~5")]
+            ablations = [
+                Ablation(node, *engine.edits(Intervention(node, Zero()), tokens=len(IDS)))
+                for node in nodes
+            ]
+            rows = [Row(IDS, edits), *(Row(IDS, (*edits, each.edit)) for each in ablations)]
+            logits = engine.hooks.run(rows, [LAST], gradients=False).logits[:, 0]
+            whole, *without = (float(OBJECTIVE.of_logits(each)) for each in logits)
+            size = max(map(abs, (whole, *without)))
+            run = explained(IDS, *edits, objective=OBJECTIVE)
+            begun = verification.begin(engine.hooks, run, ablations, CancelToken(), 1)
+            chunks = (begun.chunk(number, CancelToken()) for number in range(len(begun.chunks)))
+            found = {each.node: each.effect for chunk in chunks for each in chunk}
+            for node, value in zip(nodes, without, strict=True):
+                assert found[node] == pytest.approx(whole - value, abs=2e-5 * size), name
+            assert abs(found[nodes[1]]) > 1e-4 * size, name
 
 
 def test_a_site_on_the_other_side_of_a_post_norm_is_another_site() -> None:
