@@ -1,5 +1,6 @@
 """Latents in the table, and what is known of the dictionaries, in a real browser."""
 
+import json
 import re
 
 import pytest
@@ -53,6 +54,21 @@ def test_latents_stand_for_neurons_and_are_ablated(page_with_latents: Page) -> N
     switch(page, "MLPs", "neurons")
     assert "neuron" in kinds(page)
     expect(page.locator(".edit")).to_contain_text(f"ablate {node}")
+
+
+def test_a_latent_is_traced_and_described(page_with_latents: Page) -> None:
+    page = page_with_latents
+    start(page)
+    switch(page, "MLPs", "latents")
+    row = page.locator("tr.row[data-node^='latent.']").first
+    node = row.get_attribute("data-node") or ""
+    row.click()
+    expect(page.locator(".component code")).to_have_text(node.split("~")[0])
+    with page.expect_request("**/Attribute") as asked:
+        page.keyboard.press("t")
+    answered(page)
+    assert json.loads(asked.value.post_data or "")["objective"] == {"tracedNode": {"node": node}}
+    expect(page.locator(".objective-card")).to_contain_text(f"Pre-activation of {node}")
 
 
 def test_an_attention_latent_says_which_tokens_it_comes_from(page_with_latents: Page) -> None:
