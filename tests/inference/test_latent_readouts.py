@@ -18,6 +18,7 @@ from services.inference.engine.dictionaries.dictionary import (
 )
 from services.inference.engine.dictionaries.sites import Point
 from services.inference.engine.interventions import Intervention, Scale, SetTo, Zero
+from services.inference.engine.objectives import LogitDiff
 from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.traced_latents import TracedLatent
 from tests.inference import by_hand, plain
@@ -402,3 +403,32 @@ def test_only_attention_latents_have_sources_and_as_many_as_asked_for() -> None:
         assert few[node].sources == everything[node].sources[:2]
         assert none[node].sources == ()
     assert any(each.sources for each in everything.values())
+
+
+@pytest.mark.parametrize("point", SITES)
+def test_a_row_of_a_padded_batch_is_read_out_as_alone(point: Point) -> None:
+    engine = random_engine("llama", DOUBLE, [dictionary_at(point)])
+    nodes = at(4, *range(LATENTS))
+    long = explained(IDS, *engine.edits(*EDITS, tokens=len(IDS)))
+    short = explained(IDS[:5], objective=LogitDiff((5,), (9,), 4))
+    alone, together = (
+        read_out(
+            engine.architecture,
+            engine.explain(*runs, dictionaries=["D"])[-1],
+            nodes,
+            VOCABULARY,
+            VOCABULARY,
+            3,
+        )
+        for runs in ((short,), (long, short))
+    )
+    for node in nodes:
+        for ours, theirs in (
+            (together[node].input, alone[node].input),
+            (together[node].output, alone[node].output),
+        ):
+            assert torch.allclose(as_vector(ours), as_vector(theirs), rtol=1e-5, atol=1e-7)
+        assert [each for each, _ in together[node].sources] == [
+            each for each, _ in alone[node].sources
+        ]
+    assert any(alone[node].sources for node in nodes) is (point in BEHIND_ATTENTION)
