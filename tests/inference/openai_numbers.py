@@ -83,6 +83,10 @@ class Case:
         )
         return list(explanations)
 
+    def tokens(self, number: int) -> int:
+        """How many the prompt of a request has."""
+        return len(self.arrays[f"sub{number}/activation/always_one/LNone"])
+
     def value(self, number: int) -> float:
         """J of a request: the traced value or, where nothing was traced, the loss."""
         traced = float(self.arrays[f"sub{number}/trace_value"])
@@ -149,7 +153,7 @@ def _traced(trace: dict[str, Any], loss: Objective, model: Model) -> Objective:
     node = trace["nodeIndex"]
     layer = node["layerIndex"]
     if node["nodeType"] in LATENTS:
-        latent = _latent(node, model)
+        latent = latent_of(node, model)
         return TracedLatent(latent, places(model)[latent.dictionary])
     if node["nodeType"] == "mlp_neuron":
         token, neuron = node["tensorIndices"]
@@ -166,7 +170,7 @@ def _intervention(ablation: dict[str, Any], model: Model) -> Intervention:
     node, value = ablation["nodeIndex"], ablation["value"]
     layer = node["layerIndex"]
     if node["nodeType"] in LATENTS:
-        return Intervention(_latent(node, model), SetTo(value))
+        return Intervention(latent_of(node, model), SetTo(value))
     if node["nodeType"] == "mlp_neuron":
         token, neuron = node["tensorIndices"]
         return Intervention(Address(Kind.NEURON, layer, neuron, position=token), SetTo(value))
@@ -175,7 +179,7 @@ def _intervention(ablation: dict[str, Any], model: Model) -> Intervention:
     return Intervention(Address(Kind.HEAD, layer, head, position=query), Zero())
 
 
-def _latent(node: dict[str, Any], model: Model) -> Address:
+def latent_of(node: dict[str, Any], model: Model) -> Address:
     at = LATENTS[node["nodeType"]], node["layerIndex"]
     (name,) = (name for name, place in places(model).items() if (place.sublayer, place.layer) == at)
     token, latent = node["tensorIndices"]
