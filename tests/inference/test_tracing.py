@@ -330,6 +330,8 @@ def test_every_column_is_what_the_pass_by_hand_gives(family: str, mode: NormMode
         reference, *gradients = gradients_by_hand(value, seen, [trace.point, *places])
         for place, ours, gradient in zip(places, total, gradients, strict=True):
             theirs = (seen[place] * gradient).detach()
+            if name.startswith("probability") and place == ("probabilities", LAYER):
+                theirs[HEAD, QUERY, KEY] += value.detach()  # J is this very value
             assert close(ours, theirs.sum(-1) if place[0] == "embed" else theirs), (name, place)
         outside = [t for t in range(len(IDS)) if t not in trace.objective.reads]
         assert not reference[outside].any(), name
@@ -506,6 +508,8 @@ def test_an_edited_pair_has_the_value_it_is_listed_with(post: bool) -> None:
         listed = float(matrices(explanation, Column.ACTIVATION)[2][2, 6, 3])
         assert listed == pytest.approx(value)
         assert (explanation.value == pytest.approx(value)) is post
+        itself = float(matrices(explanation, Column.TOTAL_EFFECT)[2][2, 6, 3])
+        assert itself == (pytest.approx(value) if post else 0)
 
 
 @pytest.mark.parametrize("edits", EDITED)

@@ -33,7 +33,6 @@ from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.objectives import Constant, EditedVectors, Objective
 from services.inference.engine.run_view import RunView, before_post_norm
-from services.inference.engine.traced_latents import TracedLatent
 
 
 class NormMode(Enum):
@@ -208,7 +207,7 @@ def _explanation(
     view: RunView, gradients: _Gradients, reading: _Reading, standing: Standing, value: float
 ) -> Explanation:
     architecture, current, row, length = view.architecture, view.captured, view.row, view.tokens
-    reads, applied = reading.objective.reads, view.edits
+    reads, applied, itself = reading.objective.reads, view.edits, reading.objective.itself
     reference = reading.reference[row, :length].detach()
     gradient = gradients.of(reading.reference)[row, :length]
     path = direct_path(
@@ -236,6 +235,9 @@ def _explanation(
         met = before_post_norm(view, path, Kind.ATTN, index)
         heads = head_path(met, reads, layer.w_o, values, probabilities, edits, path.edits)
         grads = gradients.of_used_probabilities(site, row)[:, :length, :length]
+        if itself is not None and itself.layer == index:
+            grads = grads.clone()
+            grads[itself.index, itself.position, itself.key] += 1
         scale = view.post_norm_scale(Kind.ATTN, index)
         groups.append(HeadNodes(index, layer, probabilities, grads, values, scale, heads, reads))
     latents = decompose(
@@ -249,11 +251,9 @@ def _explanation(
         reads,
     )
     groups += latents.groups
-    objective = reading.objective
-    if isinstance(objective, TracedLatent) and objective.post:
-        for nodes in latents.groups:
-            if nodes.dictionary == objective.node.dictionary:
-                nodes.is_itself_the_objective(objective.node)
+    for nodes in latents.groups:
+        if itself is not None and nodes.dictionary == itself.dictionary:
+            nodes.is_itself_the_objective(itself)
     for index, layer in enumerate(architecture.layers):
         if standing.of(Kind.MLP, index):
             continue

@@ -28,7 +28,6 @@ from services.inference.engine.objectives import Objective, OfLogits
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 from services.inference.engine.run_view import RunView, is_upstream
 from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
-from services.inference.engine.traced_latents import TracedLatent
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
 """Rows times tokens of a batch: few enough that others do not wait long."""
@@ -195,8 +194,7 @@ class Integration:
         moved, scale, decoder = self._latents(node.dictionary)
         unit = precise(decoder[node.index]) * precise(scale[node.position])
         met = unit @ self._sums[Sublayer.of(node)][node.position] / self._steps
-        objective = self._objective
-        if isinstance(objective, TracedLatent) and objective.post and objective.node == node:
+        if self._objective.itself == node:
             met = met + 1  # besides what it writes, it is J itself
         return float(moved[node.position, node.index] * met)
 

@@ -68,6 +68,11 @@ class Objective(Protocol):
         """Where the reference residual x_ref is."""
 
     @property
+    def itself(self) -> Address | None:
+        """The pair or latent whose value, as it stands in the table, is J: its own gradient is 1,
+        which no path through what it writes says."""
+
+    @property
     def before_edits(self) -> bool:
         """Whether x_ref is the stream before the edits of its point, not after them."""
 
@@ -107,6 +112,10 @@ class Unconditional:
     @property
     def dictionaries(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def itself(self) -> Address | None:
+        return None
 
     @property
     def before_edits(self) -> bool:

@@ -71,6 +71,10 @@ class TracedLatent(Unconditional):
                 return residual_point(site)
 
     @property
+    def itself(self) -> Address | None:
+        return self.node if self.post else None
+
+    @property
     def before_edits(self) -> bool:
         """A dictionary of the stream encodes it before the stream is edited there."""
         return self.place.reading is None

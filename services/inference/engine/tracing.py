@@ -172,6 +172,10 @@ class TracedScore(_TracedPair):
                 return tuple(sorted(keys | {self._query}))
 
     @property
+    def itself(self) -> Address | None:
+        return self.node if self.post else None
+
+    @property
     def holds(self) -> bool:
         return self.live is not Side.BOTH
 
