@@ -25,13 +25,16 @@ setup: .make/stubs .make/page
 demo: setup
 	@exec $(VENV)/tdb up --demo
 
+# Workers share the cores, so each has one thread. A file's tests stay together: they share fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/pytest --numprocesses auto --dist loadfile
+
 test: setup .make/connect-client
-	$(VENV)/pytest -m "not long"
+	$(PYTEST) -m "not long"
 	$(NPM) test
 
 # pytest ends with 5 when nothing was selected.
 test-long: setup
-	@$(VENV)/pytest -m long || { code=$$?; \
+	@$(PYTEST) -m long || { code=$$?; \
 	  if [ $$code -eq 5 ]; then echo "No test is marked long yet."; else exit $$code; fi; }
 
 check: setup
