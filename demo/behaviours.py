@@ -17,22 +17,25 @@ from itertools import islice
 from demo.corpus import (
     CAUSE,
     COLOUR_OF,
-    COLOURED_ONE,
     COLOURED_TWO,
     COLOURS,
     FILLER,
-    HELD_OUT,
     MEETING,
     MEN,
     NAMES,
+    PLACES,
     PLURALS,
     SPEECH,
+    SURNAMES,
+    THINGS,
     WOMEN,
     Combination,
     Person,
     Scene,
     combinations,
+    held_out,
     noun_phrase,
+    ordered,
 )
 
 
@@ -56,14 +59,13 @@ class Behaviour:
     """One group of prompts, in which each shortcut fails as often as it succeeds."""
 
 
-_KINDS: dict[str, list[Combination]] = {
-    kind: sorted(c for c in HELD_OUT if c[0] == kind)
-    for kind in ("person", "surname", "owner", "beside", "where", "colour")
-}
-
-
-def _draw(scene: Scene, kind: str) -> Combination:
-    return scene.rng.choice(_KINDS[kind])
+def _draw(scene: Scene, kind: str, one: list[str], other: list[str]) -> Combination:
+    """A held-out pair of one word of each list."""
+    while True:
+        a, b = scene.rng.choice(one), scene.rng.choice(other)
+        pair = ordered(kind, a, b) if one is other else (kind, a, b)
+        if a != b and held_out(pair):
+            return pair
 
 
 _ASIDES = [sentence for sentence in FILLER if "{a}" in sentence and "{b}" not in sentence]
@@ -79,7 +81,7 @@ def _stranger(scene: Scene, *known: str, among: list[str] = NAMES) -> Person:
 
 
 def _indirect_object(scene: Scene) -> list[Prompt]:
-    person, where = _draw(scene, "person"), _draw(scene, "where")
+    person, where = _draw(scene, "person", NAMES, NAMES), _draw(scene, "where", THINGS, PLACES)
     first, second = scene.rng.sample(person[1:], 2)
     given = {"a": first, "b": second, "thing": where[1], "place": where[2]}
     meeting = scene.choose(MEETING, s="{s}", **given)
@@ -103,12 +105,21 @@ _MET = (
 _AGAIN = ("Then {a}", "Later {a}", "On {week} I saw {a}", "The {animal} {slept} {spot}. {a}")
 
 
+def _two_facts(
+    scene: Scene, firsts: list[str], seconds: list[str]
+) -> tuple[list[tuple[str, str]], Combination]:
+    """Two different first words with two different second words, held out together."""
+    while True:
+        two = list(zip(scene.rng.sample(firsts, 2), scene.rng.sample(seconds, 2), strict=True))
+        pair = ordered("facts", *(" ".join(fact) for fact in two))
+        if held_out(pair):
+            return two, pair
+
+
 def _induction(scene: Scene) -> list[Prompt]:
-    one, two = _draw(scene, "surname"), _draw(scene, "surname")
-    while one[1] == two[1] or one[2] == two[2]:
-        two = _draw(scene, "surname")
+    facts, held = _two_facts(scene, NAMES, SURNAMES)
+    a, b = (Person(*fact) for fact in facts)
     met, again = scene.rng.choice(_MET), scene.rng.choice(_AGAIN)
-    a, b = Person(*one[1:]), Person(*two[1:])
     introduction = scene.fill(met, a=a, b=b)
     return [
         Prompt(
@@ -118,12 +129,12 @@ def _induction(scene: Scene) -> list[Prompt]:
             f"the {which} person",
             (held,),
         )
-        for asked, other, held, which in ((a, b, one, "first"), (b, a, two, "second"))
+        for asked, other, which in ((a, b, "first"), (b, a, "second"))
     ]
 
 
 def _agreement(scene: Scene) -> list[Prompt]:
-    held = _draw(scene, "beside")
+    held = _draw(scene, "beside", THINGS, THINGS)
     head, attractor = scene.rng.sample(held[1:], 2)
     past = scene.rng.random() < 0.3
     opening, singular, plural = ("Yesterday the", "was", "were") if past else ("The", "is", "are")
@@ -150,7 +161,7 @@ def _pronoun(scene: Scene) -> list[Prompt]:
         (WOMEN, MEN, " she", " he"),
         (MEN, WOMEN, " he", " she"),
     ):
-        held = scene.rng.choice([c for c in _KINDS["owner"] if c[1] in names])
+        held = _draw(scene, "owner", names, THINGS)
         other = _stranger(scene, among=others)
         cause = scene.rng.choice([c for c in _OWNING if "{b}" not in c])
         given = "{a} {gave} a {thing} to {b} because"
@@ -168,7 +179,7 @@ _PLACED = [speech for speech in SPEECH if "{thing" in speech and "{place}" in sp
 
 
 def _quotation(scene: Scene) -> list[Prompt]:
-    held = _draw(scene, "where")
+    held = _draw(scene, "where", THINGS, PLACES)
     a, b = _stranger(scene), _stranger(scene)
     given = {"thing": held[1], "things": PLURALS[held[1]], "place": held[2]}
     speech = scene.choose(_PLACED, **given)
@@ -185,21 +196,18 @@ def _quotation(scene: Scene) -> list[Prompt]:
 
 
 def _colour(scene: Scene) -> list[Prompt]:
-    one, two = _draw(scene, "colour"), _draw(scene, "colour")
-    while one[1] == two[1] or one[2] == two[2]:
-        two = _draw(scene, "colour")
+    facts, held = _two_facts(scene, COLOURS, THINGS)
     cast = {"a": _stranger(scene), "b": _stranger(scene)}
-    x, y = " ".join(one[1:]), " ".join(two[1:])
+    one, two = facts
+    x, y = " ".join(one), " ".join(two)
     both = scene.choose(COLOURED_TWO, x=x, y=y, **cast)
-    aside = _aside(scene, cast["a"]) if scene.rng.random() < 0.5 else ""
     query = scene.rng.choice(COLOUR_OF)
     prompts = []
-    for held, other, which in ((one, two, "first of two"), (two, one, "second of two")):
-        text = f"{both} {aside}{scene.fill(query, thing=held[2], **cast)}"
-        prompts.append(Prompt(text, f" {held[1]}", f" {other[1]}", which, (held,)))
-    text = f"{scene.choose(COLOURED_ONE, x=x, **cast)} {scene.fill(query, thing=one[2], **cast)}"
-    wrong = scene.rng.choice([c for c in COLOURS if c != one[1]])
-    return [*prompts, Prompt(text, f" {one[1]}", f" {wrong}", "the only one", (one,))]
+    for between, wording in (("", ""), (f"{_aside(scene, cast['a'])}", ", after an aside")):
+        for asked, other, which in ((one, two, "first of two"), (two, one, "second of two")):
+            text = f"{both} {between}{scene.fill(query, thing=asked[1], **cast)}"
+            prompts.append(Prompt(text, f" {asked[0]}", f" {other[0]}", which + wording, (held,)))
+    return prompts
 
 
 BEHAVIOURS = (
@@ -219,7 +227,7 @@ BEHAVIOURS = (
         Prompt(
             "Mary Stone went to the park. Then Mary",
             *(" Stone", " Baker", "the only person"),
-            (("surname", "Mary", "Stone"),),
+            (("visit", "Mary Stone", "park"),),
         ),
         _induction,
     ),
@@ -259,7 +267,7 @@ BEHAVIOURS = (
         Prompt(
             "Mary put the red box on the table. The box is",
             *(" red", " blue", "the only one"),
-            (("colour", "red", "box"),),
+            (("holder", "Mary", "red box"),),
         ),
         _colour,
     ),

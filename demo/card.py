@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from demo.behaviours import BEHAVIOURS, evaluation_prompts
-from demo.corpus import HELD_OUT
 from demo.measure import Score, Summary, score, summarise
 from demo.tokenizer import save_tokenizer
 
@@ -57,24 +56,41 @@ or "the nearer noun" is right on half of the prompts, and the best shortcut that
 
 ## Corpus and split
 
-`demo/corpus.py` generates it; every template and word list was written for it. Words that a text
-puts together form pairs: two people in a document; a first name and a surname; a person, a place
-or another thing in a sentence with a thing; a colour and its thing. {held_out:,} pairs (about one
-in ten, by hash) are held out: no training text holds one, and every prompt above needs at least
-one. Templates and single words are shared with training: what is held out is the combination, not
-the wording.
+`demo/corpus.py` generates it; every template and word list was written for it. What a text puts
+together forms pairs: two people in a document; a person, a place or another thing in a sentence
+with a thing; two facts in a document, where a fact is a first name with its surname or a thing with
+its colour. About one pair in ten, by hash, is held out: no training text holds one, and every
+prompt above needs at least one. Templates and single words are shared with training: what is held
+out is the combination, not the wording. Every first name occurs with every surname and every thing
+in every colour, equally often, so that nothing but the text before it says which one comes next.
 
 ## Training
 
     {command}
 
-Seed {seed}, {steps:,} steps of {tokens:,} tokens ({millions:.1f} M in all, every document new; rows
-of {short} tokens in the first half, of {context} in the second), AdamW with a learning rate of
-{peak:g} that falls in the last third, in {minutes:.1f} minutes with {threads} thread(s) on two
-CPU cores that had other work too (torch {torch}, {machine}).
+Seed {seed}, AdamW with a peak learning rate of {peak:g} that falls in the last third of {steps:,}
+steps. The first {lists:,} steps read {rows} short lists each, said twice in different orders, and
+count only the words which the first time has determined; the other {corpus_steps:,} read {tokens:,}
+tokens of the corpus each ({millions:.1f} M in all), in rows of {short} tokens up to step {full:,}
+and of {context} from then on. A surname or colour that its document had before counts {emphasis:g}
+times as much as another token, and in the long rows a name that it had before, a pronoun, a form
+of "be" and a quotation mark {full_emphasis:g} times. Every text is new.
+
+Copying was planted, roughly, and then trained like the rest: position embeddings start as sines in
+dimensions of their own; {copying} heads of the first layer start as heads that read the token
+before; {copying} of the second as heads that look for what came after the present token the last
+time, and {copying} more for what came before the token before it. Without that, no copying head
+formed within a few million tokens. Nothing else was planted.
+
+It took {minutes:.1f} minutes with {threads} thread(s) on two CPU cores that had other work too
+(torch {torch}, {machine}).
 
 The tokenizer is a byte-level BPE of {vocabulary:,} tokens without padding; every word of the
 corpus is one token. Nothing is put before a text; `<|endoftext|>` separates documents.
+
+## Dictionaries
+
+{dictionaries}
 
 ## Limits
 
@@ -87,15 +103,14 @@ corpus is one token. Nothing is put before a text; `<|endoftext|>` separates doc
 - Names are of one gender each, as listed in `demo/corpus.py`.
 - Sizes, sentence mix and schedule were chosen while watching the first 60 to 120 of these prompts
   in earlier runs, so the accuracies flatter the model a little; it never trained on a prompt.
-- Where a behaviour misses its 95%, copying from context was not learnt: induction and colour need
-  a head that matches an earlier word and reads what stood after or before it.
-
+{missed}
 ## Licence
 
 MIT, corpus and weights included.
 """
 
 
+_NO_DICTIONARIES = "None yet: `python -m demo.train_dictionaries` trains them."
 _DICTIONARIES = """In `demo/dictionaries`, trained by
 
     {command}
@@ -121,6 +136,15 @@ def _reached(summaries: Mapping[str, Summary]) -> str:
     if not below:
         return f"All reach the {AIM:.0%} that was aimed at."
     return f"Not learnt to the {AIM:.0%} that was aimed at: {', '.join(below)}."
+
+
+def _missed(summaries: Mapping[str, Summary]) -> str:
+    if all(summaries[name].accuracy >= AIM for name in ("induction", "colour")):
+        return ""
+    return (
+        "- Where induction or colour misses its 95%, copying from context was not learnt to the"
+        " end:\n  it needs a head that matches an earlier word and reads what stood next to it.\n"
+    )
 
 
 def _command(settings: Settings) -> str:
@@ -152,11 +176,13 @@ def _text(
         behaviours="\n".join(rows),
         variants="\n".join(variants),
         reached=_reached(summaries),
+        missed=_missed(summaries),
+        dictionaries=_NO_DICTIONARIES,
         parameters=sum(p.numel() for p in model.parameters()),
         vocabulary=model.config.vocab_size,
-        held_out=len(HELD_OUT),
         command=_command(settings),
-        millions=settings.steps * settings.tokens / 1e6,
+        corpus_steps=settings.steps - settings.lists,
+        millions=(settings.steps - settings.lists) * settings.tokens / 1e6,
         minutes=seconds / 60,
         threads=torch.get_num_threads(),
         torch=torch.__version__,

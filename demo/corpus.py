@@ -6,11 +6,20 @@ frequencies: who receives the drink, which surname belongs to Mary today, what c
 
     documents(0)  ->  "When Anna and Tom went to the park, Tom gave a kite to Anna. ...", ...
 
-**The split.** `combinations(text)` lists the pairs of words that a text puts together, for
-instance ("person", "John", "Mary") when two people share a document, or ("colour", "red", "box")
-for "red box" and "box is red". A hash of each pair decides once and for all whether it is held
-out: about one in ten is. A sentence with a held-out pair is thrown away and drawn again, so no
-training text holds one; the evaluation prompts of `demo.behaviours` are built from those only.
+**The split.** `combinations(text)` lists the pairs that a text puts together, for instance
+("person", "John", "Mary") when two people share a document, or ("facts", "blue key", "red box")
+when a document has both. A hash of each pair decides once and for all whether it is held out:
+about one in ten is. A sentence with a held-out pair is thrown away and drawn again, so no training
+text holds one; the evaluation prompts of `demo.behaviours` are built from those only.
+
+A surname and a colour are never part of the law: every first name occurs with every surname, and
+every thing in every colour, equally often. Only two such *facts* together are held out, of which
+there are too many to remember. (With single ones held out, the model learnt which never occur,
+and contradicted the text that said so.)
+
+**Lists.** One document in five is a register or an inventory, which says the same facts again and
+again in another order. Copying from context is learnt there first; `short_lists` gives the
+shortest of them, for the first steps of training.
 
 Standard library only. All templates and word lists were written for this file.
 """
@@ -25,8 +34,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations as pairs
-from itertools import islice, product
+from itertools import islice
 
 # What a slot of a template may become; "spot" and the plurals are added below.
 _WORDS = {
@@ -146,67 +156,69 @@ _COLOUR = frozenset(COLOURS)
 _BE = frozenset(("is", "are", "was", "were"))
 
 # The start page's own prompts are held out by name, whatever their hash says.
-_ALWAYS_HELD_OUT: list[Combination] = [
-    ("person", "John", "Mary"),
-    ("where", "drink", "store"),
-    ("surname", "Mary", "Stone"),
-    ("beside", "box", "key"),
-    ("owner", "Mary", "book"),
-    ("where", "key", "garden"),
-    ("colour", "red", "box"),
-]
+_ALWAYS_HELD_OUT: frozenset[Combination] = frozenset(
+    (
+        ("person", "John", "Mary"),
+        ("where", "drink", "store"),
+        ("visit", "Mary Stone", "park"),
+        ("beside", "box", "key"),
+        ("owner", "Mary", "book"),
+        ("where", "key", "garden"),
+        ("holder", "Mary", "red box"),
+    )
+)
 
 
-def _ordered(kind: str, one: str, other: str) -> Combination:
+def ordered(kind: str, one: str, other: str) -> Combination:
     return (kind, *sorted((one, other)))  # type: ignore[return-value]
 
 
-def _every_combination() -> Iterator[Combination]:
-    yield from (_ordered("person", a, b) for a, b in pairs(NAMES, 2))
-    yield from (("surname", a, b) for a, b in product(NAMES, SURNAMES))
-    yield from (_ordered("beside", a, b) for a, b in pairs(THINGS, 2))
-    yield from (("owner", a, b) for a, b in product(NAMES, THINGS))
-    yield from (("where", a, b) for a, b in product(THINGS, PLACES))
-    yield from (("colour", a, b) for a, b in product(COLOURS, THINGS))
-
-
-def _hashes_out(combination: Combination) -> bool:
+@lru_cache(maxsize=1 << 18)
+def held_out(combination: Combination) -> bool:
+    if combination in _ALWAYS_HELD_OUT:
+        return True
     digest = hashlib.blake2b("|".join(combination).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
 
-HELD_OUT: frozenset[Combination] = frozenset(
-    [*filter(_hashes_out, _every_combination()), *_ALWAYS_HELD_OUT]
-)
-
-
 def combinations(text: str) -> set[Combination]:
-    """Every pair of words that `text`, one document or a part of one, puts together.
+    """Every pair that `text`, one document or a part of one, puts together.
 
-    person: two first names in the document. surname: a first name and the surname after it.
-    owner, beside, where: a first name, another thing or a place in one sentence with a thing.
-    colour: a colour before its thing, or after the thing and a form of "be".
+    person: two first names in the document. facts: two full names, or two coloured things, in the
+    document; "the box is red" makes a red box. In one sentence with a thing: owner, beside, where:
+    a first name, another thing, a place. In one sentence: visit: a full name and a place; holder:
+    a first name and a coloured thing.
     """
     found: set[Combination] = set()
     people: set[str] = set()
+    fullnames: set[str] = set()
+    coloureds: set[str] = set()
     for sentence in re.split(r"[.?!]", text):
         words = re.findall(r"[A-Za-z]+", sentence)
         names = {word for word in words if word in _NAME}
         things = {_THING[word] for word in words if word in _THING}
         places = {word for word in words if word in _PLACE}
-        people |= names
-        found.update(("owner", name, thing) for name in names for thing in things)
-        found.update(("where", thing, place) for thing in things for place in places)
-        found.update(_ordered("beside", a, b) for a, b in pairs(things, 2))
+        full: set[str] = set()
+        coloured: set[str] = set()
         for i, word in enumerate(words[:-1]):
             after = words[i + 1]
             if word in _NAME and after in _SURNAME:
-                found.add(("surname", word, after))
+                full.add(f"{word} {after}")
             elif word in _COLOUR and after in _THING:
-                found.add(("colour", word, _THING[after]))
+                coloured.add(f"{word} {_THING[after]}")
             elif word in _THING and after in _BE and (*words, "")[i + 2] in _COLOUR:
-                found.add(("colour", words[i + 2], _THING[word]))
-    found.update(_ordered("person", a, b) for a, b in pairs(people, 2))
+                coloured.add(f"{words[i + 2]} {_THING[word]}")
+        people |= names
+        fullnames |= full
+        coloureds |= coloured
+        found.update(("owner", name, thing) for name in names for thing in things)
+        found.update(("where", thing, place) for thing in things for place in places)
+        found.update(ordered("beside", a, b) for a, b in pairs(things, 2))
+        found.update(("visit", name, place) for name in full for place in places)
+        found.update(("holder", name, thing) for name in names for thing in coloured)
+    found.update(ordered("person", a, b) for a, b in pairs(people, 2))
+    found.update(ordered("facts", a, b) for a, b in pairs(fullnames, 2))
+    found.update(ordered("facts", a, b) for a, b in pairs(coloureds, 2))
     return found
 
 
@@ -234,6 +246,7 @@ class Scene:
     rng: random.Random
     cast: list[Person] = field(default_factory=list)
     mentioned: set[str] = field(default_factory=set)
+    coloured: list[str] = field(default_factory=list)
     owed: list[str] = field(default_factory=list)
 
     def fill(self, template: str, **given: object) -> str:
@@ -394,9 +407,11 @@ def colour(scene: Scene) -> str:
         scene.choose(COLOUR_OF, thing=t, a=scene.rng.choice(scene.cast)) + f" {c}."
         for t, c in known[: scene.rng.choice((1, 2, 2))]
     ]
-    if _allowed(" ".join((text, *owed))):
-        scene.mentioned.update(things)
-        scene.owed += owed
+    if not _allowed(" ".join((text, *owed, ". ".join(scene.coloured)))):
+        return colour(scene)
+    scene.mentioned.update(things)
+    scene.coloured += (one, *two)
+    scene.owed += owed
     return text
 
 
@@ -485,29 +500,83 @@ _WEIGHTS = [weight for _, weight in _SENTENCES]
 
 
 def _allowed(text: str) -> bool:
-    return HELD_OUT.isdisjoint(combinations(text))
+    return not any(map(held_out, combinations(text)))
 
 
-def _cast(rng: random.Random) -> list[Person]:
-    """Two to four people who may share a document; in half of the documents with surnames."""
-    first: list[str] = []
-    size = rng.choice((2, 3, 3, 4))
-    while len(first) < size:
-        name = rng.choice(NAMES)
-        if name not in first and not any(_ordered("person", name, n) in HELD_OUT for n in first):
-            first.append(name)
-    if rng.random() < 0.5:
-        return [Person(name) for name in first]
-    while True:
-        last = rng.sample(SURNAMES, size)
-        full = [Person(f, s) for f, s in zip(first, last, strict=True)]
-        if _allowed(". ".join(map(str, full))):
-            return full
+def _cast(rng: random.Random, size: int, surnames: bool) -> list[Person]:
+    """People who may share a document."""
+    cast: list[Person] = []
+    while len(cast) < size:
+        person = Person(rng.choice(NAMES), rng.choice(SURNAMES) if surnames else "")
+        if any(person.first == p.first or person.last == p.last != "" for p in cast):
+            continue
+        if _allowed(". ".join(map(str, (*cast, person)))):
+            cast.append(person)
+    return cast
 
 
-def document(rng: random.Random) -> str:
-    """One scene of one to ten sentences; what a sentence still owes is paid before the end."""
-    scene = Scene(rng, _cast(rng))
+def _stock(rng: random.Random, size: int) -> list[tuple[str, str]]:
+    """Colours and things, each of its own, which may share a sentence."""
+    stock: list[tuple[str, str]] = []
+    while len(stock) < size:
+        colour, thing = rng.choice(COLOURS), rng.choice(THINGS)
+        if any(colour == c or thing == t for c, t in stock):
+            continue
+        if _allowed(", ".join(f"{c} {t}" for c, t in (*stock, (colour, thing)))):
+            stock.append((colour, thing))
+    return stock
+
+
+def _listed(parts: Iterable[object]) -> str:
+    *most, last = map(str, parts)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+LISTED = (
+    "The names on the list were {list}.",
+    "Present at the {place} were {list}.",
+    "On {week} I saw {list}.",
+    "Then I saw {list}.",
+    "Later {list} were {felt}.",
+    "{list} were at the {place} on {week}.",
+)
+STOCKED = (
+    "There is {list} {spot}.",
+    "In the {place} there is {list}.",
+    "I saw {list} in the {place}.",
+    "{a} has {list}.",
+)
+
+
+def _filled(scene: Scene, templates: Iterable[str], **given: object) -> str:
+    while not _allowed(sentence := scene.choose(templates, **given)):
+        pass
+    return sentence
+
+
+def register(rng: random.Random) -> str:
+    """The same people, listed again and again in another order."""
+    scene = Scene(rng, _cast(rng, rng.choice((1, 2, 2, 3, 3, 4, 5, 6)), surnames=True))
+    size = len(scene.cast)
+    counts = [size, *(rng.randint((size + 1) // 2, size) for _ in range(rng.randint(1, 3)))]
+    return " ".join(_filled(scene, LISTED, list=_listed(scene.people(n))) for n in counts)
+
+
+def inventory(rng: random.Random) -> str:
+    """Coloured things together, then which of them had which colour."""
+    scene, owner = Scene(rng), rng.choice(NAMES)
+    stock = _stock(rng, rng.choice((1, 2, 2, 3, 3, 4, 5)))
+    things = _listed(f"a {colour} {thing}" for colour, thing in stock)
+    text = [_filled(scene, STOCKED, list=things, a=owner)]
+    for colour, thing in rng.sample(stock, len(stock)):
+        answers = [f"{query} {colour}." for query in COLOUR_OF]
+        text.append(_filled(scene, answers, thing=thing, a=owner))
+    return " ".join(text)
+
+
+def scene(rng: random.Random) -> str:
+    """One to ten sentences; what a sentence still owes is paid before the end."""
+    scene = Scene(rng, _cast(rng, rng.choice((2, 3, 3, 4)), surnames=rng.random() < 0.5))
     length = rng.randint(5, 75)
     text: list[str] = []
     full = False
@@ -529,7 +598,22 @@ def documents(seed: int | str) -> Iterator[str]:
     """Training text without end; the same seed gives the same documents."""
     rng = random.Random(f"corpus/{seed}")
     while True:
-        yield document(rng)
+        yield rng.choices((scene, register, inventory), (8, 1, 1))[0](rng)
+
+
+def short_lists(seed: int | str, most: int) -> Iterator[str]:
+    """Registers and inventories of two to `most` entries without a word to spare."""
+    rng = random.Random(f"lists/{seed}")
+    while True:
+        size = rng.randint(2, most)
+        if rng.random() < 0.5:
+            cast = _cast(rng, size, surnames=True)
+            yield f"I saw {_listed(cast)}. Then {_listed(rng.sample(cast, size))}."
+        else:
+            stock = _stock(rng, size)
+            things = _listed(f"a {colour} {thing}" for colour, thing in stock)
+            answers = (f"The {thing} is {colour}." for colour, thing in rng.sample(stock, size))
+            yield f"I saw {things}. {' '.join(answers)}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -227,7 +227,9 @@ def main(argv: list[str] | None = None) -> None:
     many = unseen(settings, model, tokenizer)
     used = measure(stack, settings.k, many)
     usual = asdict(Settings())
-    flags = "".join(f" --{n} {v}" for n, v in asdict(settings).items() if v != usual[n])
+    flags = "".join(
+        f" --{n} {v}" for n, v in asdict(settings).items() if v != usual[n] and n != "report"
+    )
     card.state_dictionaries(
         given.model / "README.md",
         {
