@@ -44,7 +44,7 @@ class Settings:
     lists: int = 120
     """Steps of short lists, each of `rows` of them, before the corpus."""
     rows: int = 128
-    steps: int = 1050
+    steps: int = 3400
     """All steps, those of lists included."""
     tokens: int = 1024
     """Per step of the corpus, in rows of `short` tokens and, from step `full` on, of `context`."""
