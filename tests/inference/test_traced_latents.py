@@ -1,7 +1,7 @@
 """A latent's own value as the objective, against a pass written by hand, in float64.
 
-By hand is `plain.forward` and, where there are post-norms, Hugging Face's own pass; the encoder is
-written out below. Their gradients are PyTorch's own.
+By hand is `plain.forward`; the encoder is written out below. Gradients are PyTorch's own. Other
+families, with Hugging Face's own pass, are in `families/test_family_latents.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind, parse
-from services.inference.engine import attention, whole_verification
-from services.inference.engine.architecture import resolve
-from services.inference.engine.attribution import Explanation, NormMode
+from services.inference.engine import whole_verification
+from services.inference.engine.attribution import NormMode
 from services.inference.engine.bound import Place
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
@@ -27,24 +26,20 @@ from services.inference.engine.dictionaries.dictionary import (
 )
 from services.inference.engine.dictionaries.sites import Point
 from services.inference.engine.estimates import estimate
-from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Add, Intervention, Scale, SetTo, Zero
 from services.inference.engine.traced_latents import TracedLatent
 from services.inference.engine.tracing import TracedValue
 from services.inference.engine.verification import Ablation
 from tests.inference import plain
-from tests.inference.families import models as families
 from tests.inference.helpers import (
     LAYERS,
     WIDTH,
     Engine,
-    direct_sums,
     explained,
     in_float64,
     matrices,
     random_engine,
     random_model,
-    shelf_of,
 )
 from tests.inference.planted import ACTIVATIONS, ByHand, random_dictionary
 from tests.inference.test_latents import nodes_of
@@ -500,138 +495,3 @@ def test_effects_are_verified_by_really_ablating(name: str, post: bool) -> None:
     assert found[own].effect == pytest.approx(itself, rel=1e-9)
     *_, estimated = estimate(engine.hooks, run, edits, NormMode.FINAL_NORM_FROZEN, cancel)
     assert estimated == pytest.approx(itself, rel=1e-6)
-
-
-GEMMA = "gemma2/softcap"
-SITES = {
-    "z": (Point.Z, False),
-    "attn_out": (Point.ATTN_OUT, False),
-    "attn_out before the post-norm": (Point.ATTN_OUT, True),
-    "mlp_act": (Point.MLP_ACT, False),
-    "mlp_out": (Point.MLP_OUT, False),
-    "mlp_out before the post-norm": (Point.MLP_OUT, True),
-}
-
-
-def family_width(point: Point) -> int:
-    return {Point.Z: 48, Point.MLP_ACT: families.NEURONS}.get(point, families.WIDTH)
-
-
-def gemma(dictionary: Dictionary) -> Engine:
-    dtype = dictionary.w_enc.dtype
-    weights = families.random_model(GEMMA, dtype, attention.IMPLEMENTATION)
-    architecture = resolve(weights)
-    engine = Engine(Hooks(weights, architecture), architecture)
-    engine.hooks.shelf = shelf_of([dictionary], architecture, dtype)
-    return engine
-
-
-@dataclass
-class Shown:
-    """What Hugging Face's pass shows."""
-
-    embed: Tensor
-    at: dict[str, Tensor]
-    """By name of `SITES`, [T, w], of layer 1."""
-
-
-def shown(reference: Any, held: families.Scales) -> Shown:
-    found: dict[str, Tensor] = {}
-
-    def site(kind: str, layer: int | None, values: Tensor) -> Tensor:
-        if kind == "embed":
-            values = values.detach().requires_grad_()
-            found["embed"] = values
-        elif layer == LAYER:
-            found[kind] = values
-        return values
-
-    reference.run(families.IDS, site, held)
-    block = reference.blocks[LAYER]
-    z, neurons = found["z"].flatten(2)[0], found["neurons"][0]
-    return Shown(
-        found["embed"],
-        {
-            "z": z,
-            "attn_out": found["attn"][0],
-            "attn_out before the post-norm": block.self_attn.o_proj(z),
-            "mlp_act": neurons,
-            "mlp_out": found["mlp"][0],
-            "mlp_out before the post-norm": block.mlp.down_proj(neurons),
-        },
-    )
-
-
-@pytest.mark.parametrize("mode", NormMode)
-@pytest.mark.parametrize("name", SITES)
-def test_sites_around_a_post_norm(name: str, mode: NormMode) -> None:
-    """Value, slopes at the embedding and constants are those of Hugging Face's pass, with just the
-    scales held that lie between x_ref and the site."""
-    point, before = SITES[name]
-    dictionary = random_dictionary(
-        "D",
-        point,
-        LAYER,
-        norm=LAYER_NORM,
-        before_post_norm=before,
-        width=family_width,
-        dtype=DOUBLE,
-    )
-    with families.KeepDouble():
-        engine = gemma(dictionary)
-        (explanation,) = engine.explain(
-            explained(families.IDS, objective=traced(engine)), norm_mode=mode
-        )
-        reference = families.Reference(GEMMA, DOUBLE)
-        scales = reference.scales(families.IDS)
-        block = reference.blocks[LAYER]
-        of_attention = point in (Point.Z, Point.ATTN_OUT)
-        reading = [block.input_layernorm if of_attention else block.pre_feedforward_layernorm]
-        if name in ("attn_out", "mlp_out"):
-            reading.append(
-                block.post_attention_layernorm if of_attention else block.post_feedforward_layernorm
-            )
-        held = {
-            NormMode.LIVE: {},
-            NormMode.FINAL_NORM_FROZEN: {module: scales[module] for module in reading},
-            NormMode.ALL_NORMS_FROZEN: scales,
-        }[mode]
-        biased = block.self_attn if of_attention else block.mlp
-        leaves = [
-            parameter.requires_grad_()
-            for label, parameter in biased.named_parameters()
-            if label.endswith("bias") and not (point is Point.Z and label.startswith("o_proj"))
-        ]
-        seen = shown(reference, held)
-        x = seen.at[name]
-        norm_in = None if mode is NormMode.LIVE else norm_scale(dictionary, x).detach()
-        leaves += [dictionary.b_in.requires_grad_(), dictionary.b_enc.requires_grad_()]
-        value = pre_by_hand(dictionary, x, norm_in)[TOKEN]
-        slope, *gradients = torch.autograd.grad(value, [seen.embed, *leaves])
-    assert explanation.value == pytest.approx(float(value.detach()), rel=1e-8)
-    theirs = (seen.embed * slope).sum(-1)[0].detach()
-    ours = explanation.groups[0].column(Column.TOTAL_EFFECT)
-    assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
-    constants = sum(float((a * b).sum().detach()) for a, b in zip(leaves, gradients, strict=True))
-    assert explanation.remainder["bias.read"] == pytest.approx(constants, rel=1e-7)
-    if of_attention:
-        assert len(leaves) == (5 if point is Point.Z else 6)
-    assert_closes(explanation)
-
-
-def assert_closes(explanation: Explanation) -> None:
-    total, size = direct_sums(explanation)
-    assert abs(total - explanation.value) <= 1e-5 * size
-
-
-def test_a_sliding_window_bounds_what_is_read() -> None:
-    dictionary = random_dictionary("D", Point.Z, 0, width=family_width)
-    engine = gemma(dictionary)
-    objective = traced(engine, token=families.LAST)
-    first = families.LAST - families.WINDOW + 1
-    assert objective.reads == tuple(range(first, families.LAST + 1))
-    (explanation,) = engine.explain(explained(families.IDS, objective=objective))
-    embed = explanation.groups[0].column(Column.TOTAL_EFFECT)
-    assert not embed[:first].any()
-    assert embed[first:].all()
-    assert_closes(explanation)
