@@ -1,4 +1,4 @@
-"""A latent's own value as the objective where post-norms, QK-norms or parallel blocks lie before it.
+"""A latent's value as the objective behind post-norms and QK-norms, and in parallel blocks.
 
 Against Hugging Face's own pass with plain PyTorch hooks, in float64.
 """
