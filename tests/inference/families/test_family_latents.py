@@ -236,3 +236,34 @@ def test_in_a_parallel_block_the_mlp_reads_what_attention_reads(transcoder: bool
     assert_closes(explanation)
     _, size = direct_sums(explanation)
     assert (abs(explanation.remainder["rest"]) <= 1e-9 * size) is transcoder
+
+
+PLACES = {
+    "z": (Point.Z, None),
+    "attn_out": (Point.ATTN_OUT, None),
+    "mlp_out": (Point.MLP_OUT, None),
+    "transcoder": (Point.MLP_OUT, Point.MLP_IN),
+    "resid_post": (Point.RESID_POST, None),
+}
+
+
+@pytest.mark.parametrize("variant", families.ALL_VARIANTS)
+def test_sums_close_in_every_family(variant: str) -> None:
+    shape = families.engine_of(variant).architecture
+    widths = {Point.Z: shape.n_heads * shape.head_width}
+    for name, (point, reads) in PLACES.items():
+        dictionary = random_dictionary(
+            "D",
+            point,
+            LAYER,
+            norm=LAYER_NORM,
+            reads=reads,
+            width=lambda at: widths.get(at, families.WIDTH),
+        )
+        engine = engine_of(dictionary, variant)
+        (explanation,) = engine.explain(explained(families.IDS, objective=traced(engine)))
+        assert explanation.value != 0
+        assert_closes(explanation)
+        if name in ("transcoder", "resid_post"):
+            _, size = direct_sums(explanation)
+            assert abs(explanation.remainder["rest"]) <= 1e-5 * size
