@@ -95,8 +95,10 @@ def _url(process: subprocess.Popen[bytes], said: Path) -> str:
     pytest.fail(f"`tdb up` printed no URL. It said:\n{said.read_text()}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Not for the whole session: Playwright keeps the thread's event loop, which tests of services
+    that come after these need."""
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if executable is None:
         _absent("Chromium is not installed")
