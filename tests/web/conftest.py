@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.web.dictionaries import write_dictionaries
 from tests.web.driving import Complaints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,22 +115,6 @@ def complaints(page: Page, product: str) -> Complaints:
 @pytest.fixture
 def page(browser: Browser, product: str) -> Iterator[Page]:
     with _page(browser, product) as page:
-        yield page
-
-
-@pytest.fixture(scope="session")
-def product_with_latents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of the product with a dictionary for every sublayer."""
-    folder = tmp_path_factory.mktemp("latents")
-    write_dictionaries(folder / "dictionaries")
-    flag = f"exact={folder / 'dictionaries'}"
-    with _started(folder, "--demo", "--dictionary", flag) as url:
-        yield url
-
-
-@pytest.fixture
-def page_with_latents(browser: Browser, product_with_latents: str) -> Iterator[Page]:
-    with _page(browser, product_with_latents) as page:
         yield page
 
 

@@ -28,23 +28,22 @@ def kinds(page: Page) -> set[str]:
     }
 
 
-def test_latents_stand_for_neurons_and_are_ablated(page_with_latents: Page) -> None:
-    page = page_with_latents
+def test_latents_stand_for_neurons_and_are_ablated(page: Page) -> None:
     difference = start(page)
     assert "neuron" in kinds(page)
     switch(page, "MLPs", "latents")
-    assert {"latent exact-mlp_out", "head"} <= kinds(page)
+    assert {"latent demo-mlp_out", "head"} <= kinds(page)
     assert "neuron" not in kinds(page)
     assert number(page) == pytest.approx(difference, rel=1e-4)
-    assert page.url.count("dictionary=exact-mlp_out-") == 4
+    assert page.url.count("dictionary=demo-mlp_out-") == 4
     switch(page, "attention", "latents")
     assert kinds(page) & {"head", "neuron"} == set()
-    assert "dictionary=exact&" in f"{page.url}&"
+    assert "dictionary=demo&" in f"{page.url}&"
 
     foot = page.locator("tfoot")
     expect(foot).to_contain_text("bias + error + rest")
     foot.get_by_role("button", name="parts").click()
-    expect(foot).to_contain_text("error.exact-mlp_out-3")
+    expect(foot).to_contain_text("error.demo-mlp_out-3")
     shoot(page, "latents")
 
     node = page.locator("tr.row[data-node^='latent.']").first.get_attribute("data-node") or ""
@@ -56,8 +55,7 @@ def test_latents_stand_for_neurons_and_are_ablated(page_with_latents: Page) -> N
     expect(page.locator(".edit")).to_contain_text(f"ablate {node}")
 
 
-def test_a_latent_is_traced_and_described(page_with_latents: Page) -> None:
-    page = page_with_latents
+def test_a_latent_is_traced_and_described(page: Page) -> None:
     start(page)
     switch(page, "MLPs", "latents")
     row = page.locator("tr.row[data-node^='latent.']").first
@@ -71,8 +69,7 @@ def test_a_latent_is_traced_and_described(page_with_latents: Page) -> None:
     expect(page.locator(".objective-card")).to_contain_text(f"Pre-activation of {node}")
 
 
-def test_an_attention_latent_says_which_tokens_it_comes_from(page_with_latents: Page) -> None:
-    page = page_with_latents
+def test_an_attention_latent_says_which_tokens_it_comes_from(page: Page) -> None:
     start(page)
     switch(page, "attention", "latents")
     rows(page).and_(page.locator("[data-node*='attn_out']")).first.click()
@@ -82,13 +79,12 @@ def test_an_attention_latent_says_which_tokens_it_comes_from(page_with_latents: 
     assert spare <= 0
 
 
-def test_the_library_tells_how_well_each_dictionary_does(page_with_latents: Page) -> None:
-    page = page_with_latents
+def test_the_library_tells_how_well_each_dictionary_does(page: Page) -> None:
     start(page)
     page.get_by_role("button", name="8 dictionaries").click()
     library = page.get_by_role("dialog", name="Dictionaries")
     expect(library.locator("tbody tr")).to_have_count(8)
-    expect(library).to_contain_text("exact-attn_out-2")
+    expect(library).to_contain_text("demo-attn_out-2")
     expect(library).to_contain_text("mlp_out.3")
     shoot(page, "library")
     page.keyboard.press("Escape")

@@ -39,7 +39,7 @@ def steps(page: Page) -> list[str]:
 def test_a_head_is_traced_through_q_and_back(page: Page, browser: Browser) -> None:
     difference = start(page)
     card = page.locator(".objective-card")
-    head = trace(page, "head.3", "q")
+    head = trace(page, "head.1", "q")
     assert steps(page) == [f"{head}:query"]
     expect(card).to_contain_text(f"Score of {head} through Q")
     expect(card).to_contain_text("with the key held constant")
@@ -79,7 +79,7 @@ def test_a_head_is_traced_through_q_and_back(page: Page, browser: Browser) -> No
 
 def test_v_is_traced_on_what_comes_before_and_not_on_itself(page: Page) -> None:
     start(page)
-    first = trace(page, "head.3", "v")
+    first = trace(page, "head.1", "v")
     expect(page.locator(".meaning")).to_contain_text("on logit difference ␣Mary − ␣John")
     found, node = row(page, "head.")
     found.click()
