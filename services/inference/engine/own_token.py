@@ -282,7 +282,7 @@ def _projected(read: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | N
     vectors = torch.einsum("hed,nd->nhe", weight, read)
     if bias is not None:
         vectors = vectors + bias
-    return vectors if norm is None else _held(norm, vectors, norm.scale(vectors.detach()))
+    return vectors if norm is None else _held(norm, vectors, norm.scale(vectors))
 
 
 def _held(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class TracedLatent(Unconditional):
         site, found = self.place.site_in, {self._norm_in}
         match self.place.reading:
             case Kind.ATTN:
-                found |= {(name, site.layer) for name in ("attn", "q", "k")}
+                found.add(("attn", site.layer))
             case Kind.MLP:
                 found.add(("mlp", site.layer))
         if self._behind_post_norm:

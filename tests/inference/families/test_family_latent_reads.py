@@ -90,9 +90,6 @@ class ByReference:
         name = family.attn_norm if of_attention else family.mlp_norm
         post = family.attn_post_norm if of_attention else family.mlp_post_norm
         held = [block.get_submodule(each) for each in (name, post) if each]
-        attention = block.get_submodule(reference._attn)
-        if of_attention and hasattr(attention, "q_norm"):
-            held += [attention.q_norm, attention.k_norm]
         kind = {Point.Z: "z", Point.MLP_ACT: "neurons", Point.ATTN_OUT: "attn"}
         self.seen: dict[str, Tensor] = {}
         self.tokens = reference.model.get_input_embeddings()(torch.arange(VOCABULARY))

@@ -190,7 +190,8 @@ def slopes_by_hand(
 
 
 @pytest.mark.parametrize(("point", "kind"), [(Point.Z, "z"), (Point.ATTN_OUT, "attn")])
-def test_norms_of_queries_and_keys_are_reading_norms(point: Point, kind: str) -> None:
+def test_norms_of_queries_and_keys_are_live(point: Point, kind: str) -> None:
+    """They are a part of the sublayer, which is live between x_ref and the dictionary."""
     dictionary = random_dictionary(
         "D", point, LAYER, norm=LAYER_NORM, width=family_width, dtype=DOUBLE
     )
@@ -199,12 +200,12 @@ def test_norms_of_queries_and_keys_are_reading_norms(point: Point, kind: str) ->
         engine = engine_of(dictionary, variant)
         (explanation,) = engine.explain(explained(families.IDS, objective=traced(engine)))
         norms = ["input_layernorm", "self_attn.q_norm", "self_attn.k_norm"]
-        value, theirs = slopes_by_hand(variant, kind, dictionary, norms)
-        _, live = slopes_by_hand(variant, kind, dictionary, norms[:1])
+        value, theirs = slopes_by_hand(variant, kind, dictionary, norms[:1])
+        _, held = slopes_by_hand(variant, kind, dictionary, norms)
     ours = explanation.groups[0].column(Column.TOTAL_EFFECT)
     assert explanation.value == pytest.approx(value, rel=1e-8)
     assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
-    assert (ours - live).abs().max() > 1e-3 * live.abs().max()
+    assert (ours - held).abs().max() > 1e-3 * held.abs().max()
     assert_closes(explanation)
 
 
