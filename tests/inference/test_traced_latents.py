@@ -1,7 +1,7 @@
 """A latent's own value as the objective, against a pass written by hand, in float64.
 
 By hand is `plain.forward`; the encoder is written out below. Gradients are PyTorch's own. Other
-families, with Hugging Face's own pass, are in `families/test_family_latents.py`.
+families, with Hugging Face's own pass, are in `families/test_family_latent_traces.py`.
 """
 
 from dataclasses import dataclass, replace

@@ -1,270 +1,199 @@
-"""A latent's value as the objective behind post-norms and QK-norms, and in parallel blocks.
+"""Dictionaries in every variant of every family, mixtures of experts included."""
 
-Against Hugging Face's own pass with plain PyTorch hooks, in float64.
-"""
-
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from services.inference.engine import attention
-from services.inference.engine.architecture import resolve
-from services.inference.engine.attribution import Explanation, NormMode
-from services.inference.engine.columns import Column
-from services.inference.engine.dictionaries.dictionary import Dictionary
-from services.inference.engine.dictionaries.sites import Point
-from services.inference.engine.forward import Hooks
-from tests.inference.families import models as families
-from tests.inference.helpers import Engine, direct_sums, explained, matrices, shelf_of
-from tests.inference.planted import random_dictionary
-from tests.inference.test_traced_latents import (
-    DOUBLE,
-    LAYER,
-    LAYER_NORM,
-    TOKEN,
-    norm_scale,
-    pre_by_hand,
-    traced,
+from services.common.addresses import parse
+from services.common.errors import FailedPrecondition
+from services.inference.engine import verification
+from services.inference.engine.attribution import NormMode
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.captured import Row
+from services.inference.engine.dictionaries.dictionary import Dictionary, InputNorm, NormKind
+from services.inference.engine.dictionaries.sites import Point, Site
+from services.inference.engine.interventions import Intervention, Scale, SetTo, Zero
+from services.inference.engine.shelving import widths_of
+from services.inference.engine.verification import Ablation
+from tests.inference.families.models import (
+    ALL_VARIANTS,
+    IDS,
+    LAST,
+    NEURONS,
+    WIDTH,
+    edited,
+    engine_of,
+    reference_of,
+    untouched,
 )
+from tests.inference.families.shared import ALL, OBJECTIVE, close, direct_sums
+from tests.inference.helpers import Engine, explained, shelf_of
+from tests.inference.planted import ByHand, random_dictionary
 
-GEMMA = "gemma2/softcap"
-SITES = {
-    "z": (Point.Z, False),
-    "attn_out": (Point.ATTN_OUT, False),
-    "attn_out before the post-norm": (Point.ATTN_OUT, True),
-    "mlp_act": (Point.MLP_ACT, False),
-    "mlp_out": (Point.MLP_OUT, False),
-    "mlp_out before the post-norm": (Point.MLP_OUT, True),
-}
+LAYER = 2  # of experts in both variants that have them
+DICTIONARIES = ("z", "attn", "attn_out", "mlp_act", "mlp", "mlp_out", "transcoder")
+"""By the name of their site in the reference: `attn_out` and `mlp_out` lie before a post-norm."""
 
 
-def family_width(point: Point) -> int:
-    return {Point.Z: 48, Point.MLP_ACT: families.NEURONS}.get(point, families.WIDTH)
-
-
-def engine_of(dictionary: Dictionary, variant: str = GEMMA) -> Engine:
-    dtype = dictionary.w_enc.dtype
-    weights = families.random_model(variant, dtype, attention.IMPLEMENTATION)
-    architecture = resolve(weights)
-    engine = Engine(Hooks(weights, architecture), architecture)
-    engine.hooks.shelf = shelf_of([dictionary], architecture, dtype)
-    return engine
-
-
-@dataclass
-class Shown:
-    """What Hugging Face's pass shows."""
-
-    embed: Tensor
-    at: dict[str, Tensor]
-    """By name of `SITES`, [T, w], of layer 1."""
-
-
-def shown(reference: Any, held: families.Scales) -> Shown:
-    found: dict[str, Tensor] = {}
-
-    def site(kind: str, layer: int | None, values: Tensor) -> Tensor:
-        if kind == "embed":
-            values = values.detach().requires_grad_()
-            found["embed"] = values
-        elif layer == LAYER:
-            found[kind] = values
-        return values
-
-    reference.run(families.IDS, site, held)
-    block = reference.blocks[LAYER]
-    z, neurons = found["z"].flatten(2)[0], found["neurons"][0]
-    return Shown(
-        found["embed"],
-        {
-            "z": z,
-            "attn_out": found["attn"][0],
-            "attn_out before the post-norm": block.self_attn.o_proj(z),
-            "mlp_act": neurons,
-            "mlp_out": found["mlp"][0],
-            "mlp_out before the post-norm": block.mlp.down_proj(neurons),
-        },
-    )
-
-
-@pytest.mark.parametrize("mode", NormMode)
-@pytest.mark.parametrize("name", SITES)
-def test_sites_around_a_post_norm(name: str, mode: NormMode) -> None:
-    """Value, slopes at the embedding and constants are those of Hugging Face's pass, with just the
-    scales held that lie between x_ref and the site."""
-    point, before = SITES[name]
-    dictionary = random_dictionary(
+def dictionary(engine: Engine, name: str) -> Dictionary:
+    architecture = engine.architecture
+    widths = {
+        Point.Z: architecture.n_heads * architecture.head_width,
+        Point.MLP_ACT: NEURONS,
+    }
+    points = {
+        "z": Point.Z,
+        "attn": Point.ATTN_OUT,
+        "attn_out": Point.ATTN_OUT,
+        "mlp_act": Point.MLP_ACT,
+    }
+    return random_dictionary(
         "D",
-        point,
+        points.get(name, Point.MLP_OUT),
         LAYER,
-        norm=LAYER_NORM,
-        before_post_norm=before,
-        width=family_width,
-        dtype=DOUBLE,
+        "topk" if name == "mlp_out" else "relu",
+        InputNorm(NormKind.LAYER_NORM) if name == "attn" else None,
+        reads=Point.MLP_IN if name == "transcoder" else None,
+        skip=name == "transcoder",
+        before_post_norm=name in ("attn_out", "mlp_out"),
+        width=lambda point: widths.get(point, WIDTH),
     )
-    with families.KeepDouble():
-        engine = engine_of(dictionary)
-        (explanation,) = engine.explain(
-            explained(families.IDS, objective=traced(engine)), norm_mode=mode
-        )
-        reference = families.Reference(GEMMA, DOUBLE)
-        scales = reference.scales(families.IDS)
-        block = reference.blocks[LAYER]
-        of_attention = point in (Point.Z, Point.ATTN_OUT)
-        reading = [block.input_layernorm if of_attention else block.pre_feedforward_layernorm]
-        if name in ("attn_out", "mlp_out"):
-            reading.append(
-                block.post_attention_layernorm if of_attention else block.post_feedforward_layernorm
+
+
+@contextmanager
+def served(variant: str, name: str) -> Iterator[tuple[Engine, Dictionary]]:
+    engine = engine_of(variant)
+    found = dictionary(engine, name)
+    empty = engine.hooks.shelf
+    engine.hooks.shelf = shelf_of([found], engine.architecture, torch.float32)
+    try:
+        yield engine, found
+    finally:
+        engine.hooks.shelf = empty
+
+
+def exists(variant: str, name: str) -> bool:
+    return name != "mlp_act" or not ALL_VARIANTS[variant].experts
+
+
+def ablated(variant: str, name: str, found: Dictionary) -> Tensor:
+    """Logits of Hugging Face's pass without latent 3, and with latent 7 at 2 at token 5."""
+    site = {"mlp_act": "neurons", "transcoder": "mlp"}.get(name, name)
+    reads = "mlp_in" if name == "transcoder" else site
+    seen: dict[str, Tensor] = {}
+    formulas = ByHand(found)
+
+    def change(target: Tensor) -> Tensor:
+        x = seen["x"]
+        latents = formulas.latents(x)
+        after = latents.clone()
+        after[..., 3] = 0
+        after[:, 5, 7] = 2.0
+        write = formulas.write(after, x) - formulas.write(latents, x)
+        return target + write.view_as(target)
+
+    def hook(kind: str, layer: int | None, values: Tensor) -> Tensor:
+        if layer == LAYER and kind == reads:
+            seen["x"] = values.flatten(2)
+        return edited((site, LAYER, (slice(None),), change))(kind, layer, values)
+
+    return reference_of(variant).run(IDS, hook)
+
+
+@pytest.mark.parametrize("variant", list(ALL_VARIANTS))
+def test_latents(variant: str) -> None:
+    clean = reference_of(variant).run(IDS, untouched)
+    for name in DICTIONARIES:
+        if not exists(variant, name):
+            continue
+        with served(variant, name) as (engine, found):
+            without = engine.hooks.run([Row(IDS)], ALL, gradients=False).logits
+            read = engine.hooks.run([Row(IDS)], ALL, gradients=False, dictionaries=["D"]).logits
+            assert torch.equal(read, without)
+            edits = engine.edits(
+                Intervention(parse("latent.D.3"), Zero()),
+                Intervention(parse("latent.D.7~5"), SetTo(2.0)),
+                tokens=len(IDS),
             )
-        held = {
-            NormMode.LIVE: {},
-            NormMode.FINAL_NORM_FROZEN: {module: scales[module] for module in reading},
-            NormMode.ALL_NORMS_FROZEN: scales,
-        }[mode]
-        biased = block.self_attn if of_attention else block.mlp
-        leaves = [
-            parameter.requires_grad_()
-            for label, parameter in biased.named_parameters()
-            if label.endswith("bias") and not (point is Point.Z and label.startswith("o_proj"))
-        ]
-        seen = shown(reference, held)
-        x = seen.at[name]
-        norm_in = None if mode is NormMode.LIVE else norm_scale(dictionary, x).detach()
-        leaves += [dictionary.b_in.requires_grad_(), dictionary.b_enc.requires_grad_()]
-        value = pre_by_hand(dictionary, x, norm_in)[TOKEN]
-        slope, *gradients = torch.autograd.grad(value, [seen.embed, *leaves])
-    assert explanation.value == pytest.approx(float(value.detach()), rel=1e-8)
-    theirs = (seen.embed * slope).sum(-1)[0].detach()
-    ours = explanation.groups[0].column(Column.TOTAL_EFFECT)
-    assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
-    constants = sum(float((a * b).sum().detach()) for a, b in zip(leaves, gradients, strict=True))
-    assert explanation.remainder["bias.read"] == pytest.approx(constants, rel=1e-7)
-    if of_attention:
-        assert len(leaves) == (5 if point is Point.Z else 6)
-    assert_closes(explanation)
+            ours = engine.hooks.run([Row(IDS, edits)], ALL, gradients=False).logits
+            assert close(ours, ablated(variant, name, found), 2e-5), name
+            assert not close(ours, clean, 1e-4), name
 
 
-def assert_closes(explanation: Explanation) -> None:
-    total, size = direct_sums(explanation)
-    assert abs(total - explanation.value) <= 1e-5 * size
+@pytest.mark.parametrize("variant", list(ALL_VARIANTS))
+def test_sums_close_with_latents_in_the_table(variant: str) -> None:
+    for name in DICTIONARIES:
+        if not exists(variant, name):
+            continue
+        with served(variant, name) as (engine, _):
+            wanted = [
+                Intervention(parse("latent.D.3"), SetTo(1.5)),
+                Intervention(parse(f"error.D~{LAST}"), Scale(0.25)),
+                Intervention(parse(f"mlp.{LAYER}"), Scale(0.5)),
+            ]
+            for edits in ((), engine.edits(*wanted, tokens=len(IDS))):
+                run = explained(IDS, *edits, objective=OBJECTIVE)
+                for norm_mode in (NormMode.FINAL_NORM_FROZEN, NormMode.ALL_NORMS_FROZEN):
+                    (explanation,) = engine.explain(run, norm_mode=norm_mode, dictionaries=["D"])
+                    total, size = direct_sums(explanation)
+                    assert abs(total - explanation.value) <= 1e-5 * size, name
+                    if not edits:
+                        without = total - explanation.remainder["error.D"]
+                        assert abs(without - explanation.value) > 1e-4 * size, name
 
 
-def test_a_sliding_window_bounds_what_is_read() -> None:
-    dictionary = random_dictionary("D", Point.Z, 0, width=family_width)
-    engine = engine_of(dictionary)
-    objective = traced(engine, token=families.LAST)
-    first = families.LAST - families.WINDOW + 1
-    assert objective.reads == tuple(range(first, families.LAST + 1))
-    (explanation,) = engine.explain(explained(families.IDS, objective=objective))
-    embed = explanation.groups[0].column(Column.TOTAL_EFFECT)
-    assert not embed[:first].any()
-    assert embed[first:].all()
-    assert_closes(explanation)
+@pytest.mark.parametrize("variant", list(ALL_VARIANTS))
+def test_verified_latents(variant: str) -> None:
+    """Resumed where each starts, under edits of the same dictionary, against whole passes."""
+    for name in DICTIONARIES:
+        if not exists(variant, name):
+            continue
+        with served(variant, name) as (engine, _):
+            base = [
+                Intervention(parse("latent.D.4"), SetTo(1.5)),
+                Intervention(parse("mlp.1~5"), Scale(0.5)),
+            ]
+            edits = engine.edits(*base, tokens=len(IDS))
+            site = engine.hooks.run([Row(IDS)], [0], gradients=False, dictionaries=["D"])
+            latent = int(site.sites.found["D"].clean(0, len(IDS))[LAST].argmax())
+            nodes = [parse(f"latent.D.{latent}{place}") for place in ("", f"~{LAST}", "~5")]
+            ablations = [
+                Ablation(node, *engine.edits(Intervention(node, Zero()), tokens=len(IDS)))
+                for node in nodes
+            ]
+            rows = [Row(IDS, edits), *(Row(IDS, (*edits, each.edit)) for each in ablations)]
+            logits = engine.hooks.run(rows, [LAST], gradients=False).logits[:, 0]
+            whole, *without = (float(OBJECTIVE.of_logits(each)) for each in logits)
+            size = max(map(abs, (whole, *without)))
+            run = explained(IDS, *edits, objective=OBJECTIVE)
+            begun = verification.begin(engine.hooks, run, ablations, CancelToken(), 1)
+            chunks = (begun.chunk(number, CancelToken()) for number in range(len(begun.chunks)))
+            found = {each.node: each.effect for chunk in chunks for each in chunk}
+            for node, value in zip(nodes, without, strict=True):
+                assert found[node] == pytest.approx(whole - value, abs=2e-5 * size), name
+            assert abs(found[nodes[1]]) > 1e-4 * size, name
 
 
-def slopes_by_hand(
-    variant: str, kind: str, dictionary: Dictionary, held: list[str]
-) -> tuple[float, Tensor]:
-    """J and e . G(e) [T] of Hugging Face's pass, the scales of these norms of layer 1 held."""
-    reference = families.Reference(variant, DOUBLE)
-    scales = reference.scales(families.IDS)
-    block = reference.blocks[LAYER]
-    found: dict[str, Tensor] = {}
-
-    def site(name: str, layer: int | None, values: Tensor) -> Tensor:
-        if name == "embed":
-            values = values.detach().requires_grad_()
-        if layer in (None, LAYER):
-            found[name] = values
-        return values
-
-    norms = {block.get_submodule(name) for name in held}
-    reference.run(families.IDS, site, {norm: scales[norm] for norm in norms})
-    x = found[kind].flatten(2)[0]
-    value = pre_by_hand(dictionary, x, norm_scale(dictionary, x).detach())[TOKEN]
-    (slope,) = torch.autograd.grad(value, found["embed"])
-    return float(value.detach()), (found["embed"] * slope).sum(-1)[0].detach()
+def test_a_site_on_the_other_side_of_a_post_norm_is_another_site() -> None:
+    """The same weights read before and behind it leave other errors."""
+    variant = "gemma2/softcap"
+    found = []
+    for name in ("mlp", "mlp_out"):
+        with served(variant, name) as (engine, dictionary):
+            assert dictionary.header.site_out.before_post_norm is (name == "mlp_out")
+            (explanation,) = engine.explain(explained(IDS, objective=OBJECTIVE), dictionaries=["D"])
+            found.append(explanation.remainder["error.D"])
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
 
 
-@pytest.mark.parametrize(("point", "kind"), [(Point.Z, "z"), (Point.ATTN_OUT, "attn")])
-def test_norms_of_queries_and_keys_are_live(point: Point, kind: str) -> None:
-    """They are a part of the sublayer, which is live between x_ref and the dictionary."""
-    dictionary = random_dictionary(
-        "D", point, LAYER, norm=LAYER_NORM, width=family_width, dtype=DOUBLE
-    )
-    variant = "qwen3/qk-norm"
-    with families.KeepDouble():
-        engine = engine_of(dictionary, variant)
-        (explanation,) = engine.explain(explained(families.IDS, objective=traced(engine)))
-        norms = ["input_layernorm", "self_attn.q_norm", "self_attn.k_norm"]
-        value, theirs = slopes_by_hand(variant, kind, dictionary, norms[:1])
-        _, held = slopes_by_hand(variant, kind, dictionary, norms)
-    ours = explanation.groups[0].column(Column.TOTAL_EFFECT)
-    assert explanation.value == pytest.approx(value, rel=1e-8)
-    assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
-    assert (ours - held).abs().max() > 1e-3 * held.abs().max()
-    assert_closes(explanation)
-
-
-@pytest.mark.parametrize("transcoder", [False, True])
-def test_in_a_parallel_block_the_mlp_reads_what_attention_reads(transcoder: bool) -> None:
-    dictionary = random_dictionary(
-        "D",
-        Point.MLP_OUT,
-        LAYER,
-        norm=LAYER_NORM,
-        reads=Point.MLP_IN if transcoder else None,
-        width=family_width,
-        dtype=DOUBLE,
-    )
-    variant = "gpt_neox/parallel"
-    with families.KeepDouble():
-        engine = engine_of(dictionary, variant)
-        objective = traced(engine)
-        assert str(objective.point(engine.architecture)) == "resid_post.0"
-        (explanation,) = engine.explain(explained(families.IDS, objective=objective))
-        if not transcoder:
-            value, theirs = slopes_by_hand(variant, "mlp", dictionary, ["post_attention_layernorm"])
-            ours = explanation.groups[0].column(Column.TOTAL_EFFECT)
-            assert explanation.value == pytest.approx(value, rel=1e-8)
-            assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
-    direct = matrices(explanation, Column.DIRECT_EFFECT)
-    assert not direct[1 + LAYER].any()  # attention of its own layer
-    assert direct[LAYER].any()
-    assert_closes(explanation)
-    _, size = direct_sums(explanation)
-    assert (abs(explanation.remainder["rest"]) <= 1e-9 * size) is transcoder
-
-
-PLACES = {
-    "z": (Point.Z, None),
-    "attn_out": (Point.ATTN_OUT, None),
-    "mlp_out": (Point.MLP_OUT, None),
-    "transcoder": (Point.MLP_OUT, Point.MLP_IN),
-    "resid_post": (Point.RESID_POST, None),
-}
-
-
-@pytest.mark.parametrize("variant", families.ALL_VARIANTS)
-def test_sums_close_in_every_family(variant: str) -> None:
-    shape = families.engine_of(variant).architecture
-    widths = {Point.Z: shape.n_heads * shape.head_width}
-    for name, (point, reads) in PLACES.items():
-        dictionary = random_dictionary(
-            "D",
-            point,
-            LAYER,
-            norm=LAYER_NORM,
-            reads=reads,
-            width=lambda at: widths.get(at, families.WIDTH),
-        )
-        engine = engine_of(dictionary, variant)
-        (explanation,) = engine.explain(explained(families.IDS, objective=traced(engine)))
-        assert explanation.value != 0
-        assert_closes(explanation)
-        if name in ("transcoder", "resid_post"):
-            _, size = direct_sums(explanation)
-            assert abs(explanation.remainder["rest"]) <= 1e-5 * size
+def test_experts_have_no_neurons_for_a_dictionary_to_read() -> None:
+    engine = engine_of("qwen3_moe/mixed")
+    widths, found = widths_of(engine.architecture), dictionary(engine, "mlp_act")
+    with pytest.raises(FailedPrecondition, match="this model has no mlp_act"):
+        widths.check(found.header)
+    site = Site(Point.MLP_ACT, 1)
+    widths.check(replace(found.header, site_in=site, site_out=site))
