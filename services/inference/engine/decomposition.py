@@ -122,11 +122,11 @@ def _add(
         reads,
     )
     found.groups.append(nodes)
-    parts = site.parts(row, clean)
     if not bound.is_view:
-        for kind, write in parts.items():
-            found.remainder[f"{kind.value}.{bound.id}"] = dot(write, met)
+        for kind, write in site.parts(row, clean, reads).items():
+            found.remainder[f"{kind.value}.{bound.id}"] = dot(write, met[list(reads)])
         return
+    parts = site.parts(row, clean, range(length))
     found.views.append(
         View(
             bound.id,

@@ -26,8 +26,8 @@ _GATHERED = 8192
 class LatentNodes(NodeGroup):
     """`latent.D.i~t`: one node per latent and token.
 
-    Flat indices count the active nodes, then those that `prepare` adds. Any other node has the
-    index -1 - (i T + t).
+    Flat indices count the active nodes in any order, then those that `prepare` adds. Any other
+    node has the index -1 - (i T + t).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LatentNodes(NodeGroup):
         self._tokens, self._latents = values.shape
         self.nodes = values.numel()
         self.device = values.device
-        self._where = values.nonzero(as_tuple=True)
+        self._where = _active(values)
         self._values = values[self._where]
         self._changes = self._values
         self._scale = scale
@@ -96,7 +96,7 @@ class LatentNodes(NodeGroup):
         """Sets x0, [T, N]; nodes that are not 0 there are active too."""
         values = torch.zeros_like(start)
         values[self._where] = self._values.to(start)
-        self._where = ((values != 0) | (start != 0)).nonzero(as_tuple=True)
+        self._where = _active((values != 0) | (start != 0))
         self._values = values[self._where]
         self._changes = (values - start)[self._where]
         for computed in ("_direct", "_total"):
@@ -221,3 +221,12 @@ class LatentNodes(NodeGroup):
         for column in (self._direct, self._total):
             sums.append(column.new_zeros(self._tokens).index_add(0, self._where[0], column))
         return {kind: (sums[0], sums[1])}
+
+
+def _active(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and latents of what is not 0 in [T, N], in the order of memory."""
+    if values.stride(0) != 1:
+        tokens, latents = values.nonzero(as_tuple=True)
+    else:
+        latents, tokens = values.T.nonzero(as_tuple=True)
+    return tokens, latents

@@ -121,10 +121,11 @@ class LatentSite:
                 return dictionary.bias_write(scale, mean)
 
     @torch.no_grad()
-    def parts(self, row: int, clean: Tensor) -> dict[Kind, Tensor]:
-        """What error, skip and bias write at the site, each [T, d_out], after the row's edits."""
-        length = len(clean)
-        x, target = self.x[row, :length], self.target[row, :length]
+    def parts(self, row: int, clean: Tensor, tokens: Sequence[int]) -> dict[Kind, Tensor]:
+        """What error, skip and bias write at the site at n tokens, each [n, d_out], after the
+        row's edits. `clean` is f of all tokens, [T, N]."""
+        at = list(tokens)
+        x, target, clean = self.x[row, at], self.target[row, at], clean[at]
         dictionary = self.bound.dictionary
         _, scale, mean = dictionary.normalise(x)
         found = {
@@ -134,10 +135,11 @@ class LatentSite:
         if dictionary.skip is not None:
             found[Kind.SKIP] = dictionary.skip_write(x)
         for edit, change in self.added.get(row, []):
-            if edit.target.kind in found:
-                found[edit.target.kind] = found[edit.target.kind].index_add(
-                    0, torch.tensor(edit.positions, device=x.device), change
-                )
+            if edit.target.kind not in found:
+                continue
+            for number, position in enumerate(edit.positions):
+                if position in at:
+                    found[edit.target.kind][at.index(position)] += change[number]
         return found
 
 

@@ -151,6 +151,10 @@ class Dictionary:
             skip=None if self.skip is None else move(self.skip),
         )
 
+    def laid_out(self) -> "Dictionary":
+        """The same with the encoder weights of one latent side by side in memory."""
+        return replace(self, w_enc=self.w_enc.T.contiguous().T)
+
     def through_gain(self, gain: Tensor, bias: Tensor) -> "Dictionary":
         """A dictionary that reads before the gain [d_in] and bias [d_in] of a norm, after them.
 
@@ -225,7 +229,7 @@ class Dictionary:
             case JumpRelu(threshold):
                 return torch.where(pre > threshold.clamp_min(0), pre, 0)
             case TopK(k, signed):
-                return _top_k(pre if signed else pre.relu(), k)
+                return _top_k((pre if signed else pre.relu()).contiguous(), k)
             case Gated(b_gate, _, _):
                 return torch.where(pre + b_gate > 0, self._traced(pre).relu(), 0)
 
@@ -312,7 +316,10 @@ class Dictionary:
         return replace(self, norm=replace(self.norm, undone=True)).normalise(x).scale
 
     def _projected(self, normalised: Tensor) -> Tensor:
-        return (normalised - self.b_in) @ self.w_enc + self.b_enc
+        centred = (normalised - self.b_in).reshape(-1, normalised.shape[-1])
+        # A third faster on a CPU than the product the other way round, where latents lie in rows.
+        projected = (self.w_enc.T @ centred.T).T + self.b_enc
+        return projected.reshape(*normalised.shape[:-1], -1)
 
     def _traced(self, projected: Tensor) -> Tensor:
         match self.activation:

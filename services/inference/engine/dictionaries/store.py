@@ -85,7 +85,7 @@ class Store:
 
     def _load(self, id: str) -> Dictionary:
         dictionary = self._host.pop(id, None) or self.registered[id].load()
-        return dictionary.to(self._device, self._dtype)
+        return dictionary.to(self._device, self._dtype).laid_out()
 
     def _make_room(self, needed: int) -> None:
         for id in [each for each in self._resident if each not in self._uses]:
