@@ -204,11 +204,6 @@ def residual_before(layer: int) -> Point:
     return Point("embed") if layer == 0 else Point("resid_post", layer - 1)
 
 
-def last_residual(architecture: Architecture) -> Point:
-    """The residual stream that the final norm reads."""
-    return Point("resid_post", len(architecture.layers) - 1)
-
-
 def shape(point: Point, architecture: Architecture, tokens: int) -> tuple[int, ...]:
     """Length of each of the point's axes on a prompt of `tokens` tokens."""
     lengths = {

@@ -24,8 +24,6 @@ EditsOf = Callable[[str], dict[int, list[tuple[int, Edit]]]]
 Apply = Callable[[int, int, Edit, Tensor], Tensor]
 """From row, number of the edit in it, the edit and values before it to the values after it."""
 
-PARTS = (Kind.ERROR, Kind.SKIP, Kind.BIAS)
-
 
 @dataclass
 class LatentSite:

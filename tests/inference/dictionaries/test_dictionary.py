@@ -89,7 +89,7 @@ def test_latents_bias_and_error_add_up_to_the_site(activation: str, norm: str) -
     f = d.encode(x)
     _, scale, mean = d.normalise(x)
     latents = torch.arange(d.latents).expand(*f.shape)
-    rows = f[..., None] * d.effective_decoder(latents, scale[..., None, :])
+    rows = f[..., None] * d.w_dec[latents] * scale[..., None, :]
     assert_close(rows.sum(-2), d.write(f, scale))
     assert_close(rows.sum(-2) + d.bias_write(scale, mean) + d.error(x, x), x)
 

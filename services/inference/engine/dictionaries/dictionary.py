@@ -260,10 +260,6 @@ class Dictionary:
         """
         return self._mixed(f) * scale
 
-    def effective_decoder(self, latents: Tensor, scale: Tensor) -> Tensor:
-        """latents [...], scale [..., 1] at their tokens -> [..., d_out]: what one unit writes."""
-        return self.w_dec[latents] * scale
-
     def bias_write(self, scale: Tensor, mean: Tensor) -> Tensor:
         """[..., 1], [..., 1] -> [..., d_out]: b_dec, and the mean that recon adds back."""
         return self.b_dec * scale + mean
