@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from services.common.calls import Call
+
 PRIORITIES = ("interactive", "bulk")
 
 
@@ -35,14 +37,15 @@ class SchedulerObserver(Protocol):
     def running(
         self,
         kind: str,
-        request_ids: Sequence[str],
+        calls: Sequence[Call],
         rows: int,
         tokens: int,
         padded_tokens: int,
     ) -> AbstractContextManager[None]:
         """Surrounds one piece of work on the device: a batch of `rows` requests, or a slice.
 
-        `tokens` are those asked for, `padded_tokens` those computed, padding included.
+        `calls` are those that it is done for, as `calls.current()` was when each was queued; none
+        for the service's own work. `tokens` are those asked for, `padded_tokens` those computed.
         """
         return nullcontext()
 
@@ -67,7 +70,7 @@ class Unobserved:
     def running(
         self,
         kind: str,
-        request_ids: Sequence[str],
+        calls: Sequence[Call],
         rows: int,
         tokens: int,
         padded_tokens: int,
