@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from services.common.errors import Cancelled, InvalidArgument, Unimplemented
+from services.common.identity import USER_METADATA
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 # After a refused body, this much more is read and dropped, so that the client hears the refusal.
@@ -50,9 +51,13 @@ def timeout(headers: Headers, *, default_s: float, most_s: float) -> float:
 
 
 def metadata(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
-    """What a service must know of the HTTP request: its id and whose it is."""
-    found = [("x-request-id", str(scope["state"]["request_id"]))]
-    if "authorization" in headers:
+    """What a service must know of the HTTP request: its id and whose it is. A user whom the proxy
+    named goes on by name, one with a token by the token, which the service checks itself."""
+    state = scope["state"]
+    found = [("x-request-id", str(state["request_id"]))]
+    if state["user_named"]:
+        found.append((USER_METADATA, state["user"]))
+    elif "authorization" in headers:
         found.append(("authorization", headers["authorization"]))
     return found
 

@@ -2,9 +2,10 @@
 
 Host     a page on the internet can point its own name at this machine (DNS rebinding), and
          then the browser takes it for the same origin: only known names are answered
-Origin   a page elsewhere can make a browser post here: its Origin must be this host
-Token    where TDB_TOKENS is set, calls need one; the page itself and health do not, since the
-         page is what asks for it
+Origin   a page elsewhere can make a browser post here: its Origin must be this host. A trusted
+         proxy that talks to us under another name says in X-Forwarded-Host what it was asked for
+User     calls need a token where TDB_TOKENS is set, or come from a trusted proxy that names the
+         user (`identity`); the page itself and health do not, since the page is what asks for it
 Headers  the page loads nothing from elsewhere, and nobody frames it
 """
 
@@ -15,9 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import connect
-from services.common.errors import PermissionDenied, TdbError, Unauthenticated
+from services.common.errors import PermissionDenied, TdbError
+from services.common.identity import USER_METADATA, Identity
 from services.common.settings import Settings
-from services.common.tokens import Tokens
 
 OPEN_PATHS = ("/healthz", "/readyz")
 READING = ("GET", "HEAD")
@@ -38,7 +39,9 @@ class Security:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._tokens: Tokens = settings.tokens
+        self._identity = Identity.of_gateway(settings)
+        self._proxies = settings.trusted_proxies
+        self._user_header = settings.user_header
         self._hosts = _names([*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,16 +57,21 @@ class Security:
             await send(message)
 
         try:
-            self._check(scope["method"], scope["path"], Headers(scope=scope))
+            self._check(scope, Headers(scope=scope))
         except TdbError as refusal:
             await connect.of_tdb_error(refusal)(scope, receive, send_with_headers)
             return
         await self._app(scope, receive, send_with_headers)
 
-    def _check(self, method: str, path: str, headers: Headers) -> None:
-        if path in OPEN_PATHS and method in READING:  # probes come by address and without a token
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Lets a request in, and notes the user of a call in its state."""
+        method = scope["method"]
+        if scope["path"] in OPEN_PATHS and method in READING:  # probes: by address, without a token
             return
+        peer = (scope.get("client") or ("",))[0]
         host = headers.get("host", "")
+        if peer in self._proxies:
+            host = headers.get("x-forwarded-host", host)
         name = _host_name(host)
         if name not in self._hosts:
             raise PermissionDenied(
@@ -74,15 +82,18 @@ class Security:
         if method in READING:
             return
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host.lower():
+        if origin is not None and not _same_host(origin, host):
             raise PermissionDenied(
                 "pages of another origin may not call this gateway", reason="ORIGIN_NOT_ALLOWED"
             )
-        if self._tokens and self._tokens.user_of(headers.get("authorization", "")) is None:
-            raise Unauthenticated(
-                "this gateway asks for a token: send authorization: Bearer TOKEN",
-                reason="TOKEN_REQUIRED",
+        if USER_METADATA in headers and self._user_header != USER_METADATA:
+            raise PermissionDenied(
+                f"{USER_METADATA} is what the gateway tells its services, not what it is told",
+                reason="USER_NOT_BELIEVED",
             )
+        named = headers.getlist(self._user_header)
+        user = self._identity.user(named, peer, headers.get("authorization", ""))
+        scope.setdefault("state", {}).update(user=user, user_named=bool(named))
 
 
 def _names(hosts: Iterable[str]) -> frozenset[str]:
@@ -97,8 +108,15 @@ def _host_name(host: str) -> str:
         return ""
 
 
-def _netloc(origin: str) -> str:
+def _same_host(origin: str, host: str) -> bool:
+    """Whether `origin` is a page of `host`. Browsers leave a scheme's own port out of both, but
+    what stands between may have added it."""
     try:
-        return urlsplit(origin).netloc.lower()
+        found = urlsplit(origin)
+        default = {"http": 80, "https": 443}.get(found.scheme)
+        asked = urlsplit(f"//{host}")
+        return bool(found.hostname) and (
+            (found.hostname, found.port or default) == (asked.hostname, asked.port or default)
+        )
     except ValueError:
-        return ""
+        return False

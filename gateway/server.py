@@ -45,6 +45,7 @@ def main() -> int:
     """Runs until told to stop; the exit code."""
     try:
         settings = Settings.from_env(os.environ)
+        settings.check_gateway()
         logs.configure(settings)
         follow_parent(settings.drain_s + 5)
         app = create_app(settings)

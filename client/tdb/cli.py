@@ -92,6 +92,7 @@ def _check_up(
         env["TDB_DICTIONARIES"] = ",".join(dictionaries)
     if options.demo:
         env["TDB_MODEL"] = f"{DEMO_NAME}={_demo_folder()}"
+        env["TDB_REFLECTION"] = env.get("TDB_REFLECTION", "").strip() or "1"
         of_demo = _demo_folder().parent / "dictionaries"
         if of_demo.is_dir():
             given = env.get("TDB_DICTIONARIES", "").strip()
@@ -136,6 +137,7 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
         raise CliError("the demo's model is not part of this installation: use --model.")
     try:
         settings = Settings.from_env(env)
+        settings.check_gateway()
         if settings.inference_address:
             raise CliError(
                 "TDB_INFERENCE_ADDRESS is for a gateway that is run alone: unset it for `tdb up`."

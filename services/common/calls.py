@@ -12,7 +12,7 @@ LOCAL_USER = "local"
 
 @dataclass(frozen=True)
 class Call:
-    """`user` is the token's name, or "local" where no tokens are configured. `deadline` is in
+    """`user` is who calls (`identity`), "local" where nothing says who may. `deadline` is in
     `time.monotonic` seconds, None when the client set none."""
 
     method: str

@@ -1,7 +1,8 @@
 """The one place where calls are let in and refusals become statuses.
 
-For every unary and server-streaming call: the token is checked, the request id is taken or made,
-the request is parsed and checked (`strict`), the servicer runs, and whatever it raises is mapped:
+For every unary and server-streaming call: the user is found (`identity`), the request id is taken
+or made, the request is parsed and checked (`strict`), the servicer runs, and whatever it raises is
+mapped:
 
     TdbError             its own code, with details (`status`)
     CancelledError       passed on when it is the call that was cancelled; otherwise it comes from
@@ -18,8 +19,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -29,17 +31,19 @@ from google.protobuf.message import DecodeError, Message
 
 from services.common import calls, status, strict
 from services.common.calls import Call
-from services.common.errors import InvalidArgument, TdbError, Unauthenticated
+from services.common.errors import InvalidArgument, TdbError
+from services.common.identity import USER_METADATA, Identity
+from services.common.networks import address_of_peer
 from services.common.settings import Settings
 
 REQUEST_ID = "x-request-id"
 HEALTH_PREFIX = "/grpc.health.v1."
-GRPC_PREFIX = "/grpc."
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _log = logging.getLogger("tdb.calls")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = Iterable[tuple[str, str | bytes]]
 Handler = Any  # grpc.RpcMethodHandler: its types know only the synchronous context
 
 
@@ -51,7 +55,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server; stands first and alone."""
 
     def __init__(self, settings: Settings) -> None:
-        self._tokens = settings.tokens
+        self._identity = Identity.of_service(settings)
         self._log_prompts = settings.log_prompts
 
     async def intercept_service(
@@ -60,24 +64,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
         handler = await continuation(handler_call_details)
-        if handler is None:  # no such method: gRPC itself answers UNIMPLEMENTED
-            return handler
         method = handler_call_details.method
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        user = self._user(method, metadata)
-        if user is not None and (method.startswith(GRPC_PREFIX) or handler.request_streaming):
-            return handler  # gRPC's own services (health, reflection) answer for themselves
-        served = _Served(self, handler, method, metadata, user)
+        # No such method: gRPC itself answers UNIMPLEMENTED. Health answers everybody, always.
+        if handler is None or method.startswith(HEALTH_PREFIX):
+            return handler
+        served = _Served(self, handler, method, handler_call_details.invocation_metadata or ())
         if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(served.refused)
+            return grpc.stream_stream_rpc_method_handler(
+                served.relay, handler.request_deserializer, handler.response_serializer
+            )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(served.stream)
         return grpc.unary_unary_rpc_method_handler(served.unary)
 
-    def _user(self, method: str, metadata: dict[str, Any]) -> str | None:
-        if not self._tokens or method.startswith(HEALTH_PREFIX):
-            return calls.LOCAL_USER
-        return self._tokens.user_of(str(metadata.get("authorization", "")))
+    def user_of(self, metadata: Metadata, context: Context) -> str:
+        """Raises Unauthenticated, PermissionDenied."""
+        values = [(name, value) for name, value in metadata if isinstance(value, str)]
+        return self._identity.user(
+            [value for name, value in values if name == USER_METADATA],
+            address_of_peer(context.peer()),
+            dict(values).get("authorization", ""),
+        )
 
     def log_call(self, call: Call, code: str, started: float, more: dict[str, Any]) -> None:
         fields = {
@@ -103,14 +110,13 @@ class _Served:
         interceptor: CallInterceptor,
         handler: Handler,
         method: str,
-        metadata: dict[str, Any],
-        user: str | None,
+        metadata: Metadata,
     ) -> None:
         self._interceptor = interceptor
         self._handler = handler
         self._method = method
-        self._user = user
-        given = str(metadata.get(REQUEST_ID, ""))
+        self._metadata = tuple(metadata)
+        given = str(dict(self._metadata).get(REQUEST_ID, ""))
         self._request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         self._request: Message | None = None
 
@@ -126,18 +132,13 @@ class _Served:
             async for response in self._handler.unary_stream(request, context):
                 yield self._serialize(response)
 
-    async def refused(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """Answers a streaming caller whose token is missing or wrong."""
+    async def relay(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """A call with a stream of requests: gRPC's own reflection, which reads them itself."""
         async with self._guard(context):
-            self._check_token()
-        yield b""  # never reached: it makes this the async generator that gRPC wants
-
-    def _check_token(self) -> None:
-        if self._user is None:
-            raise Unauthenticated("this server asks for a token: send authorization: Bearer TOKEN")
+            async for response in self._handler.stream_stream(requests, context):
+                yield response
 
     def _parse(self, data: bytes) -> Message:
-        self._check_token()
         try:
             request: Message = self._handler.request_deserializer(data)
         except DecodeError:
@@ -158,7 +159,7 @@ class _Served:
         call = Call(
             method=self._method,
             request_id=self._request_id,
-            user=self._user or "",
+            user="",
             deadline=None if remaining is None else started + remaining,
         )
         calls.enter(call)
@@ -167,6 +168,8 @@ class _Served:
         code = "OK"
         more: dict[str, Any] = {}
         try:
+            call = replace(call, user=self._interceptor.user_of(self._metadata, context))
+            calls.enter(call)
             yield
         except TdbError as error:
             code, more = error.code, {"reason": error.reason, "field": error.field}

@@ -14,6 +14,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from services.common.networks import Networks
 from services.common.tokens import Tokens
 
 
@@ -113,6 +114,12 @@ def _host(text: str) -> str:
 
 def _hosts(text: str) -> tuple[str, ...]:
     return tuple(_host(entry.strip().lower()) for entry in text.split(",") if entry.strip())
+
+
+def _header(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", text.lower()):
+        raise ValueError(f"must be the name of a header, not {text!r}")
+    return text.lower()
 
 
 def _address(text: str) -> str:
@@ -264,7 +271,8 @@ class Settings:
     host: str = _setting(
         "TDB_HOST",
         "127.0.0.1",
-        "The address to listen on. Anything but loopback needs `TDB_TOKENS`.",
+        "The address to listen on. Anything but loopback needs `TDB_TOKENS` or "
+        "`TDB_TRUSTED_PROXIES`.",
         _host,
     )
     gateway_port: int = _setting(
@@ -300,6 +308,27 @@ class Settings:
         "per line. Empty: no token is asked for.",
         Tokens.parse,
     )
+    trusted_proxies: Networks = _setting(  # noqa: RUF009
+        "TDB_TRUSTED_PROXIES",
+        "",
+        "Addresses and networks (`10.0.0.5,10.1.0.0/16`) of proxies that the gateway believes: "
+        "about the user, in `TDB_USER_HEADER`, and about the host, in `x-forwarded-host`. Both are "
+        "refused or ignored from anybody else. `x-forwarded-for` never counts.",
+        Networks.parse,
+    )
+    user_header: str = _setting(
+        "TDB_USER_HEADER",
+        "x-forwarded-user",
+        "The header in which a trusted proxy names the user.",
+        _header,
+    )
+    trusted_gateways: Networks = _setting(  # noqa: RUF009
+        "TDB_TRUSTED_GATEWAYS",
+        "",
+        "Addresses and networks of gateways that services believe about the user (`x-tdb-user`). "
+        "Empty: nobody; with `TDB_TRUSTED_PROXIES`, a gateway on the same machine.",
+        Networks.parse,
+    )
     allowed_hosts: tuple[str, ...] = _setting(
         "TDB_ALLOWED_HOSTS",
         "",
@@ -308,7 +337,11 @@ class Settings:
         _hosts,
     )
     reflection: bool = _setting(
-        "TDB_REFLECTION", "1", "1: gRPC services describe themselves (server reflection).", _switch
+        "TDB_REFLECTION",
+        "0",
+        "1: gRPC services describe themselves (server reflection). `tdb up --demo` sets 1 unless "
+        "it is set.",
+        _switch,
     )
     drain_s: float = _setting(
         "TDB_DRAIN_SECONDS", "10", "How long calls in flight may take to finish at stop.", _seconds
@@ -336,9 +369,12 @@ class Settings:
             except (ValueError, OSError) as error:
                 raise SettingsError(f"{variable} {error}.") from None
         settings = cls(**values)  # type: ignore[arg-type]  # checked by the parsers
-        if not is_loopback(settings.host) and not settings.tokens:
+        if not is_loopback(settings.host) and not (
+            settings.tokens or settings.trusted_proxies or settings.trusted_gateways
+        ):
             raise SettingsError(
-                f"TDB_HOST is {settings.host}, which others can reach: set TDB_TOKENS as well."
+                f"TDB_HOST is {settings.host}, which others can reach: set TDB_TOKENS as well, or "
+                "TDB_TRUSTED_PROXIES."
             )
         if settings.dictionaries and settings.data_type != "float32":
             raise SettingsError(
@@ -355,6 +391,14 @@ class Settings:
         if not self.inference_port:
             raise SettingsError("TDB_INFERENCE_PORT is 0, so the gateway cannot find the service.")
         return listen_address(reachable(self.host), self.inference_port)
+
+    def check_gateway(self) -> None:
+        """Raises SettingsError where a gateway would let in whoever reaches it."""
+        if not (is_loopback(self.host) or self.tokens or self.trusted_proxies):
+            raise SettingsError(
+                f"TDB_HOST is {self.host}, which others can reach: the gateway needs TDB_TOKENS or "
+                "TDB_TRUSTED_PROXIES."
+            )
 
     def folder(self, *parts: str) -> Path:
         """A folder below the data folder, created with mode 0700."""

@@ -1,5 +1,8 @@
 """The command's own refusals and answers; nothing is started here."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,11 @@ def test_wrong_usage_is_exit_2(
     [
         (("up", "--model", "/no/such/folder"), {}, "names a folder that does not exist"),
         (("up", "--model", "gpt2", "--host", "0.0.0.0"), {}, "set TDB_TOKENS as well"),
+        (
+            ("up", "--model", "gpt2", "--host", "::"),
+            {"TDB_TRUSTED_GATEWAYS": "10.0.0.9"},
+            "the gateway needs TDB_TOKENS or TDB_TRUSTED_PROXIES",
+        ),
         (("up", "--model", "gpt2", "--data-dir", __file__), {}, "TDB_DATA_DIR must be a folder"),
         (("up", "--model", "gpt2"), {"TDB_GATEWAY_PORT": "x"}, "TDB_GATEWAY_PORT must be a port"),
         (
@@ -107,3 +115,46 @@ def test_a_flag_beats_its_variable(
     monkeypatch.setenv("TDB_DICTIONARIES", "other=org/repo")
     assert main(["up", "--model", "gpt2", "--dictionary", "mine=nowhere"]) == 1
     assert "not 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "reflection"),
+    [
+        (["up", "--demo"], None, "1"),
+        (["up", "--demo"], "0", "0"),
+        (["up", "--model", "gpt2"], None, None),
+        (["up", "--model", "gpt2"], "1", "1"),
+    ],
+)
+def test_only_the_demo_describes_itself_unasked(
+    arguments: list[str],
+    given: str | None,
+    reflection: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[dict[str, str]] = []
+
+    def up(options: object, env: dict[str, str]) -> int:
+        started.append(env)
+        return 0
+
+    monkeypatch.setattr("tdb.cli._up", up)
+    if given is not None:
+        monkeypatch.setenv("TDB_REFLECTION", given)
+    assert main(arguments) == 0
+    assert started[0].get("TDB_REFLECTION") == reflection
+
+
+@pytest.mark.parametrize("module", ["gateway", "services.inference"])
+@pytest.mark.parametrize("host", ["::", "0.0.0.0", "gpu-box"])
+def test_no_process_listens_for_others_without_knowing_who_they_are(
+    module: str, host: str, tmp_path: Path
+) -> None:
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TDB_HOST": host}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", module], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"TDB_HOST is {host}, which others can reach")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -32,7 +32,7 @@ def test_defaults() -> None:
     assert settings.data_dir == Path("/somewhere/tdb")
     assert read().data_dir == Path.home() / ".local/share/tdb"
     assert not settings.tokens
-    assert settings.reflection
+    assert not settings.reflection
     assert not settings.log_prompts
 
 
@@ -90,6 +90,14 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_HOST", "not a host", "must be a host name or address"),
         ("TDB_HOST", "0.0.0.0", "set TDB_TOKENS as well"),
         ("TDB_HOST", "gpu-box", "set TDB_TOKENS as well"),
+        ("TDB_HOST", "::", "set TDB_TOKENS as well"),
+        ("TDB_HOST", "fe80::1", "set TDB_TOKENS as well"),
+        ("TDB_HOST", "localhost.example", "set TDB_TOKENS as well"),
+        ("TDB_HOST", "127.1", "set TDB_TOKENS as well"),
+        ("TDB_TRUSTED_PROXIES", "proxy", "must be addresses or networks such as 10.0.0.5"),
+        ("TDB_TRUSTED_PROXIES", "0.0.0.0/0", "must not be everybody"),
+        ("TDB_TRUSTED_GATEWAYS", "10.0.0.1/8", "must be addresses or networks"),
+        ("TDB_USER_HEADER", "x user", "must be the name of a header, not 'x user'"),
         ("TDB_INFERENCE_ADDRESS", "gpu-box", "must be host:port"),
         ("TDB_MODEL", "/no/such/folder", "names a folder that does not exist: /no/such/folder"),
         ("TDB_MODEL", "a b", "must be a Hub id or an existing folder, not 'a b'"),
@@ -149,6 +157,22 @@ def test_a_host_that_others_reach_works_with_tokens() -> None:
     settings = read(TDB_HOST="0.0.0.0", TDB_TOKENS="ann:t0ken")
     assert settings.inference_target == "127.0.0.1:50051"
     assert read(TDB_HOST="::1").inference_target == "[::1]:50051"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gpu-box"])
+def test_a_host_that_others_reach_needs_to_know_who_calls(host: str) -> None:
+    for variable, value in (
+        ("TDB_TOKENS", "ann:t0ken"),
+        ("TDB_TRUSTED_PROXIES", "10.0.0.5"),
+        ("TDB_TRUSTED_GATEWAYS", "10.0.0.9"),
+    ):
+        settings = read(**{"TDB_HOST": host, variable: value})
+        assert settings.host == host
+        if variable == "TDB_TRUSTED_GATEWAYS":  # says nothing about who reaches a gateway
+            with pytest.raises(SettingsError, match="the gateway needs TDB_TOKENS"):
+                settings.check_gateway()
+        else:
+            settings.check_gateway()
 
 
 def test_tokens_come_from_a_list_or_a_file(tmp_path: Path) -> None:
