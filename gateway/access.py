@@ -1,4 +1,7 @@
-"""The outermost layer: a request id for everyone, one log line per request, no traceback out."""
+"""The outermost layer: a request id for everyone, one log line per request, no traceback out.
+
+A line's `code` is how the request ended: a stream whose HTTP status is 200 may have failed after.
+"""
 
 import logging
 import re
@@ -9,18 +12,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import connect
+from gateway.metrics import PROBES, GatewayMetrics
 from services.common.errors import TdbError
-
-REQUEST_ID = "x-request-id"
-QUIET_PATHS = ("/healthz", "/readyz")  # asked every few seconds by whoever watches us
+from services.common.status import REQUEST_ID
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _log = logging.getLogger("tdb.gateway")
 
 
 class Access:
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -28,12 +31,16 @@ class Access:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         started = time.monotonic()
-        http_status = 0
+        http_status = sent_bytes = 0
+        route = self._metrics.route(scope["method"], scope["path"])
+        self._metrics.began(route)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal http_status
+            nonlocal http_status, sent_bytes
+            sent_bytes += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 http_status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
@@ -45,16 +52,22 @@ class Access:
             error_id = uuid.uuid4().hex[:12]
             _log.exception("unexpected error", extra={"fields": {"error_id": error_id}})
             if http_status:  # half an answer is out already: only the connection can say so
+                connect.note(scope, "internal")
                 raise
             bug = TdbError(f"internal error {error_id}; the gateway's log has more")
             await connect.of_tdb_error(bug)(scope, receive, send_with_id)
         finally:
+            seconds = time.monotonic() - started
+            code = state.get("code") or connect.code_of(http_status)
+            self._metrics.ended(route, code, seconds, sent_bytes)
             fields = {
                 "request_id": request_id,
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": http_status,
-                "ms": round((time.monotonic() - started) * 1000, 1),
+                "code": code,
+                "ms": round(seconds * 1000, 1),
             }
-            level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+            # Probes ask every few seconds.
+            level = logging.DEBUG if route in PROBES else logging.INFO
             _log.log(level, "request", extra={"fields": fields})

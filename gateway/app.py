@@ -4,22 +4,29 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Mount, Route
 
 from gateway import backends, health
 from gateway.access import Access
+from gateway.metrics import GatewayMetrics
 from gateway.pages import FOLDER, Pages
 from gateway.security import Security
 from gateway.transcoder import Transcoder
+from services.common.metrics import new_registry
 from services.common.settings import Settings
 
 
 def create_app(
-    settings: Settings, addresses: Mapping[str, str] | None = None, page: Path = FOLDER
+    settings: Settings,
+    addresses: Mapping[str, str] | None = None,
+    page: Path = FOLDER,
+    registry: CollectorRegistry | None = None,
 ) -> Starlette:
-    """The ASGI application. `addresses` says where the services are, by default the settings do."""
+    """The ASGI application. `addresses` says where the services are, by default the settings do;
+    `registry` takes its metrics."""
     addresses = addresses if addresses is not None else backends.targets(settings)
 
     @asynccontextmanager
@@ -39,5 +46,8 @@ def create_app(
 
     return Starlette(
         lifespan=lifespan,
-        middleware=[Middleware(Access), Middleware(Security, settings=settings)],
+        middleware=[
+            Middleware(Access, metrics=GatewayMetrics(registry or new_registry())),
+            Middleware(Security, settings=settings),
+        ],
     )

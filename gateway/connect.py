@@ -4,7 +4,8 @@
 
 `value` is the detail in base64 for generated clients, `debug` the same as JSON for those who read
 it by eye or from a plain page. RetryInfo also becomes `Retry-After`: a header of a plain answer, an
-entry of the metadata that end a stream.
+entry of the metadata that end a stream. RequestInfo holds the id that the logs have the request
+under. Whatever a failure is written into, its code is noted for the gateway's own log and metrics.
 """
 
 import base64
@@ -12,7 +13,7 @@ import logging
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -21,6 +22,7 @@ from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.common import status
 from services.common.errors import TdbError
@@ -56,21 +58,37 @@ class Failure:
     message: str
     details: Sequence[Message] = ()
 
-    def response(self, http_status: int | None = None) -> JSONResponse:
+    def response(self, http_status: int | None = None) -> ASGIApp:
         """The whole answer of a call that does not stream."""
-        headers = {"cache-control": "no-store"}
-        if self._retry_after:
-            headers["retry-after"] = self._retry_after
-        if self.code == "unauthenticated":
-            headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self._tree(), http_status or HTTP_STATUS[self.code], headers)
 
-    def end_of_stream(self) -> dict[str, object]:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            headers = {"cache-control": "no-store"}
+            if self._retry_after:
+                headers["retry-after"] = self._retry_after
+            if self.code == "unauthenticated":
+                headers["www-authenticate"] = "Bearer"
+            tree = self._ending(scope)._tree()
+            response = JSONResponse(tree, http_status or HTTP_STATUS[self.code], headers)
+            await response(scope, receive, send)
+
+        return answer
+
+    def end_of_stream(self, scope: Scope) -> dict[str, object]:
         """The last frame of a stream, which has no status line of its own."""
-        tree: dict[str, object] = {"error": self._tree()}
+        tree: dict[str, object] = {"error": self._ending(scope)._tree()}
         if self._retry_after:
             tree["metadata"] = {"retry-after": [self._retry_after]}
         return tree
+
+    def _ending(self, scope: Scope) -> "Failure":
+        """Itself as the end of this request: noted, and with the request's id."""
+        note(scope, self.code)
+        if any(
+            detail.DESCRIPTOR is error_details_pb2.RequestInfo.DESCRIPTOR for detail in self.details
+        ):
+            return self
+        told = status.request_info(scope["state"]["request_id"])
+        return replace(self, details=[*self.details, told])
 
     def _tree(self) -> dict[str, object]:
         details = [_detail(detail) for detail in self.details]
@@ -84,7 +102,22 @@ class Failure:
         return ""
 
 
-def of_tdb_error(error: TdbError, http_status: int | None = None) -> JSONResponse:
+def note(scope: Scope, code: str) -> None:
+    """Notes how the request ended, where its HTTP status does not say it."""
+    scope["state"]["code"] = code
+
+
+def code_of(http_status: int) -> str:
+    """The code of an answer that is no call's: of a page, a probe. 0 is a client that left."""
+    if http_status == 0:
+        return "canceled"
+    if http_status < 400:
+        return "ok"
+    found = (code for code, status in HTTP_STATUS.items() if status == http_status)
+    return next(found, "unknown")
+
+
+def of_tdb_error(error: TdbError, http_status: int | None = None) -> ASGIApp:
     """The answer for a refusal of the gateway's own."""
     return _of_tdb_error(error).response(http_status)
 

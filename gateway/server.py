@@ -13,8 +13,9 @@ import uvicorn
 
 from gateway.app import create_app
 from services.common import logs
+from services.common.metrics import new_registry
 from services.common.parent import follow_parent
-from services.common.server import StartError, announce, cannot_listen
+from services.common.server import StartError, announce, cannot_listen, serve_metrics
 from services.common.settings import Settings, SettingsError
 
 
@@ -48,8 +49,13 @@ def main() -> int:
         settings.check_gateway()
         logs.configure(settings)
         follow_parent(settings.drain_s + 5)
-        app = create_app(settings)
-        with _listening(settings) as listener:
+        registry = new_registry()
+        app = create_app(settings, registry=registry)
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(_listening(settings))
+            port = settings.gateway_metrics_port
+            if metrics := serve_metrics("gateway", settings, port, registry):
+                stack.enter_context(metrics)
             config = uvicorn.Config(
                 app,
                 log_config=None,

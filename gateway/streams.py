@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from gateway.connect import Failure
 from services.common.errors import InvalidArgument
@@ -79,8 +79,9 @@ EVENTS = Framing(
 class Answer:
     """The answer to one streaming call. Starts itself with the first thing that is sent."""
 
-    def __init__(self, framing: Framing, send: Send) -> None:
+    def __init__(self, framing: Framing, scope: Scope, send: Send) -> None:
         self._framing = framing
+        self._scope = scope
         self._send = send
         self._started = False
 
@@ -106,7 +107,7 @@ class Answer:
             call.cancel()
 
     async def end(self, failure: Failure | None = None) -> None:
-        tree = failure.end_of_stream() if failure else {}
+        tree = failure.end_of_stream(self._scope) if failure else {}
         data = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
         await self._write(self._framing.end(data), more=False)
 

@@ -16,7 +16,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import Message
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import connect, messages, requests, streams
 from gateway.backends import Backend
@@ -107,7 +107,7 @@ def _framing(method: _Method, headers: Headers) -> streams.Framing | None:
     )
 
 
-async def _unary(method: _Method, scope: Scope, receive: Receive) -> Response:
+async def _unary(method: _Method, scope: Scope, receive: Receive) -> ASGIApp:
     headers = Headers(scope=scope)
     timeout_s = DEFAULT_TIMEOUT_S
 
@@ -135,7 +135,7 @@ async def _stream(
 ) -> None:
     headers = Headers(scope=scope)
     timeout_s = DEFAULT_STREAM_TIMEOUT_S
-    answer = streams.Answer(framing, send)
+    answer = streams.Answer(framing, scope, send)
 
     async def relay(body: bytes) -> None:
         try:
@@ -159,8 +159,8 @@ async def _stream(
         return
     try:
         await requests.unless_client_leaves(relay(body), receive)
-    except Cancelled:
-        return  # nobody is left to be told
+    except Cancelled:  # nobody is left to be told
+        connect.note(scope, "canceled")
 
 
 async def _written(message: Message) -> bytes:

@@ -121,6 +121,8 @@ class Child:
             event = _json(line)
             if event.get("event") == "listening" and not self.listening.done():
                 self.listening.set_result(int(str(event["port"])))
+            elif event.get("event") == "metrics":
+                say(f"{self.service.name}: metrics on port {event['port']}")
 
     async def _read_errors(self) -> None:
         async for line in _lines(self._process.stderr):

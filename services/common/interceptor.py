@@ -33,10 +33,11 @@ from services.common import calls, status, strict
 from services.common.calls import Call
 from services.common.errors import InvalidArgument, TdbError
 from services.common.identity import USER_METADATA, Identity
+from services.common.metrics import CallMetrics
 from services.common.networks import address_of_peer
 from services.common.settings import Settings
+from services.common.status import REQUEST_ID
 
-REQUEST_ID = "x-request-id"
 HEALTH_PREFIX = "/grpc.health.v1."
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
@@ -54,7 +55,8 @@ class _Bug(TdbError):
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server; stands first and alone."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: CallMetrics) -> None:
+        self.metrics = metrics
         self._identity = Identity.of_service(settings)
         self._log_prompts = settings.log_prompts
 
@@ -86,13 +88,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             dict(values).get("authorization", ""),
         )
 
-    def log_call(self, call: Call, code: str, started: float, more: dict[str, Any]) -> None:
+    def log_call(self, call: Call, code: str, seconds: float, more: dict[str, Any]) -> None:
         fields = {
             "request_id": call.request_id,
             "user": call.user,
             "method": call.method,
             "code": code,
-            "ms": round((time.monotonic() - started) * 1000, 1),
+            "ms": round(seconds * 1000, 1),
         }
         _log.info("call", extra={"fields": {**fields, **more}})
 
@@ -119,6 +121,7 @@ class _Served:
         given = str(dict(self._metadata).get(REQUEST_ID, ""))
         self._request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         self._request: Message | None = None
+        self._sent_bytes = 0
 
     async def unary(self, data: bytes, context: Context) -> bytes:
         async with self._guard(context):
@@ -149,6 +152,7 @@ class _Served:
 
     def _serialize(self, response: Message) -> bytes:
         data: bytes = self._handler.response_serializer(response)
+        self._sent_bytes += len(data)
         return data
 
     @asynccontextmanager
@@ -163,8 +167,9 @@ class _Served:
             deadline=None if remaining is None else started + remaining,
         )
         calls.enter(call)
-        echo = ((REQUEST_ID, call.request_id),)
-        context.set_trailing_metadata(echo)
+        metrics = self._interceptor.metrics
+        metrics.began(call.method)
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         code = "OK"
         more: dict[str, Any] = {}
         try:
@@ -173,7 +178,7 @@ class _Served:
             yield
         except TdbError as error:
             code, more = error.code, {"reason": error.reason, "field": error.field}
-            await context.abort_with_status(status.of_error(error, echo))
+            await context.abort_with_status(status.of_error(error, call.request_id))
         except grpc.aio.AbortError:
             code = context.code().name
             raise
@@ -192,10 +197,13 @@ class _Served:
                 exc_info=error,
                 extra={"fields": {"request_id": call.request_id, "method": call.method, **more}},
             )
-            await context.abort_with_status(status.of_error(bug, echo))
+            await context.abort_with_status(status.of_error(bug, call.request_id))
         finally:
+            seconds = time.monotonic() - started
+            reason = str(more.get("reason", ""))
+            metrics.ended(call.method, code, reason, seconds, self._sent_bytes)
             self._interceptor.log_call(
-                call, code, started, {**more, **self._interceptor.loggable(self._request)}
+                call, code, seconds, {**more, **self._interceptor.loggable(self._request)}
             )
 
 

@@ -24,10 +24,12 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from services.common import logs
 from services.common.errors import TdbError
 from services.common.interceptor import CallInterceptor
+from services.common.metrics import CallMetrics, MetricsServer, new_registry
 from services.common.parent import follow_parent
 from services.common.settings import Settings, SettingsError, listen_address
 
@@ -62,6 +64,24 @@ def cannot_listen(service: str, host: str, port: int) -> StartError:
     )
 
 
+def serve_metrics(
+    service: str, settings: Settings, port: int | None, registry: CollectorRegistry
+) -> MetricsServer | None:
+    """Opens the metrics' own port and tells of it; does nothing where there is to be none. Raises
+    StartError when the port is taken."""
+    if port is None:
+        return None
+    try:
+        server = MetricsServer(registry, settings.host, port, settings.tokens)
+    except OSError:
+        raise StartError(
+            f"the {service} service cannot listen on {settings.host} port {port} for its metrics: "
+            f"is the port in use? TDB_{service.upper()}_METRICS_PORT chooses another."
+        ) from None
+    announce(service, settings.host, server.port, event="metrics")
+    return server
+
+
 class ServiceServer:
     """One gRPC server with the interceptor, health and reflection that every service has."""
 
@@ -73,21 +93,28 @@ class ServiceServer:
         port: int,
         add_servicers: Callable[[grpc.aio.Server], None],
         service_names: Sequence[str],
+        metrics_port: int | None = None,
+        registry: CollectorRegistry | None = None,
     ) -> None:
         """`port` 0 takes any free port. `service_names` are full proto names, for health and
-        reflection."""
+        reflection. `registry` holds what the service counts itself; None for `metrics_port` keeps
+        all of it inside."""
         self.name = name
         self.settings = settings
         self.port = port
         self._add_servicers = add_servicers
         self._service_names = tuple(service_names)
+        self.registry = registry or new_registry()
+        self.metrics_port = metrics_port
+        self._metrics = CallMetrics(self.registry)
+        self._metrics_server: MetricsServer | None = None
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
 
     async def __aenter__(self) -> Self:
         """Listens. Raises StartError when the port is taken."""
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.settings)],
+            interceptors=[CallInterceptor(self.settings, self._metrics)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
@@ -101,6 +128,11 @@ class ServiceServer:
             self.port = server.add_insecure_port(listen_address(self.settings.host, self.port))
         except RuntimeError:
             raise cannot_listen(self.name, self.settings.host, self.port) from None
+        self._metrics_server = serve_metrics(
+            self.name, self.settings, self.metrics_port, self.registry
+        )
+        if self._metrics_server:
+            self.metrics_port = self._metrics_server.port
         await server.start()
         self._server = server
         return self
@@ -128,15 +160,17 @@ class ServiceServer:
         server, self._server = self._server, None
         await self._health.enter_graceful_shutdown()
         await server.stop(self.settings.drain_s)
+        if self._metrics_server:
+            await asyncio.to_thread(self._metrics_server.close)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", *self._service_names):
             await self._health.set(name, status)
 
 
-def announce(service: str, host: str, port: int) -> None:
+def announce(service: str, host: str, port: int, *, event: str = "listening") -> None:
     """Tells whoever started this process where it listens: one JSON line on standard output."""
-    line = {"event": "listening", "service": service, "host": host, "port": port}
+    line = {"event": event, "service": service, "host": host, "port": port}
     print(json.dumps(line), flush=True)
 
 

@@ -66,6 +66,10 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _port_or_none(text: str) -> int | None:
+    return _port(text) if text else None
+
+
 def _mebibytes(text: str) -> int:
     """Bytes."""
     if not re.fullmatch(r"[1-9]\d{0,7}", text):
@@ -286,6 +290,19 @@ class Settings:
         "50051",
         "The port of the inference service's gRPC API; 0 takes any free port, which is printed.",
         _port,
+    )
+    gateway_metrics_port: int | None = _setting(
+        "TDB_GATEWAY_METRICS_PORT",
+        "",
+        "The port of the gateway's Prometheus metrics, at `TDB_HOST`; 0 takes any free port, which "
+        "is printed. Empty: none. Where `TDB_TOKENS` is set, reading them needs a token too.",
+        _port_or_none,
+    )
+    inference_metrics_port: int | None = _setting(
+        "TDB_INFERENCE_METRICS_PORT",
+        "",
+        "The port of the inference service's Prometheus metrics, as `TDB_GATEWAY_METRICS_PORT`.",
+        _port_or_none,
     )
     inference_address: str = _setting(
         "TDB_INFERENCE_ADDRESS",

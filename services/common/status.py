@@ -3,6 +3,7 @@
     BadRequest   the field path in proto names, where a field is at fault
     ErrorInfo    a stable reason, domain "tdb", metadata
     RetryInfo    when to come back, where waiting helps
+    RequestInfo  the id that the logs of every service have this call under
 
 gRPC clients retry by the trailer `grpc-retry-pushback-ms` and ignore RetryInfo, so both are sent.
 """
@@ -20,6 +21,7 @@ from services.common.errors import TdbError
 DOMAIN = "tdb"
 DETAILS_TRAILER = "grpc-status-details-bin"
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+REQUEST_ID = "x-request-id"
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -33,18 +35,26 @@ class CallStatus(grpc.Status):
         self.trailing_metadata = tuple(trailers)
 
 
-def of_error(error: TdbError, trailers: Metadata = ()) -> CallStatus:
-    """The status of a refusal; `trailers` are sent beside its own."""
+def of_error(error: TdbError, request_id: str) -> CallStatus:
+    """The status of a refusal."""
     code = grpc.StatusCode[error.code]
     status = status_pb2.Status(
         code=code.value[0],  # (number, name)
         message=error.message,
-        details=[_packed(detail) for detail in details(error)],
+        details=[_packed(detail) for detail in (*details(error), request_info(request_id))],
     )
-    own: list[tuple[str, str | bytes]] = [(DETAILS_TRAILER, status.SerializeToString())]
+    trailers: list[tuple[str, str | bytes]] = [
+        (DETAILS_TRAILER, status.SerializeToString()),
+        (REQUEST_ID, request_id),
+    ]
     if error.retry_after_s is not None:
-        own.append((PUSHBACK_TRAILER, str(math.ceil(error.retry_after_s * 1000))))
-    return CallStatus(code, error.message, [*own, *trailers])
+        trailers.append((PUSHBACK_TRAILER, str(math.ceil(error.retry_after_s * 1000))))
+    return CallStatus(code, error.message, trailers)
+
+
+def request_info(request_id: str) -> Message:
+    info: Message = error_details_pb2.RequestInfo(request_id=request_id)
+    return info
 
 
 def details(error: TdbError) -> list[Message]:

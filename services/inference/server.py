@@ -40,6 +40,7 @@ def build_server(
             InferenceServicer(worker, models, names), server
         ),
         service_names=[SERVICE],
+        metrics_port=settings.inference_metrics_port,
     )
 
 

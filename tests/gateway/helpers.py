@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from gateway.app import create_app
@@ -20,10 +21,13 @@ NOWHERE = Path("/nonexistent/page")
 
 @asynccontextmanager
 async def running(
-    address: str, page: Path = NOWHERE, **variables: str
+    address: str,
+    page: Path = NOWHERE,
+    registry: CollectorRegistry | None = None,
+    **variables: str,
 ) -> AsyncIterator[tuple[Starlette, httpx.AsyncClient]]:
     """The app with its lifespan, and a client that speaks to it as a browser on this machine."""
-    app = create_app(settings(**variables), {"inference": address}, page)
+    app = create_app(settings(**variables), {"inference": address}, page, registry)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -79,7 +83,7 @@ async def gateway_to(backend: Backend, **variables: str) -> AsyncIterator[Gatewa
     """The gateway over `backend`; both read the same settings."""
     async with (
         serving(backend, **variables) as server,
-        running(f"127.0.0.1:{server.port}", NOWHERE, **variables) as (app, client),
+        running(f"127.0.0.1:{server.port}", NOWHERE, None, **variables) as (app, client),
     ):
         yield Gateway(app, client)
 

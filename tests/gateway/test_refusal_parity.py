@@ -33,6 +33,8 @@ from tests.inference.test_refusals import MALFORMED, OBJECTIVE, RUN
 
 __all__ = ["model", "model_folder", "server", "worker"]  # fixtures
 
+SAME_ID = (("x-request-id", "click-1"),)
+
 REQUESTS: dict[str, Any] = {
     "Attribute": attribute_pb2.AttributeRequest,
     "DescribeComponent": component_pb2.DescribeComponentRequest,
@@ -102,7 +104,7 @@ class Both:
 
     async def over_grpc(self, method: str, tree: dict[str, Any]) -> Refusal:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await getattr(self._stub, method)(ParseDict(tree, REQUESTS[method]()))
+            await getattr(self._stub, method)(ParseDict(tree, REQUESTS[method]()), metadata=SAME_ID)
         status: status_pb2.Status = rpc_status.from_call(caught.value)
         details = [(each.TypeName(), each.value) for each in status.details]
         return _refusal(caught.value.code().name.lower(), caught.value.details() or "", details)
@@ -113,7 +115,7 @@ class Both:
             headers = {"content-type": "application/json"}
             response = await self._client.post(url, content=body, headers=headers)
         else:
-            response = await self._client.post(url, json=body)
+            response = await self._client.post(url, json=body, headers=SAME_ID)
         assert response.status_code >= 400
         tree = response.json()
         details = [
