@@ -14,6 +14,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from services.common.cache.redis_url import RedisUrl
 from services.common.networks import Networks
 from services.common.tokens import Tokens
 
@@ -45,7 +46,6 @@ class DictionarySource:
 NOT_BUILT = {
     "TDB_DATASET_PORT": "the dataset service",
     "TDB_EXPLAINER_PORT": "the explainer service",
-    "TDB_REDIS_URL": "the Redis cache",
 }
 
 DATA_TYPES = ("float32", "bfloat16", "float16")
@@ -75,6 +75,15 @@ def _mebibytes(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,7}", text):
         raise ValueError(f"must be a number of MiB from 1 to 99999999, not {text!r}")
     return int(text) * 2**20
+
+
+def _mebibytes_or_none(text: str) -> int:
+    """Bytes; 0 is a number too."""
+    return 0 if text == "0" else _mebibytes(text)
+
+
+def _redis(text: str) -> RedisUrl | None:
+    return RedisUrl.parse(text) if text else None
 
 
 def _device(text: str) -> str:
@@ -352,6 +361,22 @@ class Settings:
         "Further host names that browsers may use for the gateway, separated by commas; loopback "
         "names and `TDB_HOST` always work.",
         _hosts,
+    )
+    redis: RedisUrl | None = _setting(  # noqa: RUF009
+        "TDB_REDIS_URL",
+        "",
+        "The Redis (or Valkey) that keeps results for several services: "
+        "`redis://[user:password@]host[:port][/database]`, or `rediss://` for TLS. It is never "
+        "needed: while it does not answer, results are computed. Empty: `TDB_CACHE_MIB` of this "
+        "process. See [operations.md](operations.md).",
+        _redis,
+    )
+    cache_bytes: int = _setting(
+        "TDB_CACHE_MIB",
+        "256",
+        "Memory for results that were computed before, in MiB, where `TDB_REDIS_URL` is empty; 0 "
+        "keeps none.",
+        _mebibytes_or_none,
     )
     reflection: bool = _setting(
         "TDB_REFLECTION",

@@ -26,12 +26,15 @@ cannot be right stops the process with one sentence.
 
 
 def as_lines(settings: Settings, env: Mapping[str, str]) -> list[str]:
-    """One line per setting: `NAME=value`, and where the value comes from. Never a token."""
+    """One line per setting: `NAME=value`, and where the value comes from. Never a secret."""
     lines = []
     for field in setting_fields():
         variable = field.metadata["variable"]
         origin = "environment" if env.get(variable, "").strip() else "default"
-        lines.append(f"{variable}={_shown(getattr(settings, field.name))}  # {origin}")
+        value = getattr(settings, field.name)
+        if variable.endswith("_MIB") and isinstance(value, int):
+            value //= 2**20  # kept in bytes
+        lines.append(f"{variable}={_shown(value)}  # {origin}")
     return lines
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.common import settings_text
+from services.common.cache.redis_url import RedisUrl
 from services.common.settings import (
     DictionarySource,
     ModelSource,
@@ -117,7 +118,12 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_LOG_PROMPTS", "yes", "must be 0 or 1, not 'yes'"),
         ("TDB_DRAIN_SECONDS", "soon", "must be a number of seconds"),
         ("TDB_DATA_DIR", __file__, "must be a folder"),
-        ("TDB_REDIS_URL", "redis://x", "the Redis cache is not part of this version yet"),
+        ("TDB_CACHE_MIB", "-1", "must be a number of MiB"),
+        ("TDB_REDIS_URL", "localhost:6379", "must begin with redis:// or, for TLS, rediss://"),
+        ("TDB_REDIS_URL", "redis://:6379", "names no host"),
+        ("TDB_REDIS_URL", "redis://h/one", "must end in the number of a database"),
+        ("TDB_REDIS_URL", "redis://h?socket_timeout=9", "has a ? or # part, which is not read"),
+        ("TDB_REDIS_URL", "redis://h:port", "is not a URL"),
         ("TDB_DATASET_PORT", "50052", "the dataset service is not part of this version yet"),
         ("TDB_TOKEN", "ann:x", "TDB_TOKEN is not a setting: did you mean TDB_TOKENS?"),
     ],
@@ -202,6 +208,50 @@ def test_the_settings_and_their_printed_form_hide_tokens() -> None:
     assert "TDB_TOKENS=(tokens of ann)  # environment" in lines
     assert "TDB_GATEWAY_PORT=9  # environment" in lines
     assert "TDB_HOST=127.0.0.1  # default" in lines
+
+
+def test_redis_is_a_url_with_or_without_a_password() -> None:
+    assert read().redis is None
+    assert read(TDB_REDIS_URL="redis://box").redis == RedisUrl("box", 6379, 0, False, "", "")
+    full = read(TDB_REDIS_URL="rediss://ann:p%40ss%2F@[::1]:7000/3").redis
+    assert full == RedisUrl("::1", 7000, 3, True, "ann", "p@ss/")
+    assert read(TDB_CACHE_MIB="0").cache_bytes == 0
+    assert read(TDB_CACHE_MIB="2").cache_bytes == 2 * 2**20
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "redis://:hush@h?x=hush",
+        "redis://:hush@h/hush",
+        "redis://:hush@",
+        "redis://:hush@[x",
+        "redis://u:hush@h:port",
+        "http://:hush@h",
+        "hush",
+    ],
+)
+def test_no_password_of_redis_is_ever_shown(value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(TDB_REDIS_URL=value)
+    assert str(caught.value).startswith("TDB_REDIS_URL")
+    assert "hush" not in str(caught.value)
+
+
+def test_the_settings_and_their_printed_form_hide_the_password_of_redis() -> None:
+    env = {"TDB_REDIS_URL": "redis://user:hush@box:7000/2"}
+    settings = Settings.from_env(env)
+    assert "hush" not in repr(settings)
+    lines = settings_text.as_lines(settings, env)
+    assert "TDB_REDIS_URL=redis://***@box:7000/2  # environment" in lines
+    assert "hush" not in "\n".join(lines)
+
+
+def test_mebibytes_are_printed_as_they_are_set() -> None:
+    env = {"TDB_DICTIONARY_MIB": "7"}
+    lines = settings_text.as_lines(Settings.from_env(env), env)
+    assert "TDB_DICTIONARY_MIB=7  # environment" in lines
+    assert "TDB_CACHE_MIB=256  # default" in lines
 
 
 def test_the_data_folder_is_private(tmp_path: Path) -> None:
