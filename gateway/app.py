@@ -42,7 +42,7 @@ def create_app(
             yield
         finally:
             for backend in connected:
-                await backend.channel.close()
+                await backend.close()
 
     return Starlette(
         lifespan=lifespan,

@@ -1,6 +1,7 @@
 """The services behind the gateway: which are exposed, where they are, how they are reached.
 
-Adding a service to the gateway is one entry of `EXPOSED`.
+Adding a service to the gateway is one entry of `EXPOSED`. Where an address has several replicas
+behind it, the channel (`tdb.channel`) balances them.
 """
 
 from collections.abc import Mapping
@@ -8,9 +9,9 @@ from dataclasses import dataclass
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
+from tdb import channel
 from tdb.inference.v1 import service_pb2 as inference
 
-from services.common.server import MAX_MESSAGE_BYTES
 from services.common.settings import Settings
 
 # Backend name -> the proto services it answers for.
@@ -18,17 +19,9 @@ EXPOSED: Mapping[str, tuple[ServiceDescriptor, ...]] = {
     "inference": (inference.DESCRIPTOR.services_by_name["InferenceService"],),
 }
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # A service that was restarted is back within a second or two; gRPC would wait two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
+# A service that is full says when to come back, and the client hears that (`Retry-After`) rather
+# than waiting here without knowing.
+_RETRYABLE = ("UNAVAILABLE",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,12 @@ class Backend:
     name: str
     services: tuple[ServiceDescriptor, ...]
     channel: grpc.aio.Channel
+    direct: grpc.aio.Channel
+    """To ask one that `channel` passes over what it waits for."""
+
+    async def close(self) -> None:
+        await self.channel.close()
+        await self.direct.close()
 
 
 def targets(settings: Settings) -> dict[str, str]:
@@ -44,8 +43,13 @@ def targets(settings: Settings) -> dict[str, str]:
 
 
 def connect(addresses: Mapping[str, str]) -> list[Backend]:
-    """Opens one channel for each backend; they connect when first used."""
+    """Opens the channels of each backend; they connect when first used."""
     return [
-        Backend(name, services, grpc.aio.insecure_channel(addresses[name], options=_OPTIONS))
+        Backend(
+            name,
+            services,
+            channel=grpc.aio.insecure_channel(addresses[name], channel.options(_RETRYABLE)),
+            direct=grpc.aio.insecure_channel(addresses[name], channel.CONNECTION),
+        )
         for name, services in EXPOSED.items()
     ]

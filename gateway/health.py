@@ -1,4 +1,7 @@
-"""`/healthz`: this process runs. `/readyz`: every service behind it is SERVING."""
+"""`/healthz`: this process runs. `/readyz`: every service behind it is SERVING.
+
+Of a service with several replicas one is enough, since that one gets the calls.
+"""
 
 import asyncio
 from collections.abc import Iterable
@@ -14,18 +17,19 @@ from gateway.backends import Backend
 
 CHECK_TIMEOUT_S = 2.0
 
+_REQUEST = health_pb2.HealthCheckRequest()
 _NO_STORE = {"cache-control": "no-store"}
 
 
 def routes(backends: Iterable[Backend]) -> list[Route]:
-    stubs = {each.name: health_pb2_grpc.HealthStub(each.channel) for each in backends}
+    probes = [_Probe(each) for each in backends]
 
     async def healthz(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"}, headers=_NO_STORE)
 
     async def readyz(request: Request) -> JSONResponse:
-        reasons = await asyncio.gather(*(_awaited(stub) for stub in stubs.values()))
-        awaited = {name: reason for name, reason in zip(stubs, reasons, strict=True) if reason}
+        reasons = await asyncio.gather(*(probe.awaited() for probe in probes))
+        awaited = {probe.name: why for probe, why in zip(probes, reasons, strict=True) if why}
         if awaited:
             body = {"status": "not ready", "awaited": awaited}
             return JSONResponse(body, 503, _NO_STORE)
@@ -34,14 +38,27 @@ def routes(backends: Iterable[Backend]) -> list[Route]:
     return [Route("/healthz", healthz), Route("/readyz", readyz)]
 
 
-async def _awaited(stub: health_pb2_grpc.HealthStub) -> str:
-    """What a service is still to do before it serves; "" when nothing."""
-    try:
-        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
-    except grpc.aio.AioRpcError as error:
-        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-            return "it does not answer"
-        return "it cannot be reached"
-    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-        return ""
-    return "it is loading its model, or stopping"
+class _Probe:
+    """Asks one backend what it is still to do."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.name = backend.name
+        self._balanced = health_pb2_grpc.HealthStub(backend.channel)
+        self._direct = health_pb2_grpc.HealthStub(backend.direct)
+
+    async def awaited(self) -> str:
+        """What the service is still to do before it serves; "" when nothing."""
+        try:
+            await self._balanced.Check(_REQUEST, timeout=CHECK_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return await self._why_not()
+        return ""  # only a SERVING one was asked
+
+    async def _why_not(self) -> str:
+        try:
+            await self._direct.Check(_REQUEST, timeout=CHECK_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                return "it does not answer"
+            return "it cannot be reached"
+        return "it is loading its model, or stopping"

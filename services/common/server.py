@@ -115,7 +115,7 @@ class ServiceServer:
         """Listens. Raises StartError when the port is taken."""
         server = grpc.aio.server(
             interceptors=[CallInterceptor(self.settings, self._metrics)],
-            options=_OPTIONS,
+            options=[*_OPTIONS, *self._connection_age()],
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         self._add_servicers(server)
@@ -162,6 +162,12 @@ class ServiceServer:
         await server.stop(self.settings.drain_s)
         if self._metrics_server:
             await asyncio.to_thread(self._metrics_server.close)
+
+    def _connection_age(self) -> list[tuple[str, int]]:
+        """gRPC varies it by a tenth, so that connections do not all end together; without a grace
+        of its own it lets what runs on an old connection run."""
+        age_s = self.settings.max_connection_age_s
+        return [("grpc.max_connection_age_ms", round(age_s * 1000))] if age_s else []
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", *self._service_names):

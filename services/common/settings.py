@@ -317,7 +317,8 @@ class Settings:
         "TDB_INFERENCE_ADDRESS",
         "",
         "`host:port` of an inference service on another machine, for a gateway that is run alone. "
-        "Empty: `TDB_INFERENCE_PORT` on this machine.",
+        "A name with several addresses, or `ipv4:HOST:PORT,HOST:PORT`, is several replicas, and "
+        "calls go round those that are SERVING. Empty: `TDB_INFERENCE_PORT` on this machine.",
         _address,
     )
     data_dir: Path = _setting(  # noqa: RUF009  # a Field, not a value
@@ -387,6 +388,13 @@ class Settings:
     )
     drain_s: float = _setting(
         "TDB_DRAIN_SECONDS", "10", "How long calls in flight may take to finish at stop.", _seconds
+    )
+    max_connection_age_s: float = _setting(
+        "TDB_MAX_CONNECTION_AGE_SECONDS",
+        "0",
+        "After how long a gRPC connection is asked to be made anew, so that clients find replicas "
+        "that were added meanwhile; calls in flight go on. 0: never.",
+        _seconds,
     )
     log_level: str = _setting(
         "TDB_LOG_LEVEL", "info", f"The least that is logged: {', '.join(LOG_LEVELS)}.", _log_level
