@@ -5,8 +5,9 @@ The event loop sets the token; the torch thread looks at it between layers.
 
 import threading
 import time
+from collections.abc import Sequence
 
-from services.common.errors import Cancelled, DeadlineExceeded
+from services.common.errors import Cancelled, DeadlineExceeded, TdbError
 
 
 class CancelToken:
@@ -25,3 +26,25 @@ class CancelToken:
             raise Cancelled("the caller left before the result was ready")
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise DeadlineExceeded("the deadline passed before the result was ready")
+
+
+class SharedToken(CancelToken):
+    """One for work that several wait for: it goes on as long as anyone does."""
+
+    def __init__(self, tokens: Sequence[CancelToken]) -> None:
+        super().__init__()
+        self._tokens = tuple(tokens)
+
+    def check(self) -> None:
+        """Raises what the last of them raises, once all do."""
+        super().check()
+        gone: TdbError | None = None
+        for token in self._tokens:
+            try:
+                token.check()
+            except (Cancelled, DeadlineExceeded) as error:
+                gone = error
+            else:
+                return
+        if gone:
+            raise gone
