@@ -54,7 +54,7 @@ _log = logging.getLogger("tdb.server")
 
 
 class StartError(Exception):
-    """Why a process cannot start, in one sentence."""
+    """Why a process cannot start, or go on, in one sentence."""
 
 
 def cannot_listen(service: str, host: str, port: int) -> StartError:
@@ -110,6 +110,10 @@ class ServiceServer:
         self._metrics_server: MetricsServer | None = None
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self.stopped = asyncio.Event()
+        """Set once the process is to stop."""
+        self.failure: StartError | None = None
+        """Why it stops, if it failed."""
 
     async def __aenter__(self) -> Self:
         """Listens. Raises StartError when the port is taken."""
@@ -152,6 +156,11 @@ class ServiceServer:
     async def set_not_serving(self) -> None:
         """Health says NOT_SERVING until `set_serving`; calls are still let in."""
         await self._set_health(_NOT_SERVING)
+
+    def fail(self, sentence: str) -> None:
+        """Ends the process, with exit code 1: a supervisor starts it again."""
+        self.failure = StartError(sentence)
+        self.stopped.set()
 
     async def drain(self) -> None:
         """Refuses new calls, gives those in flight `drain_s` to end, cancels the rest."""
@@ -200,14 +209,13 @@ def run_service(server: ServiceServer, prepare: Callable[[ServiceServer], Awaita
 async def _serve(
     server: ServiceServer, prepare: Callable[[ServiceServer], Awaitable[None]]
 ) -> None:
-    stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, server.stopped.set)
     async with server:
         announce(server.name, server.settings.host, server.port)
         preparing = asyncio.ensure_future(prepare(server))
-        stopping = asyncio.ensure_future(stopped.wait())
+        stopping = asyncio.ensure_future(server.stopped.wait())
         await asyncio.wait({preparing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if preparing.done():
             stopping_early = preparing.exception() is not None
@@ -220,3 +228,5 @@ async def _serve(
             with contextlib.suppress(asyncio.CancelledError):
                 await preparing
         _log.info("stopping", extra={"fields": {"service": server.name}})
+        if server.failure:
+            raise server.failure

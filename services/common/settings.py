@@ -86,6 +86,12 @@ def _redis(text: str) -> RedisUrl | None:
     return RedisUrl.parse(text) if text else None
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise ValueError(f"must be a number from 1 to 999999, not {text!r}")
+    return int(text)
+
+
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", text):
         raise ValueError(f"must be auto, cpu, cuda, cuda:N or mps, not {text!r}")
@@ -280,6 +286,15 @@ class Settings:
         "The data type of weights and activations: float32, bfloat16 or float16. In half precision "
         "the effects of nodes are rough, which their results say, and dictionaries are refused.",
         _data_type,
+    )
+    queue_per_user: int = _setting(
+        "TDB_QUEUE_PER_USER",
+        "256",
+        "Pieces of work that may wait for the device, per user; more are refused for now.",
+        _count,
+    )
+    queue_total: int = _setting(
+        "TDB_QUEUE_TOTAL", "2048", "The same for all users together.", _count
     )
     host: str = _setting(
         "TDB_HOST",

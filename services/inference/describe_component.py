@@ -12,11 +12,12 @@ from tdb.inference.v1 import component_pb2, manifest_pb2
 from services.common import addresses
 from services.common.addresses import Address, Kind
 from services.common.errors import InvalidArgument, inside
-from services.inference import manifest, responses
+from services.inference import manifest, queue_messages, responses
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.components import Description
 from services.inference.engine.model import Model
-from services.inference.worker import OnDevice
+from services.inference.scheduler import OnDevice
+from services.inference.task import Task
 
 MAX_TOKENS = 100
 MAX_SIMILAR = 100
@@ -98,9 +99,9 @@ async def answer(
         )
         return found, (time.perf_counter() - started) * 1e3
 
-    finished = await on_device(work)
+    finished = await on_device(work, Task("DescribeComponent"))
     description, milliseconds = finished.result
-    timings = manifest_pb2.Timings(queue_ms=finished.queue_ms, read_out_ms=milliseconds)
+    timings = queue_messages.timings(finished, read_out_ms=milliseconds)
     used: tuple[str, ...] = ()
     if wanted.component.kind is Kind.LATENT:
         used = (wanted.component.dictionary,)
@@ -120,13 +121,14 @@ async def _similar_latents(
 ) -> tuple[tuple[Address, float], ...]:
     """Of all dictionaries served, each compared in a piece of work of its own."""
     latent = wanted.component
-    written = await on_device(lambda cancel: model.latent_write(latent))
-    timings.queue_ms += written.queue_ms
+    task = Task("DescribeComponent.similar")
+    written = await on_device(lambda cancel: model.latent_write(latent), task)
+    queue_messages.add_wait(timings, written)
     found: list[tuple[Address, float]] = []
     for name in dictionaries:
         work = partial(model.similar_latents, latent, written.result, name, wanted.similar)
-        finished = await on_device(work)
-        timings.queue_ms += finished.queue_ms
+        finished = await on_device(work, task)
+        queue_messages.add_wait(timings, finished)
         found += finished.result
     # Stable: equals stay in order of dictionary and latent.
     return tuple(sorted(found, key=lambda each: -each[1])[: wanted.similar])

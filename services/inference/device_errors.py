@@ -33,5 +33,5 @@ def is_lost(error: BaseException) -> bool:
 def free() -> None:
     """Gives back what nothing refers to any more."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ A departure from deficit round robin, which DESIGN names: there a click waits fo
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Generic, TypeVar
 
 from services.common.errors import ResourceExhausted
 from services.inference.task import Place, Priority, Task
@@ -37,12 +38,15 @@ class Entry:
     """In order of arrival."""
 
 
+E = TypeVar("E", bound=Entry)
+
+
 @dataclass
-class _Account:
+class _Account(Generic[E]):
     """What one user has used and waits for."""
 
     used_s: float
-    waiting: dict[Priority, dict[int, Entry]] = field(
+    waiting: dict[Priority, dict[int, E]] = field(
         default_factory=lambda: {priority: {} for priority in Priority}
     )
     """By number, the oldest first."""
@@ -58,7 +62,7 @@ class _Account:
     def count(self) -> int:
         return sum(map(len, self.waiting.values()))
 
-    def standing(self, priority: Priority) -> Iterator[tuple[float, Entry]]:
+    def standing(self, priority: Priority) -> Iterator[tuple[float, E]]:
         """Where each piece of work stands."""
         start = self.used_s
         for entry in self.waiting[priority].values():
@@ -66,20 +70,20 @@ class _Account:
             start += entry.cost_s
 
 
-class FairQueue:
+class FairQueue(Generic[E]):
     """Bounded per user and in all. Not thread-safe: the scheduler holds a lock."""
 
     def __init__(self, per_user: int, total: int) -> None:
         self.per_user = per_user
         self.total = total
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[str, _Account[E]] = {}
         self._floor_s = 0.0
         self._numbers = 0
 
     def __len__(self) -> int:
         return sum(account.count for account in self._accounts.values())
 
-    def add(self, entry: Entry) -> Place:
+    def add(self, entry: E) -> Place:
         """Where the entry stands now. Raises ResourceExhausted."""
         account = self._accounts.get(entry.user)
         own = account.count if account else 0
@@ -103,21 +107,21 @@ class FairQueue:
         assert place is not None
         return place
 
-    def _room_after_s(self, account: _Account | None) -> float:
+    def _room_after_s(self, account: _Account[E] | None) -> float:
         """When a place may be free: once a tenth of what waits is done."""
         accounts = [account] if account else self._accounts.values()
         lines = [line for each in accounts for line in each.waiting.values()]
         cost = sum(entry.cost_s for line in lines for entry in line.values())
         return min(max(cost / 10, 0.2), 30.0)
 
-    def drop(self, entry: Entry) -> bool:
+    def drop(self, entry: E) -> bool:
         """Takes out an entry that waits; whether it did."""
         account = self._accounts.get(entry.user)
         found = account and account.waiting[entry.task.priority].pop(entry.number, None)
         self._forget()
         return found is not None
 
-    def take(self) -> list[Entry]:
+    def take(self) -> list[E]:
         """What runs next: one entry, or several that share a pass; empty if nothing waits.
 
         Their users are charged the estimate until `settle`.
@@ -133,7 +137,7 @@ class FairQueue:
             self._begin(entry)
         return entries
 
-    def settle(self, entries: list[Entry], seconds: float) -> None:
+    def settle(self, entries: list[E], seconds: float) -> None:
         """Puts the charge of what `take` gave right: each pays its share of `seconds`."""
         tokens = sum(entry.task.tokens for entry in entries)
         for entry in entries:
@@ -142,7 +146,7 @@ class FairQueue:
             account.used_s += seconds * entry.task.tokens / tokens - entry.cost_s
         self._forget()
 
-    def place(self, entry: Entry) -> Place | None:
+    def place(self, entry: E) -> Place | None:
         """Where a waiting entry stands; None once it was taken or dropped."""
         account = self._accounts.get(entry.user)
         priority = entry.task.priority
@@ -161,43 +165,42 @@ class FairQueue:
             priority, len(before) + (1 if running else 0), sum(each.cost_s for each in before)
         )
 
-    def waiting(self) -> list[tuple[Entry, Place]]:
+    def waiting(self) -> list[tuple[E, Place]]:
         """Everything that waits, in the order in which it is likely to run."""
-        found: list[tuple[Entry, Place]] = []
+        found: list[tuple[E, Place]] = []
         position = 1 if any(each.running for each in self._accounts.values()) else 0
         wait_s = 0.0
         for priority in Priority:
-            standing = sorted(
-                self._standing(priority), key=lambda each: (each[0], each[1].number)
-            )
+            standing = sorted(self._standing(priority), key=lambda each: (each[0], each[1].number))
             for _, entry in standing:
                 found.append((entry, Place(priority, position, wait_s)))
                 position += 1
                 wait_s += entry.cost_s
         return found
 
-    def clear(self) -> list[Entry]:
+    def clear(self) -> list[E]:
         """Takes out everything that waits."""
         entries = [entry for entry, _ in self.waiting()]
         for entry in entries:
             self.drop(entry)
         return entries
 
-    def _standing(self, priority: Priority) -> Iterator[tuple[float, Entry]]:
+    def _standing(self, priority: Priority) -> Iterator[tuple[float, E]]:
         for account in self._accounts.values():
             yield from account.standing(priority)
 
-    def _next(self) -> tuple[_Account, Priority] | None:
+    def _next(self) -> tuple[_Account[E], Priority] | None:
         """Whose turn it is, for what."""
         click, sweep = (self._lowest(priority) for priority in Priority)
-        if click is None or sweep is None:
-            account = click or sweep
-            return account and (account, Priority.INTERACTIVE if click else Priority.BULK)
+        if click is None:
+            return (sweep, Priority.BULK) if sweep else None
+        if sweep is None:
+            return click, Priority.INTERACTIVE
         owed = sweep.used_s + OWED_S < click.used_s
         turn = click is sweep and click.turns >= OWN_BULK_TURN - 1
         return (sweep, Priority.BULK) if owed or turn else (click, Priority.INTERACTIVE)
 
-    def _lowest(self, priority: Priority) -> _Account | None:
+    def _lowest(self, priority: Priority) -> _Account[E] | None:
         having = (each for each in self._accounts.values() if each.waiting[priority])
         return min(
             having,
@@ -205,7 +208,7 @@ class FairQueue:
             default=None,
         )
 
-    def _companions(self, first: Entry) -> list[Entry]:
+    def _companions(self, first: E) -> list[E]:
         """Others that may share the pass of `first`, the lowest first, as long as they fit."""
         assert first.task.batch
         priority = first.task.priority
@@ -217,7 +220,7 @@ class FairQueue:
             and entry.task.batch
             and entry.task.batch.key == first.task.batch.key
         ]
-        found: list[Entry] = []
+        found: list[E] = []
         members = [first.task.batch.member]
         for _, _, entry in sorted(able, key=lambda each: each[:2]):
             assert entry.task.batch
@@ -226,7 +229,7 @@ class FairQueue:
                 members.append(entry.task.batch.member)
         return found
 
-    def _begin(self, entry: Entry) -> None:
+    def _begin(self, entry: E) -> None:
         account = self._accounts[entry.user]
         del account.waiting[entry.task.priority][entry.number]
         account.running += 1

@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tdb.inference.v1 import generate_pb2, manifest_pb2, progress_pb2
+from tdb.inference.v1 import generate_pb2, manifest_pb2
 from tdb.type.v1 import token_pb2
 
 from services.common.errors import FailedPrecondition, InvalidArgument, inside
-from services.inference import manifest, request_tokens, requests, responses
+from services.inference import manifest, queue_messages, request_tokens, requests, responses
 from services.inference.engine.generation import Continuation, Ending, Finish, Generated
 from services.inference.engine.model import Model
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.text import Vocabulary
 from services.inference.requests import ReadRun
-from services.inference.worker import OnDevice
+from services.inference.scheduler import OnDevice
+from services.inference.task import Task
 
 if TYPE_CHECKING:  # the stubs name it, the generated module does not
     from tdb.inference.v1.generate_pb2 import _Branch
@@ -196,14 +197,22 @@ async def stream(
         for branch, each in branches.items()
     }
     total = wanted.ending.max_new_tokens * len(growing)
-    progress = progress_pb2.Progress(done=0, total=total, unit="tokens")
+    progress = queue_messages.progress(0, total, "tokens")
     yield generate_pb2.GenerateResponse(progress=progress)
     timings = manifest_pb2.Timings()
+    done = 0
     while any(each.finish is None for each in growing.values()):
         for branch, each in growing.items():
             if each.finish is None:
-                finished = await on_device(each.step)
-                timings.queue_ms += finished.queue_ms
+                # The first step runs the whole prompt.
+                task = Task("Generate.step") if each.token_ids else Task("Generate", len(ids))
+                with on_device.enter(each.step, task) as ticket:
+                    async for place in ticket.places():
+                        progress = queue_messages.progress(done, total, "tokens", place)
+                        yield generate_pb2.GenerateResponse(progress=progress)
+                    finished = await ticket.result()
+                queue_messages.add_wait(timings, finished)
+                done += 1
                 token = _token(branch, finished.result, model.vocabulary)
                 yield generate_pb2.GenerateResponse(token=token)
     timings.forward_ms = sum(each.forward_ms for each in growing.values())

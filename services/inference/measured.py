@@ -15,8 +15,9 @@ from services.inference.engine.model import AttributeResult, Model
 from services.inference.engine.verification import Verification
 from services.inference.engine.whole_verification import WholeVerification
 from services.inference.requests import Attribution
+from services.inference.scheduler import OnDevice
+from services.inference.task import Priority, Task
 from services.inference.verify import ablations
-from services.inference.worker import OnDevice
 
 
 @dataclass
@@ -42,9 +43,14 @@ async def measure(
     if wanted.verify:
         targets = ablations(nodes, model, len(run.token_ids), wanted.baseline)
         begun = partial(model.verify, run, targets, wanted.norm_mode)
-        verification: Verification | WholeVerification = (await on_device(begun)).result
+        tokens = len(run.token_ids)
+        begin_verify = Task("Verify", tokens, Priority.BULK)
+        verification: Verification | WholeVerification = (
+            await on_device(begun, begin_verify)
+        ).result
         for number in range(len(verification.chunks)):
-            chunk = await on_device(partial(verification.chunk, number))
+            task = Task("Verify.chunk", verification.rows(number) * tokens, Priority.BULK)
+            chunk = await on_device(partial(verification.chunk, number), task)
             measured.verified |= {each.node: each.effect for each in chunk.result}
         measured.rank_correlation = correlation.spearman(
             [estimates[node] for node in nodes], [measured.verified[node] for node in nodes]
@@ -59,9 +65,12 @@ async def measure(
             wanted.along_input,
             wanted.norm_mode,
         )
-        integration: Integration = (await on_device(begin)).result
+        task = Task("Integrate", len(run.token_ids), Priority.BULK)
+        integration: Integration = (await on_device(begin, task)).result
         for number in range(len(integration.chunks)):
-            await on_device(partial(integration.chunk, number))
+            rows = integration.rows(number)
+            task = Task("Integrate.chunk", rows * len(run.token_ids), Priority.BULK)
+            await on_device(partial(integration.chunk, number), task)
         measured.integrated = dict(zip(nodes, integration.effects(nodes), strict=True))
     return measured
 

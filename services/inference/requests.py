@@ -92,6 +92,11 @@ class Attribution:
     """Source tokens listed per latent of an attention dictionary."""
 
     @property
+    def padded_tokens(self) -> int:
+        """Rows times the longest."""
+        return len(self.runs) * max(len(run.token_ids) for run in self.runs)
+
+    @property
     def reference(self) -> Reference | None:
         """The baseline of all nodes at once, where there is one and they are wanted."""
         return self.baseline.reference if self.baseline else None

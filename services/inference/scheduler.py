@@ -1,7 +1,7 @@
 """The scheduler: one joined torch thread, and the queue that feeds it.
 
-    ticket = scheduler.enter(work, task, user="ada")     # on the event loop; raises when it is full
-    ticket.place()                                       # where it stands
+    ticket = scheduler.enter(work, task, call)   # on the event loop; raises when the queue is full
+    ticket.place()                               # where it stands
     finished = await ticket.result()
 
 The event loop never runs the model. `fair_queue` says who is next. Work whose caller left, or whose
@@ -13,6 +13,7 @@ fails everything, and `on_lost` is told, which ends the process for a supervisor
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -22,13 +23,14 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from services.common import calls
-from services.common.errors import DeadlineExceeded, ResourceExhausted, TdbError, Unavailable
+from services.common.calls import Call
+from services.common.errors import ResourceExhausted, TdbError, Unavailable
 from services.inference import device_errors
 from services.inference.device_times import DeviceTimes
 from services.inference.engine.cancellation import CancelToken, SharedToken
 from services.inference.fair_queue import Entry, FairQueue
-from services.inference.observer import Observer, Unobserved
-from services.inference.task import Finished, Place, Priority, Task
+from services.inference.observer import SchedulerObserver, Unobserved
+from services.inference.task import Finished, Place, Task
 
 Result = TypeVar("Result")
 Work = Callable[[CancelToken], Result]
@@ -53,8 +55,7 @@ class _Job(Entry):
     cancel: CancelToken = field(kw_only=True)
     loop: asyncio.AbstractEventLoop = field(kw_only=True)
     future: "asyncio.Future[Any]" = field(kw_only=True)
-    request_id: str = field(kw_only=True)
-    method: str = field(kw_only=True)
+    call: Call | None = field(kw_only=True)
     queued_at: float = field(kw_only=True)
     arrived: Place | None = None
 
@@ -64,9 +65,8 @@ class QueueEntry:
     """One piece of work, as an operator sees it."""
 
     user: str
-    method: str
+    call: Call | None
     kind: str
-    request_id: str
     running: bool
     place: Place
     waited_s: float
@@ -134,78 +134,71 @@ class Scheduler:
     def __init__(
         self,
         limits: QueueLimits | None = None,
-        observer: Observer | None = None,
-        on_lost: Callable[[], None] | None = None,
+        observer: SchedulerObserver | None = None,
     ) -> None:
         limits = limits or QueueLimits()
-        self._queue = FairQueue(limits.per_user, limits.total)
+        self._queue: FairQueue[_Job] = FairQueue(limits.per_user, limits.total)
         self._observer = observer or Unobserved()
-        self._on_lost = on_lost
+        self.on_lost: Callable[[], object] | None = None
+        """Called on the torch thread once the device can no longer be used."""
         self._times = DeviceTimes()
         self._changed = threading.Condition()
         self._running: list[_Job] = []
         self._running_since = 0.0
-        self._refusal: Unavailable | None = None
+        self._refusal: dict[str, Any] = {}
+        """What says why nothing is let in any more, once nothing is."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="torch")
         self._thread.start()
 
-    def enter(
-        self,
-        work: Work[Result],
-        task: Task,
-        *,
-        user: str = calls.LOCAL_USER,
-        deadline: float | None = None,
-        method: str = "",
-        request_id: str = "",
-    ) -> Ticket[Result]:
-        """Queues `work`. `deadline` is on the clock of `time.monotonic`.
+    def enter(self, work: Work[Result], task: Task, call: Call | None = None) -> Ticket[Result]:
+        """Queues `work`, for the call or, without one, for the service itself.
 
         Raises ResourceExhausted when too much waits, or when its turn would come after its
         deadline; Unavailable after `close` and once the device is lost.
         """
-        loop = asyncio.get_running_loop()
         with self._changed:
-            if self._refusal:
-                raise self._refusal
-            job = _Job(
-                user,
-                task,
-                self._times.predict(task.kind, task.tokens),
-                work=work,
-                cancel=CancelToken(deadline),
-                loop=loop,
-                future=loop.create_future(),
-                request_id=request_id,
-                method=method or task.kind,
-                queued_at=time.monotonic(),
-            )
-            place = self._with_running(self._queue.add(job))
-            job.arrived = place
-            if deadline is not None and place.expected_wait_s > deadline - job.queued_at:
-                self._queue.drop(job)
-                raise ResourceExhausted(
-                    f"the deadline would pass before its turn, in about "
-                    f"{place.expected_wait_s:.1f} s; allow more time, or try again later",
-                    reason="QUEUE_TOO_LONG",
-                    retry_after_s=min(place.expected_wait_s, 30.0),
-                )
-            self._observer.queued(task.priority)
+            try:
+                job = self._let_in(work, task, call)
+            except TdbError as refusal:
+                self._observer.refused(refusal.reason)
+                raise
+            self._observer.queued(task.priority.value)
             self._changed.notify()
         return Ticket(self, job)
 
+    def _let_in(self, work: Work[Any], task: Task, call: Call | None) -> _Job:
+        if self._refusal:
+            raise Unavailable(**self._refusal)
+        loop = asyncio.get_running_loop()
+        deadline = call.deadline if call else None
+        job = _Job(
+            call.user if call else calls.LOCAL_USER,
+            task,
+            self._times.predict(task.kind, task.tokens),
+            work=work,
+            cancel=CancelToken(deadline),
+            loop=loop,
+            future=loop.create_future(),
+            call=call,
+            queued_at=time.monotonic(),
+        )
+        place = job.arrived = self._with_running(self._queue.add(job))
+        if deadline is not None and place.expected_wait_s > max(deadline - job.queued_at, 0.0):
+            self._queue.drop(job)
+            raise ResourceExhausted(
+                "the deadline would pass before the request's turn, in about "
+                f"{place.expected_wait_s:.1f} s; allow more time, or try again later",
+                reason="QUEUE_TOO_LONG",
+                retry_after_s=min(max(place.expected_wait_s, 0.2), 30.0),
+            )
+        return job
+
     async def submit(
-        self,
-        work: Work[Result],
-        task: Task | None = None,
-        *,
-        user: str = calls.LOCAL_USER,
-        deadline: float | None = None,
+        self, work: Work[Result], task: Task | None = None, call: Call | None = None
     ) -> Finished[Result]:
         """`enter`, and its result."""
-        ticket = self.enter(work, task or Task("work"), user=user, deadline=deadline)
-        return await ticket.result()
+        return await self.enter(work, task or Task("work"), call).result()
 
     def place(self, job: _Job) -> Place | None:
         with self._changed:
@@ -217,7 +210,7 @@ class Scheduler:
         job.cancel.cancel()
         with self._changed:
             if self._queue.drop(job):
-                self._observer.dropped(job.task.priority)
+                self._observer.dropped(job.task.priority.value)
 
     def snapshot(self) -> list[QueueEntry]:
         """What runs, then what waits, in the order in which it is likely to run."""
@@ -225,28 +218,26 @@ class Scheduler:
         with self._changed:
             running = [(job, True, Place(job.task.priority, 0, 0.0)) for job in self._running]
             waiting = [
-                (entry, False, self._with_running(place)) for entry, place in self._queue.waiting()
+                (job, False, self._with_running(place)) for job, place in self._queue.waiting()
             ]
             since = self._running_since
         return [
             QueueEntry(
                 job.user,
-                job.method,
+                job.call,
                 job.task.kind,
-                job.request_id,
                 runs,
                 place,
                 now - (since if runs else job.queued_at),
             )
             for job, runs, place in (*running, *waiting)
-            if isinstance(job, _Job)
         ]
 
     def close(self) -> None:
         """Finishes what is queued, then joins the thread."""
         with self._changed:
             self._closed = True
-            self._refusal = self._refusal or Unavailable("the service is stopping")
+            self._refusal = self._refusal or {"message": "the service is stopping"}
             self._changed.notify()
         self._thread.join()
 
@@ -266,7 +257,7 @@ class Scheduler:
         """Waits for work; empty once closed and done."""
         with self._changed:
             while True:
-                jobs = [entry for entry in self._queue.take() if isinstance(entry, _Job)]
+                jobs = self._queue.take()
                 if jobs or self._closed:
                     self._running, self._running_since = jobs, time.monotonic()
                     return jobs
@@ -275,23 +266,15 @@ class Scheduler:
     def _serve(self, jobs: list[_Job]) -> None:
         started = self._running_since
         live = [job for job in jobs if self._is_wanted(job)]
+        outcomes: list[Any] = []
         if live:
-            self._observer.started(
-                live[0].task.priority,
-                [started - job.queued_at for job in live],
-                [job.task.tokens for job in live],
-            )
-        outcomes = self._perform(live)
+            outcomes = self._observed(live, started)
         seconds = time.monotonic() - started
-        tokens = sum(job.task.tokens for job in live)
-        for job in live:
-            share = seconds * job.task.tokens / tokens
-            self._observer.finished(job.user, job.task.kind, share)
         with self._changed:
             self._running = []
             if live and not any(isinstance(each, Exception) for each in outcomes):
-                self._times.observe(live[0].task.kind, tokens, seconds)
-            self._queue.settle(list(jobs), seconds)
+                self._times.observe(live[0].task.kind, _padded_tokens(live), seconds)
+            self._queue.settle(jobs, seconds)
         for job, outcome in zip(live, outcomes, strict=True):
             if not isinstance(outcome, Exception):
                 assert job.arrived
@@ -299,43 +282,53 @@ class Scheduler:
                 outcome = Finished(outcome, waited_ms, job.arrived, len(live))
             _deliver(job, outcome)
 
+    def _observed(self, jobs: Sequence[_Job], started: float) -> list[Any]:
+        """`_perform`, with everything about it told to the observer."""
+        task = jobs[0].task
+        for job in jobs:
+            self._observer.started(task.priority.value, started - job.queued_at)
+        tokens = sum(job.task.tokens for job in jobs)
+        known = [job.call for job in jobs if job.call]
+        padded = _padded_tokens(jobs)
+        with self._observer.running(task.kind, known, len(jobs), tokens, padded):
+            outcomes = self._perform(jobs)
+        seconds = time.monotonic() - started
+        for job in jobs:
+            share = seconds * job.task.tokens / tokens
+            self._observer.finished(job.user, job.task.kind, share)
+        return outcomes
+
     def _is_wanted(self, job: _Job) -> bool:
         try:
             job.cancel.check()
         except TdbError as error:
-            if isinstance(error, DeadlineExceeded):
-                error.message = "the deadline passed while the request waited for the device"
+            self._observer.dropped(job.task.priority.value)
             _deliver(job, error)
             return False
         return True
 
     def _perform(self, jobs: Sequence[_Job], retrying: bool = False) -> list[Any]:
         """The result or the error of each job."""
-        if not jobs:
-            return []
         try:
             return self._together(jobs) if len(jobs) > 1 else [jobs[0].work(jobs[0].cancel)]
         except Exception as error:
             failure = error
         if device_errors.is_lost(failure):
-            return [self._lose(failure)] * len(jobs)
+            self._lose(failure)
+            return [Unavailable(**self._refusal) for _ in jobs]
         if device_errors.is_out_of_memory(failure):
-            failure = ResourceExhausted(
-                "the device ran out of memory; try a shorter prompt, or again later",
-                reason="OUT_OF_MEMORY",
-                retry_after_s=5.0,
-            )
-            self._observer.out_of_memory(retried=not retrying)
-            if not retrying:
-                # Outside the handler above: a traceback keeps the pass and its tensors alive.
-                device_errors.free()
-                half = (len(jobs) + 1) // 2
-                parts = (part for part in (jobs[:half], jobs[half:]) if part)
-                return [each for part in parts for each in self._perform(part, retrying=True)]
-        elif len(jobs) > 1:
-            # One of them may be to blame: the others shall not pay for it.
-            return [each for job in jobs for each in self._perform([job], retrying)]
-        return [failure] * len(jobs)
+            del failure  # its traceback keeps the pass and its tensors alive
+            self._observer.out_of_memory(jobs[0].task.kind, retried=not retrying)
+            if retrying:
+                return [_out_of_memory() for _ in jobs]
+            device_errors.free()
+            half = (len(jobs) + 1) // 2
+            parts = [part for part in (jobs[:half], jobs[half:]) if part]
+            return [each for part in parts for each in self._perform(part, retrying=True)]
+        if len(jobs) == 1:
+            return [failure]
+        # One of them may be to blame: the others shall not pay for it.
+        return [each for job in jobs for each in self._perform([job], retrying)]
 
     @staticmethod
     def _together(jobs: Sequence[_Job]) -> list[Any]:
@@ -348,31 +341,42 @@ class Scheduler:
                 raise outcome
         return outcomes
 
-    def _lose(self, error: Exception) -> Unavailable:
+    def _lose(self, error: Exception) -> None:
         """The device is gone: refuses everything from here on."""
-        refusal = Unavailable(
-            "the device failed, so the service starts again; try again in a minute",
-            reason="DEVICE_LOST",
-            retry_after_s=10.0,
-        )
         _log.critical("the device is lost", exc_info=error)
         with self._changed:
-            self._refusal = refusal
+            self._refusal = {
+                "message": "the device failed, so the service starts again; try again in a minute",
+                "reason": "DEVICE_LOST",
+                "retry_after_s": 10.0,
+            }
             waiting = self._queue.clear()
-        for entry in waiting:
-            assert isinstance(entry, _Job)
-            _deliver(entry, refusal)
-        if self._on_lost:
-            self._on_lost()
-        return refusal
+        for job in waiting:
+            _deliver(job, Unavailable(**self._refusal))
+        if self.on_lost:
+            self.on_lost()
+
+
+def _out_of_memory() -> ResourceExhausted:
+    return ResourceExhausted(
+        "the device ran out of memory; try a shorter prompt, or again later",
+        reason="OUT_OF_MEMORY",
+        retry_after_s=5.0,
+    )
+
+
+def _padded_tokens(jobs: Sequence[_Job]) -> int:
+    batch = jobs[0].task.batch
+    if batch is None or len(jobs) == 1:
+        return jobs[0].task.tokens
+    return batch.padded_tokens([job.task.batch.member for job in jobs if job.task.batch])
 
 
 def _deliver(job: _Job, outcome: Any) -> None:
     """Hands the outcome to whoever waits, on their loop."""
-    try:
+    # The event loop may have ended while the job ran: nobody waits for it then.
+    with contextlib.suppress(RuntimeError):
         job.loop.call_soon_threadsafe(_settle, job.future, outcome)
-    except RuntimeError:
-        pass  # the event loop ended while the job ran: nobody waits for it
 
 
 def _settle(future: "asyncio.Future[Any]", outcome: Any) -> None:
@@ -394,14 +398,4 @@ class ForCall:
         return await self.enter(work, task).result()
 
     def enter(self, work: Work[Result], task: Task) -> Ticket[Result]:
-        call = calls.current()
-        if call is None:
-            return self._scheduler.enter(work, task)
-        return self._scheduler.enter(
-            work,
-            task,
-            user=call.user,
-            deadline=call.deadline,
-            method=call.method,
-            request_id=call.request_id,
-        )
+        return self._scheduler.enter(work, task, calls.current())

@@ -1,5 +1,6 @@
 """The inference service as a process: `python -m services.inference`."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -21,14 +22,17 @@ from services.inference.engine import loading
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
 from services.inference.manifest import SERVICE
+from services.inference.scheduler import QueueLimits, Scheduler
 from services.inference.servicer import InferenceServicer
-from services.inference.worker import TorchWorker
+from services.inference.task import Task
+
+DEVICE_LOST = "the device failed and cannot be used by this process any more: start it again."
 
 _log = logging.getLogger("tdb.inference")
 
 
 def build_server(
-    settings: Settings, worker: TorchWorker, models: dict[str, Model], port: int
+    settings: Settings, scheduler: Scheduler, models: dict[str, Model], port: int
 ) -> ServiceServer:
     """A server over `models`, which may be filled later; until then calls are UNAVAILABLE."""
     names = tuple(source.name for source in settings.models)
@@ -37,7 +41,7 @@ def build_server(
         settings,
         port=port,
         add_servicers=lambda server: service_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(worker, models, names), server
+            InferenceServicer(scheduler, models, names), server
         ),
         service_names=[SERVICE],
         metrics_port=settings.inference_metrics_port,
@@ -85,10 +89,12 @@ def main() -> int:
         print("No model is named: set TDB_MODEL, or use `tdb up --demo`.", file=sys.stderr)
         return 1
     transformers_logging.disable_progress_bar()
-    worker = TorchWorker()
+    scheduler = Scheduler(QueueLimits(settings.queue_per_user, settings.queue_total))
     models: dict[str, Model] = {}
 
     async def prepare(server: ServiceServer) -> None:
+        loop = asyncio.get_running_loop()
+        scheduler.on_lost = lambda: loop.call_soon_threadsafe(server.fail, DEVICE_LOST)
         for source in settings.models:
             started = time.perf_counter()
 
@@ -104,13 +110,14 @@ def main() -> int:
                     settings.device,
                 )
 
-            models[source.name] = (await worker.submit(load)).result
+            models[source.name] = (await scheduler.submit(load, Task("Load"))).result
             seconds = round(time.perf_counter() - started, 1)
             fields = {"model": source.name, "seconds": seconds}
             _log.info("model loaded", extra={"fields": fields})
         await server.set_serving()
 
     try:
-        return run_service(build_server(settings, worker, models, settings.inference_port), prepare)
+        server = build_server(settings, scheduler, models, settings.inference_port)
+        return run_service(server, prepare)
     finally:
-        worker.close()
+        scheduler.close()

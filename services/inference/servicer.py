@@ -10,20 +10,20 @@ from tdb.inference.v1 import (
     attribute_pb2,
     component_pb2,
     generate_pb2,
-    manifest_pb2,
     model_pb2,
+    queue_pb2,
     run_pb2,
     service_pb2_grpc,
     verify_pb2,
 )
 
-from services.common import calls
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
 from services.inference import (
     describe_component,
     generate,
     manifest,
     measured,
+    queue_messages,
     request_tokens,
     requests,
     responses,
@@ -31,9 +31,9 @@ from services.inference import (
     verify,
 )
 from services.inference.engine.attribution import NormMode
-from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
-from services.inference.worker import Finished, TorchWorker
+from services.inference.scheduler import ForCall, Scheduler
+from services.inference.task import Task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
@@ -48,9 +48,10 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     """Serves `models`, which fill up while they load; `names` are all, the default first."""
 
     def __init__(
-        self, worker: TorchWorker, models: Mapping[str, Model], names: tuple[str, ...]
+        self, scheduler: Scheduler, models: Mapping[str, Model], names: tuple[str, ...]
     ) -> None:
-        self._worker = worker
+        self._scheduler = scheduler
+        self._on_device = ForCall(scheduler)
         self._models = models
         self._names = names
 
@@ -96,15 +97,14 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                 wanted.named,
                 cancel,
                 wanted.read,
-            )
+            ),
+            Task("Run", len(wanted.run.token_ids)),
         )
         response = run_pb2.RunResponse()
         responses.fill_run(
             response, finished.result, wanted.read, wanted.run.token_ids, model.vocabulary
         )
-        timings = manifest_pb2.Timings(
-            queue_ms=finished.queue_ms, forward_ms=finished.result.forward_ms
-        )
+        timings = queue_messages.timings(finished, forward_ms=finished.result.forward_ms)
         ids = [wanted.run.token_ids]
         response.manifest.CopyFrom(manifest.build("Run", model, canonical, ids, timings))
         return response
@@ -129,7 +129,8 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                     wanted.dictionaries,
                     wanted.sources,
                 )
-            )
+            ),
+            Task("Attribute", wanted.padded_tokens),
         )
         result, device_ms = finished.result
         effects = await measured.measure(wanted, result, model, self._on_device)
@@ -140,8 +141,8 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
             responses.fill_attribution(response, result, ids, model.vocabulary)
             measured.fill(response, result, effects)
             times = result.times
-            timings = manifest_pb2.Timings(
-                queue_ms=finished.queue_ms,
+            timings = queue_messages.timings(
+                finished,
                 forward_ms=times.forward,
                 backward_ms=times.backward,
                 read_out_ms=device_ms - times.forward - times.backward,
@@ -202,6 +203,13 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         async for response in stream_activations.stream(canonical, wanted, model, self._on_device):
             yield response
 
+    async def GetQueue(
+        self, request: queue_pb2.GetQueueRequest, context: Context
+    ) -> queue_pb2.GetQueueResponse:
+        return queue_pb2.GetQueueResponse(
+            entries=queue_messages.entries(self._scheduler.snapshot())
+        )
+
     def _model(self, name: str) -> Model:
         name = name or self._names[0]
         if name not in self._names:
@@ -212,10 +220,6 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         if model is None:
             raise Unavailable(f"the model {name!r} is still loading", retry_after_s=2.0)
         return model
-
-    async def _on_device(self, work: Callable[[CancelToken], Result]) -> Finished[Result]:
-        call = calls.current()
-        return await self._worker.submit(work, call.deadline if call else None)
 
 
 def _timed(work: Callable[[], Result]) -> tuple[Result, float]:

@@ -9,15 +9,23 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 
-from tdb.inference.v1 import manifest_pb2, progress_pb2, run_pb2
+from tdb.inference.v1 import run_pb2
 from torch import Tensor
 
-from services.inference import manifest, request_points, requests, responses, tensors
+from services.inference import (
+    manifest,
+    queue_messages,
+    request_points,
+    requests,
+    responses,
+    tensors,
+)
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Captured, Model
 from services.inference.engine.points import Point
 from services.inference.requests import ReadRun
-from services.inference.worker import OnDevice
+from services.inference.scheduler import OnDevice
+from services.inference.task import Place, Task
 
 CHUNK_BYTES = 2**20
 
@@ -42,15 +50,21 @@ async def stream(
     """Progress, each point's header and pieces, and the summary. `request` is canonical."""
     run, points = wanted.run, wanted.points
     yield _progress(0, len(points))
-    finished = await on_device(
-        lambda cancel: model.capture(run.token_ids, run.edits, points, cancel)
+    begun = on_device.enter(
+        lambda cancel: model.capture(run.token_ids, run.edits, points, cancel),
+        Task("StreamActivations", len(run.token_ids)),
     )
+    with begun:
+        async for place in begun.places():
+            yield _progress(0, len(points), place)
+        finished = await begun.result()
     captured = finished.result
-    timings = manifest_pb2.Timings(queue_ms=finished.queue_ms, forward_ms=captured.forward_ms)
+    timings = queue_messages.timings(finished, forward_ms=captured.forward_ms)
     for number, point in enumerate(points):
-        taken = await on_device(partial(_read, captured, point))
+        task = Task("StreamActivations.point", len(run.token_ids))
+        taken = await on_device(partial(_read, captured, point), task)
         values, read_ms = taken.result
-        timings.queue_ms += taken.queue_ms
+        queue_messages.add_wait(timings, taken)
         timings.read_out_ms += read_ms
         header = run_pb2.PointHeader(
             point=str(point),
@@ -75,7 +89,9 @@ def _read(captured: Captured, point: Point, cancel: CancelToken) -> tuple[Tensor
     return values, (time.perf_counter() - started) * 1e3
 
 
-def _progress(done: int, total: int) -> run_pb2.StreamActivationsResponse:
+def _progress(
+    done: int, total: int, place: Place | None = None
+) -> run_pb2.StreamActivationsResponse:
     return run_pb2.StreamActivationsResponse(
-        progress=progress_pb2.Progress(done=done, total=total, unit="points")
+        progress=queue_messages.progress(done, total, "points", place)
     )

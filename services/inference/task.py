@@ -22,12 +22,14 @@ class Batch:
     """How a piece of work may share one padded pass with others, of any users.
 
     Those with equal keys may; `fits` says whether some of them do together, in tokens and bytes.
-    `run` gives a result or an error for each member, in order.
+    `padded_tokens` is rows times the longest. `run` gives a result or an error for each member, in
+    order.
     """
 
     key: Hashable
     member: Any
     fits: Callable[[Sequence[Any]], bool]
+    padded_tokens: Callable[[Sequence[Any]], int]
     run: Callable[[Sequence[Any], CancelToken], Sequence[Any]]
 
 

@@ -1,16 +1,17 @@
 """`Verify`: from its request to ablations, and from what they measured to the stream's messages."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tdb.inference.v1 import attribute_pb2, manifest_pb2, progress_pb2, verify_pb2
+from tdb.inference.v1 import attribute_pb2, manifest_pb2, verify_pb2
 
 from services.common import addresses
 from services.common.addresses import Address, Kind
 from services.common.errors import InvalidArgument, inside
-from services.inference import manifest, requests, responses
+from services.inference import manifest, queue_messages, requests, responses, slices
 from services.inference.engine import correlation
 from services.inference.engine.baselines import Baseline
 from services.inference.engine.cancellation import CancelToken
@@ -20,7 +21,9 @@ from services.inference.engine.resolution import check_target, resolve_each
 from services.inference.engine.verification import Ablation, Verification, Verified
 from services.inference.engine.whole_verification import WholeVerification
 from services.inference.requests import Attribution
-from services.inference.worker import OnDevice
+from services.inference.scheduler import OnDevice
+from services.inference.slices import Slice
+from services.inference.task import Place, Priority, Task
 
 MAX_NODES = 10_000
 ESTIMATED_AT_ONCE = 512
@@ -146,18 +149,35 @@ async def stream(
     request: verify_pb2.VerifyRequest, wanted: Wanted, model: Model, on_device: OnDevice
 ) -> AsyncIterator[verify_pb2.VerifyResponse]:
     """Progress, every node as it is measured, and the summary. `request` is canonical."""
-    run = wanted.table.runs[0]
-    table = wanted.table
     timings = manifest_pb2.Timings()
+    measured: list[Verified] = []
+    total = None if wanted.named is None else len(wanted.named)
+    steps = _steps(request, wanted, model, timings, measured)
+    events = slices.run(
+        steps, on_device, timings, lambda place: _progress(len(measured), total, place)
+    )
+    async with aclosing(events):
+        async for event in events:
+            yield event
 
-    async def timed(work: Callable[[CancelToken], Any]) -> Any:
-        finished = await on_device(work)
-        timings.queue_ms += finished.queue_ms
-        return finished.result
+
+def _steps(
+    request: verify_pb2.VerifyRequest,
+    wanted: Wanted,
+    model: Model,
+    timings: manifest_pb2.Timings,
+    measured: list[Verified],
+) -> Generator[Slice | verify_pb2.VerifyResponse, Any, None]:
+    """The slices of a verification, and what it answers. Fills `measured`."""
+    run, table = wanted.table.runs[0], wanted.table
+    tokens = len(run.token_ids)
+
+    def piece(work: Callable[[CancelToken], Any], kind: str, rows: int = 1) -> Slice:
+        return Slice(work, Task(kind, rows * tokens, Priority.BULK))
 
     targets: Sequence[Ablation]
     if wanted.named is None:
-        result = await timed(
+        result = yield piece(
             lambda cancel: model.attribute(
                 [run],
                 table.norm_mode,
@@ -165,26 +185,28 @@ async def stream(
                 cancel,
                 reference=table.reference,
                 dictionaries=table.dictionaries,
-            )
+            ),
+            "Attribute",
         )
         timings.forward_ms = result.times.forward
         timings.backward_ms = result.times.backward
         estimates = {row.node: row.values.total_effect for row in result.table.rows}
-        targets = ablations(list(estimates), model, len(run.token_ids), table.baseline)
+        targets = ablations(list(estimates), model, tokens, table.baseline)
+        del result  # and with it the pass
     else:
         targets = wanted.named
         estimates = {}
         for first in range(0, len(targets), ESTIMATED_AT_ONCE):
             some = targets[first : first + ESTIMATED_AT_ONCE]
-            found = await timed(partial(model.estimate, run, some, table.norm_mode))
+            found = yield piece(partial(model.estimate, run, some, table.norm_mode), "Estimate")
             estimates |= {each.node: value for each, value in zip(some, found, strict=True)}
-    verification: Verification | WholeVerification = await timed(
-        lambda cancel: model.verify(run, targets, table.norm_mode, cancel)
+    verification: Verification | WholeVerification = yield piece(
+        lambda cancel: model.verify(run, targets, table.norm_mode, cancel), "Verify"
     )
     yield _progress(0, len(targets))
-    measured: list[Verified] = []
     for number in range(len(verification.chunks)):
-        for each in await timed(partial(verification.chunk, number)):
+        rows = verification.rows(number)
+        for each in (yield piece(partial(verification.chunk, number), "Verify.chunk", rows)):
             measured.append(each)
             yield verify_pb2.VerifyResponse(
                 node=verify_pb2.VerifiedNode(
@@ -210,7 +232,7 @@ async def stream(
     yield verify_pb2.VerifyResponse(summary=summary)
 
 
-def _progress(done: int, total: int) -> verify_pb2.VerifyResponse:
-    return verify_pb2.VerifyResponse(
-        progress=progress_pb2.Progress(done=done, total=total, unit="nodes")
-    )
+def _progress(
+    done: int, total: int | None, place: Place | None = None
+) -> verify_pb2.VerifyResponse:
+    return verify_pb2.VerifyResponse(progress=queue_messages.progress(done, total, "nodes", place))

@@ -28,10 +28,10 @@ from services.common.server import ServiceServer
 from tests.common.backend import SERVICE
 from tests.gateway.helpers import running
 from tests.inference import test_components, test_points
-from tests.inference.conftest import model, model_folder, server, worker
+from tests.inference.conftest import model, model_folder, scheduler, server
 from tests.inference.test_refusals import MALFORMED, OBJECTIVE, RUN
 
-__all__ = ["model", "model_folder", "server", "worker"]  # fixtures
+__all__ = ["model", "model_folder", "scheduler", "server"]  # fixtures
 
 SAME_ID = (("x-request-id", "click-1"),)
 

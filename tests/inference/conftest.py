@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from services.common.server import ServiceServer
 from services.common.settings import ModelSource, Settings
 from services.inference.engine.model import Model
+from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
-from services.inference.worker import TorchWorker
 from tests.inference.helpers import CONTEXT, PADDED_VOCABULARY, SENTENCE
 
 if TYPE_CHECKING:  # the stubs name it, the generated module does not
@@ -60,15 +60,15 @@ def model(model_folder: Path) -> Model:
 
 
 @pytest.fixture
-def worker() -> Iterator[TorchWorker]:
-    worker = TorchWorker()
-    yield worker
-    worker.close()
+def scheduler() -> Iterator[Scheduler]:
+    scheduler = Scheduler()
+    yield scheduler
+    scheduler.close()
 
 
 @pytest_asyncio.fixture
 async def server(
-    model: Model, model_folder: Path, worker: TorchWorker, tmp_path: Path
+    model: Model, model_folder: Path, scheduler: Scheduler, tmp_path: Path
 ) -> AsyncIterator[ServiceServer]:
     """The real gRPC service on loopback, serving `tiny`; `later` is named but never loads."""
     settings = Settings.from_env(
@@ -78,7 +78,7 @@ async def server(
             "TDB_DRAIN_SECONDS": "1",
         }
     )
-    async with build_server(settings, worker, {"tiny": model}, port=0) as server:
+    async with build_server(settings, scheduler, {"tiny": model}, port=0) as server:
         await server.set_serving()
         yield server
 

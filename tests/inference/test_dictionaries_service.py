@@ -25,8 +25,8 @@ from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.settings import DictionarySource, ModelSource, Settings
 from services.inference.engine.model import Model
 from services.inference.request_tracing import traced_node
+from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
-from services.inference.worker import TorchWorker
 from tests.inference.test_refusals import refusal_of
 
 if TYPE_CHECKING:
@@ -94,12 +94,12 @@ def served(model_folder: Path, folders: Path) -> Model:
 
 @pytest_asyncio.fixture
 async def stub(
-    served: Model, model_folder: Path, worker: TorchWorker, tmp_path: Path
+    served: Model, model_folder: Path, scheduler: Scheduler, tmp_path: Path
 ) -> AsyncIterator["Stub"]:
     settings = Settings.from_env(
         {"TDB_MODEL": f"tiny={model_folder}", "TDB_DATA_DIR": str(tmp_path)}
     )
-    async with build_server(settings, worker, {"tiny": served}, port=0) as server:
+    async with build_server(settings, scheduler, {"tiny": served}, port=0) as server:
         await server.set_serving()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield service_pb2_grpc.InferenceServiceStub(channel)

@@ -18,8 +18,8 @@ from services.inference.engine.generation import Continuation
 from services.inference.engine.model import Model
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.transcript import Transcript
+from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
-from services.inference.worker import TorchWorker
 from tests.common.backend import SERVICE
 from tests.gateway.helpers import running
 from tests.inference.helpers import CONTEXT
@@ -209,7 +209,7 @@ async def test_it_comes_as_server_sent_events(server: ServiceServer, stub: "Stub
 
 
 async def test_other_calls_get_in_between_and_a_cancelled_generation_stops(
-    stub: "Stub", worker: TorchWorker, monkeypatch: pytest.MonkeyPatch
+    stub: "Stub", scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0
     original = Continuation.step
@@ -228,7 +228,7 @@ async def test_other_calls_get_in_between_and_a_cancelled_generation_stops(
     call = stub.Generate(request(maxNewTokens=20))
     reading = asyncio.ensure_future(call.read())
     await gate.wait()
-    between = asyncio.ensure_future(worker.submit(lambda cancel: steps))
+    between = asyncio.ensure_future(scheduler.submit(lambda cancel: steps))
     await asyncio.sleep(0.05)
     assert (await between).result == 3  # it waited for one token, not for twenty
     await reading
@@ -367,7 +367,7 @@ def bare_folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 async def test_without_a_tokenizer_ids_are_generated_and_stop_texts_refused(
-    bare_folder: Path, stub: "Stub", tmp_path: Path, worker: TorchWorker
+    bare_folder: Path, stub: "Stub", tmp_path: Path, scheduler: Scheduler
 ) -> None:
     settings = Settings.from_env(
         {"TDB_MODEL": f"bare={bare_folder}", "TDB_DATA_DIR": str(tmp_path)}
@@ -375,7 +375,7 @@ async def test_without_a_tokenizer_ids_are_generated_and_stop_texts_refused(
     models = {"bare": load_model(ModelSource("bare", str(bare_folder)), None)}
     run = {"prompt": {"tokenIds": {"ids": [5, 9, 31]}}}
     async with (
-        build_server(settings, worker, models, port=0) as server,
+        build_server(settings, scheduler, models, port=0) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         bare = service_pb2_grpc.InferenceServiceStub(channel)
@@ -413,14 +413,16 @@ def chat_folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest_asyncio.fixture
-async def chatting(chat_folder: Path, tmp_path: Path, worker: TorchWorker) -> AsyncIterator["Stub"]:
+async def chatting(
+    chat_folder: Path, tmp_path: Path, scheduler: Scheduler
+) -> AsyncIterator["Stub"]:
     folder = chat_folder
     settings = Settings.from_env(
         {"TDB_MODEL": f"chat={folder}", "TDB_DATA_DIR": str(tmp_path), "TDB_DRAIN_SECONDS": "1"}
     )
     models = {"chat": load_model(ModelSource("chat", str(folder)), None)}
     async with (
-        build_server(settings, worker, models, port=0) as server,
+        build_server(settings, scheduler, models, port=0) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         yield service_pb2_grpc.InferenceServiceStub(channel)
@@ -449,14 +451,14 @@ async def test_a_chat_is_replayed_by_its_tokens(chatting: "Stub") -> None:
 
 @pytest.mark.shared
 async def test_a_real_model_gives_its_published_greedy_text(
-    shared_data: Path, tmp_path: Path, worker: TorchWorker
+    shared_data: Path, tmp_path: Path, scheduler: Scheduler
 ) -> None:
     folder = shared_data / "stories260k"
     expected = (folder / "EXPECTED-greedy-from-BOS.txt").read_text().rstrip()
     settings = Settings.from_env({"TDB_MODEL": f"stories={folder}", "TDB_DATA_DIR": str(tmp_path)})
     models = {"stories": load_model(ModelSource("stories", str(folder)), None)}
     async with (
-        build_server(settings, worker, models, port=0) as server,
+        build_server(settings, scheduler, models, port=0) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         stub = service_pb2_grpc.InferenceServiceStub(channel)

@@ -11,8 +11,8 @@ from tdb.inference.v1 import attribute_pb2, model_pb2, service_pb2_grpc, verify_
 from tdb.type.v1 import tensor_pb2
 
 from services.common.settings import ModelSource, Settings
+from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
-from services.inference.worker import TorchWorker
 
 if TYPE_CHECKING:  # the stubs name it, the generated module does not
     from tdb.inference.v1.service_pb2_grpc import InferenceServiceAsyncStub
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the stubs name it, the generated module does not
 
 @pytest.mark.parametrize("data_type", ["float32", "bfloat16", "float16"])
 async def test_effects_in_half_precision_carry_a_warning(
-    data_type: str, model_folder: Path, worker: TorchWorker, tmp_path: Path
+    data_type: str, model_folder: Path, scheduler: Scheduler, tmp_path: Path
 ) -> None:
     settings = Settings.from_env(
         {
@@ -38,7 +38,7 @@ async def test_effects_in_half_precision_carry_a_warning(
         },
         attribute_pb2.AttributeRequest(),
     )
-    async with build_server(settings, worker, {"tiny": model}, port=0) as server:
+    async with build_server(settings, scheduler, {"tiny": model}, port=0) as server:
         await server.set_serving()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub: InferenceServiceAsyncStub = service_pb2_grpc.InferenceServiceStub(channel)

@@ -12,7 +12,7 @@ from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2
 
 from services.common.errors import Unavailable
 from services.inference.engine.model import Model
-from services.inference.worker import TorchWorker
+from services.inference.scheduler import Scheduler
 from tests.inference.helpers import CONTEXT, PADDED_VOCABULARY, SENTENCE
 
 if TYPE_CHECKING:  # the stubs name it, the generated module does not
@@ -189,8 +189,10 @@ async def test_live_mode_says_what_its_direct_effects_are_not(stub: "Stub") -> N
     assert "explain no share" in live.manifest.warnings[0]
 
 
-async def test_the_loop_answers_while_the_device_is_busy(stub: "Stub", worker: TorchWorker) -> None:
-    blocking = asyncio.ensure_future(worker.submit(lambda cancel: time.sleep(0.6)))
+async def test_the_loop_answers_while_the_device_is_busy(
+    stub: "Stub", scheduler: Scheduler
+) -> None:
+    blocking = asyncio.ensure_future(scheduler.submit(lambda cancel: time.sleep(0.6)))
     waiting = asyncio.ensure_future(stub.Attribute(attribute()))
     await asyncio.sleep(0.1)
     started = time.monotonic()
@@ -202,43 +204,45 @@ async def test_the_loop_answers_while_the_device_is_busy(stub: "Stub", worker: T
 
 
 async def test_a_call_past_its_deadline_never_runs(
-    stub: "Stub", worker: TorchWorker, model: Model, monkeypatch: pytest.MonkeyPatch
+    stub: "Stub", scheduler: Scheduler, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
     monkeypatch.setattr(model, "attribute", lambda *_: ran.append(1))
-    blocking = asyncio.ensure_future(worker.submit(lambda cancel: time.sleep(0.5)))
+    blocking = asyncio.ensure_future(scheduler.submit(lambda cancel: time.sleep(0.5)))
     await asyncio.sleep(0.05)
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await stub.Attribute(attribute(), timeout=0.1)
     assert refusal.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await blocking
-    await worker.submit(lambda cancel: None)  # whatever was queued has been taken by now
+    await scheduler.submit(lambda cancel: None)  # whatever was queued has been taken by now
     assert not ran
 
 
 async def test_a_cancelled_call_never_runs(
-    stub: "Stub", worker: TorchWorker, model: Model, monkeypatch: pytest.MonkeyPatch
+    stub: "Stub", scheduler: Scheduler, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
     monkeypatch.setattr(model, "attribute", lambda *_: ran.append(1))
-    blocking = asyncio.ensure_future(worker.submit(lambda cancel: time.sleep(0.5)))
+    blocking = asyncio.ensure_future(scheduler.submit(lambda cancel: time.sleep(0.5)))
     await asyncio.sleep(0.05)
     call = stub.Attribute(attribute())
     await asyncio.sleep(0.1)
     call.cancel()
     await blocking
     await asyncio.sleep(0.05)
-    await worker.submit(lambda cancel: None)
+    await scheduler.submit(lambda cancel: None)
     assert not ran
 
 
-async def test_a_closed_worker_is_unavailable(worker: TorchWorker) -> None:
-    worker.close()
+async def test_a_closed_worker_is_unavailable(scheduler: Scheduler) -> None:
+    scheduler.close()
     with pytest.raises(Unavailable):
-        await worker.submit(lambda cancel: None)
+        await scheduler.submit(lambda cancel: None)
 
 
-async def test_errors_of_work_reach_the_caller_and_the_thread_lives_on(worker: TorchWorker) -> None:
+async def test_errors_of_work_reach_the_caller_and_the_thread_lives_on(
+    scheduler: Scheduler,
+) -> None:
     with pytest.raises(ZeroDivisionError):
-        await worker.submit(lambda cancel: 1 / 0)
-    assert (await worker.submit(lambda cancel: 7)).result == 7
+        await scheduler.submit(lambda cancel: 1 / 0)
+    assert (await scheduler.submit(lambda cancel: 7)).result == 7

@@ -9,8 +9,8 @@ from tdb.inference.v1 import attribute_pb2, run_pb2, service_pb2_grpc
 
 from services.common.settings import ModelSource, Settings
 from services.inference.engine.model import Model
+from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
-from services.inference.worker import TorchWorker
 
 pytestmark = pytest.mark.shared
 
@@ -27,13 +27,13 @@ def settings(shared_data: Path, tmp_path: Path) -> Settings:
 
 
 async def test_run_reproduces_the_published_greedy_text(
-    stories: Model, settings: Settings, worker: TorchWorker, shared_data: Path
+    stories: Model, settings: Settings, scheduler: Scheduler, shared_data: Path
 ) -> None:
     expected = (shared_data / "stories260k/EXPECTED-greedy-from-BOS.txt").read_text()
     assert stories.vocabulary.facts is not None
     ids = [stories.vocabulary.facts.bos_id or 0]
     async with (
-        build_server(settings, worker, {"stories": stories}, port=0) as server,
+        build_server(settings, scheduler, {"stories": stories}, port=0) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         stub = service_pb2_grpc.InferenceServiceStub(channel)
@@ -49,7 +49,7 @@ async def test_run_reproduces_the_published_greedy_text(
 
 
 async def test_attribute_works_on_it(
-    stories: Model, settings: Settings, worker: TorchWorker
+    stories: Model, settings: Settings, scheduler: Scheduler
 ) -> None:
     request = ParseDict(
         {
@@ -62,7 +62,7 @@ async def test_attribute_works_on_it(
         attribute_pb2.AttributeRequest(),
     )
     async with (
-        build_server(settings, worker, {"stories": stories}, port=0) as server,
+        build_server(settings, scheduler, {"stories": stories}, port=0) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         response = await service_pb2_grpc.InferenceServiceStub(channel).Attribute(request)

@@ -12,7 +12,7 @@ from tdb.inference.v1 import run_pb2
 
 from services.common.server import ServiceServer
 from services.inference import request_points, stream_activations, tensors
-from services.inference.worker import TorchWorker
+from services.inference.scheduler import Scheduler
 from tests.common.backend import SERVICE
 from tests.gateway.helpers import running
 from tests.inference.helpers import SENTENCE
@@ -74,7 +74,7 @@ async def test_pieces_make_up_what_run_gives(stub: "Stub", monkeypatch: pytest.M
 
 
 async def test_other_calls_get_in_between_and_a_cancelled_stream_stops(
-    stub: "Stub", worker: TorchWorker, monkeypatch: pytest.MonkeyPatch
+    stub: "Stub", scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = 0
     closed = asyncio.Event()
@@ -93,7 +93,7 @@ async def test_other_calls_get_in_between_and_a_cancelled_stream_stops(
     assert (await first(call)).HasField("progress")
     assert (await first(call)).HasField("point")
     # Nobody reads on: flow control stops the stream, and the device is free meanwhile.
-    await asyncio.wait_for(worker.submit(lambda cancel: None), 5)
+    await asyncio.wait_for(scheduler.submit(lambda cancel: None), 5)
     await asyncio.sleep(0.3)
     assert cut < 50
     assert not closed.is_set()
@@ -133,10 +133,10 @@ async def test_malformed_requests_are_refused(name: str, stub: "Stub") -> None:
 
 
 async def test_more_than_a_stream_carries_is_refused_before_it_runs(
-    stub: "Stub", worker: TorchWorker, monkeypatch: pytest.MonkeyPatch
+    stub: "Stub", scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_points, "MAX_STREAM_BYTES", 10_000)
-    monkeypatch.setattr(worker, "submit", None)
+    monkeypatch.setattr(scheduler, "submit", None)
     code, field, message = await refusal_of(first(stub.StreamActivations(request())))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert field == "points"

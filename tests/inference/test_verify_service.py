@@ -16,7 +16,7 @@ from services.inference.engine import verification
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.correlation import spearman
 from services.inference.engine.verification import Verification, Verified
-from services.inference.worker import TorchWorker
+from services.inference.scheduler import Scheduler
 from tests.inference.helpers import CONTEXT
 from tests.inference.test_refusals import OBJECTIVE, RUN, ZERO
 from tests.inference.test_service import attribute
@@ -219,13 +219,13 @@ async def test_others_get_in_between_chunks(stub: "Stub", slow_chunks: list[int]
 
 
 async def test_a_caller_that_leaves_stops_it(
-    stub: "Stub", worker: TorchWorker, slow_chunks: list[int]
+    stub: "Stub", scheduler: Scheduler, slow_chunks: list[int]
 ) -> None:
     call = stub.Verify(request({"topK": 30}))
     await first_node(call)
     call.cancel()
     await asyncio.sleep(0.3)
-    await worker.submit(lambda cancel: None)
+    await scheduler.submit(lambda cancel: None)
     ended = len(slow_chunks)
     await asyncio.sleep(0.3)
     assert len(slow_chunks) == ended < 30

@@ -116,6 +116,10 @@ class Integration:
     """Of G over the points done so far, shaped like x over the tokens that J depends on."""
     _encoded: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
+    def rows(self, number: int) -> int:
+        """Rows of a chunk's batch."""
+        return len(self.chunks[number][1])
+
     def chunk(self, number: int, cancel: CancelToken) -> None:
         """Runs one batch.
 

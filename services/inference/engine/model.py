@@ -1,6 +1,6 @@
 """A served model: what a request can ask of it, as plain Python in and out.
 
-Everything here runs on the one torch thread (`services.inference.worker`), except the vocabulary
+Everything here runs on the one torch thread (`services.inference.scheduler`), except the vocabulary
 and the facts, which touch no device.
 """
 

@@ -72,6 +72,10 @@ class Verification:
     _objective: OfLogits
     _recording: Recording
 
+    def rows(self, number: int) -> int:
+        """Rows of a chunk's batch."""
+        return len(self.chunks[number].ablations)
+
     def chunk(self, number: int, cancel: CancelToken) -> list[Verified]:
         """Measures one chunk.
 

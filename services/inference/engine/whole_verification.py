@@ -32,6 +32,10 @@ class WholeVerification:
     _objective: Objective
     """With what it holds constant taken from the run as it is."""
 
+    def rows(self, number: int) -> int:
+        """Rows of a chunk's batch."""
+        return len(self.chunks[number])
+
     def chunk(self, number: int, cancel: CancelToken) -> list[Verified]:
         """Measures one chunk.
 
