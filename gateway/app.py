@@ -35,7 +35,7 @@ def create_app(
         connected = backends.connect(addresses)
         app.router.routes[:] = [
             *health.routes(connected),
-            Route("/{service}/{method}", Transcoder(connected), methods=["POST"]),
+            Route("/{service}/{method}", Transcoder(connected, settings), methods=["POST"]),
             Mount("/", Pages(page)),
         ]
         try:

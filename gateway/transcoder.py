@@ -20,7 +20,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import connect, messages, requests, streams
 from gateway.backends import Backend
-from services.common.errors import Cancelled, InvalidArgument, Unimplemented
+from services.common.errors import (
+    Cancelled,
+    InvalidArgument,
+    ResourceExhausted,
+    Unimplemented,
+)
+from services.common.limits import UserLimits
+from services.common.settings import Settings
 
 OFF_LOOP_BYTES = 256 * 1024
 DEFAULT_TIMEOUT_S = 120.0
@@ -40,14 +47,15 @@ class _Method:
     request: type[Message]
     streams: bool
     call: Callable[..., Any]
+    limits: UserLimits
 
 
 class Transcoder:
     """An ASGI endpoint for `/{service}/{method}`."""
 
-    def __init__(self, backends: Iterable[Backend]) -> None:
+    def __init__(self, backends: Iterable[Backend], settings: Settings) -> None:
         self._methods = {
-            path: method for backend in backends for path, method in _methods_of(backend)
+            path: method for backend in backends for path, method in _methods_of(backend, settings)
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,14 +72,26 @@ class Transcoder:
             await requests.drain(receive)
             await connect.of_tdb_error(error, 415)(scope, receive, send)
             return
-        if framing is None:
-            response = await _unary(method, scope, receive)
-            await response(scope, receive, send)
-        else:
-            await _stream(method, framing, scope, receive, send)
+        try:
+            # The service has the user's account. Who is over it by this way alone is refused here,
+            # before anything is read and parsed.
+            with method.limits.admit(scope["state"]["user"]):
+                if framing is None:
+                    response = await _unary(method, scope, receive)
+                    await response(scope, receive, send)
+                else:
+                    await _stream(method, framing, scope, receive, send)
+        except ResourceExhausted as error:
+            await requests.drain(receive)
+            if framing is None:
+                await connect.of_tdb_error(error)(scope, receive, send)
+            else:
+                failure = connect.failure(error, method.backend, 0)
+                await streams.Answer(framing, send).end(failure)
 
 
-def _methods_of(backend: Backend) -> Iterable[tuple[str, _Method]]:
+def _methods_of(backend: Backend, settings: Settings) -> Iterable[tuple[str, _Method]]:
+    limits = UserLimits(settings.requests_per_minute, settings.concurrent_requests)
     for service in backend.services:
         for descriptor in service.methods:
             if descriptor.client_streaming:  # plain HTTP requests have one message
@@ -86,7 +106,7 @@ def _methods_of(backend: Backend) -> Iterable[tuple[str, _Method]]:
                 request_serializer=request.SerializeToString,
                 response_deserializer=response.FromString,
             )
-            yield path, _Method(backend.name, request, streaming, call)
+            yield path, _Method(backend.name, request, streaming, call, limits)
 
 
 def _framing(method: _Method, headers: Headers) -> streams.Framing | None:

@@ -1,8 +1,8 @@
 """The one place where calls are let in and refusals become statuses.
 
-For every unary and server-streaming call: the user is found (`identity`), the request id is taken
-or made, the request is parsed and checked (`strict`), the servicer runs, and whatever it raises is
-mapped:
+For every unary and server-streaming call: the request id is taken or made, the user is found
+(`identity`) and held to their limits (`limits`), the request is parsed and checked (`strict`), the
+servicer runs, and whatever it raises is mapped:
 
     TdbError             its own code, with details (`status`)
     CancelledError       passed on when it is the call that was cancelled; otherwise it comes from
@@ -33,11 +33,13 @@ from services.common import calls, status, strict
 from services.common.calls import Call
 from services.common.errors import InvalidArgument, TdbError
 from services.common.identity import USER_METADATA, Identity
+from services.common.limits import UserLimits
 from services.common.metrics import CallMetrics
 from services.common.networks import address_of_peer
 from services.common.settings import Settings
 from services.common.status import REQUEST_ID
 
+MAX_CONCURRENT_CALLS = 512  # of all users; the scheduler says how many of them may wait
 HEALTH_PREFIX = "/grpc.health.v1."
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
@@ -58,6 +60,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, settings: Settings, metrics: CallMetrics) -> None:
         self.metrics = metrics
         self._identity = Identity.of_service(settings)
+        self.limits = UserLimits(
+            settings.requests_per_minute, settings.concurrent_requests, MAX_CONCURRENT_CALLS
+        )
         self._log_prompts = settings.log_prompts
 
     async def intercept_service(
@@ -175,7 +180,8 @@ class _Served:
         try:
             call = replace(call, user=self._interceptor.user_of(self._metadata, context))
             calls.enter(call)
-            yield
+            with self._interceptor.limits.admit(call.user):
+                yield
         except TdbError as error:
             code, more = error.code, {"reason": error.reason, "field": error.field}
             await context.abort_with_status(status.of_error(error, call.request_id))

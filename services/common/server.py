@@ -34,7 +34,9 @@ from services.common.parent import follow_parent
 from services.common.settings import Settings, SettingsError, listen_address
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-MAX_CONCURRENT_CALLS = 512  # the last line of defence: admission is the scheduler's work
+# The last line of defence, which knows no health checks and no pushback: the interceptor lets in
+# far fewer and answers the others.
+MAX_CALLS_AT_THE_DOOR = 8192
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -120,7 +122,7 @@ class ServiceServer:
         server = grpc.aio.server(
             interceptors=[CallInterceptor(self.settings, self._metrics)],
             options=[*_OPTIONS, *self._connection_age()],
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+            maximum_concurrent_rpcs=MAX_CALLS_AT_THE_DOOR,
         )
         self._add_servicers(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -216,6 +216,18 @@ def _dictionary_uri(text: str) -> str:
     return text
 
 
+def _limit(text: str) -> int:
+    if not re.fullmatch(r"\d{1,7}", text, re.A):
+        raise ValueError(f"must be a whole number from 0, which is no limit, not {text!r}")
+    return int(text)
+
+
+def _tells_users_apart(env: Mapping[str, str]) -> bool:
+    """Whether callers have names; otherwise everybody is one user, whom no share is kept from."""
+    variables = ("TDB_TOKENS", "TDB_TRUSTED_PROXIES", "TDB_TRUSTED_GATEWAYS")
+    return any(env.get(variable, "").strip() for variable in variables)
+
+
 def _default_data_dir(env: Mapping[str, str]) -> str:
     return f"{env.get('XDG_DATA_HOME') or '~/.local/share'}/tdb"
 
@@ -370,6 +382,22 @@ class Settings:
         "Addresses and networks of gateways that services believe about the user (`x-tdb-user`). "
         "Empty: nobody; with `TDB_TRUSTED_PROXIES`, a gateway on the same machine.",
         Networks.parse,
+    )
+    requests_per_minute: int = _setting(
+        "TDB_REQUESTS_PER_MINUTE",
+        lambda env: "6000" if _tells_users_apart(env) else "0",
+        "Requests that one user may send per minute to each service, a quarter of them at once; 0: "
+        "as many as they like.",
+        _limit,
+        shown_default="6000 where users are told apart (tokens, proxy), else 0",
+    )
+    concurrent_requests: int = _setting(
+        "TDB_CONCURRENT_REQUESTS",
+        lambda env: "64" if _tells_users_apart(env) else "0",
+        "Requests of one user that each service serves at once, those in its queue included; 0: "
+        "as many as come.",
+        _limit,
+        shown_default="64 where users are told apart (tokens, proxy), else 0",
     )
     allowed_hosts: tuple[str, ...] = _setting(
         "TDB_ALLOWED_HOSTS",
