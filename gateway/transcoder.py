@@ -87,7 +87,7 @@ class Transcoder:
                 await connect.of_tdb_error(error)(scope, receive, send)
             else:
                 failure = connect.failure(error, method.backend, 0)
-                await streams.Answer(framing, send).end(failure)
+                await streams.Answer(framing, scope, send).end(failure)
 
 
 def _methods_of(backend: Backend, settings: Settings) -> Iterable[tuple[str, _Method]]:
