@@ -15,15 +15,17 @@ from gateway import connect
 from gateway.metrics import PROBES, GatewayMetrics
 from services.common.errors import TdbError
 from services.common.status import REQUEST_ID
+from services.common.tracing import Tracing
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _log = logging.getLogger("tdb.gateway")
 
 
 class Access:
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, tracing: Tracing) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,6 +39,8 @@ class Access:
         http_status = sent_bytes = 0
         route = self._metrics.route(scope["method"], scope["path"])
         self._metrics.began(route)
+        span = self._tracing.serve(route, Headers(scope=scope), request_id=request_id)
+        state["trace_headers"] = span.headers()
 
         async def send_with_id(message: Message) -> None:
             nonlocal http_status, sent_bytes
@@ -60,6 +64,7 @@ class Access:
             seconds = time.monotonic() - started
             code = state.get("code") or connect.code_of(http_status)
             self._metrics.ended(route, code, seconds, sent_bytes)
+            span.end(code)
             fields = {
                 "request_id": request_id,
                 "method": scope["method"],

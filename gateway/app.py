@@ -17,6 +17,7 @@ from gateway.security import Security
 from gateway.transcoder import Transcoder
 from services.common.metrics import new_registry
 from services.common.settings import Settings
+from services.common.tracing import Tracing, Untraced
 
 
 def create_app(
@@ -24,9 +25,10 @@ def create_app(
     addresses: Mapping[str, str] | None = None,
     page: Path = FOLDER,
     registry: CollectorRegistry | None = None,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """The ASGI application. `addresses` says where the services are, by default the settings do;
-    `registry` takes its metrics."""
+    `registry` takes its metrics, `tracing` its spans."""
     addresses = addresses if addresses is not None else backends.targets(settings)
 
     @asynccontextmanager
@@ -47,7 +49,11 @@ def create_app(
     return Starlette(
         lifespan=lifespan,
         middleware=[
-            Middleware(Access, metrics=GatewayMetrics(registry or new_registry())),
+            Middleware(
+                Access,
+                metrics=GatewayMetrics(registry or new_registry()),
+                tracing=tracing or Untraced(),
+            ),
             Middleware(Security, settings=settings),
         ],
     )

@@ -54,7 +54,7 @@ def metadata(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
     """What a service must know of the HTTP request: its id and whose it is. A user whom the proxy
     named goes on by name, one with a token by the token, which the service checks itself."""
     state = scope["state"]
-    found = [("x-request-id", str(state["request_id"]))]
+    found = [("x-request-id", str(state["request_id"])), *state["trace_headers"]]
     if state["user_named"]:
         found.append((USER_METADATA, state["user"]))
     elif "authorization" in headers:

@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from gateway.app import create_app
-from services.common import logs
+from services.common import logs, tracing
 from services.common.metrics import new_registry
 from services.common.parent import follow_parent
 from services.common.server import StartError, announce, cannot_listen, serve_metrics
@@ -50,8 +50,10 @@ def main() -> int:
         logs.configure(settings)
         follow_parent(settings.drain_s + 5)
         registry = new_registry()
-        app = create_app(settings, registry=registry)
         with contextlib.ExitStack() as stack:
+            traces = tracing.start(settings, "gateway")
+            stack.callback(traces.close)
+            app = create_app(settings, registry=registry, tracing=traces)
             listener = stack.enter_context(_listening(settings))
             port = settings.gateway_metrics_port
             if metrics := serve_metrics("gateway", settings, port, registry):

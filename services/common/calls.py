@@ -13,12 +13,13 @@ LOCAL_USER = "local"
 @dataclass(frozen=True)
 class Call:
     """`user` is who calls (`identity`), "local" where nothing says who may. `deadline` is in
-    `time.monotonic` seconds, None when the client set none."""
+    `time.monotonic` seconds, None when the client set none. `trace` is for `tracing`."""
 
     method: str
     request_id: str
     user: str = LOCAL_USER
     deadline: float | None = None
+    trace: object = None
 
     def remaining_s(self) -> float | None:
         """Seconds left, never negative; None without a deadline."""

@@ -38,6 +38,7 @@ from services.common.metrics import CallMetrics
 from services.common.networks import address_of_peer
 from services.common.settings import Settings
 from services.common.status import REQUEST_ID
+from services.common.tracing import Tracing
 
 MAX_CONCURRENT_CALLS = 512  # of all users; the scheduler says how many of them may wait
 HEALTH_PREFIX = "/grpc.health.v1."
@@ -57,8 +58,9 @@ class _Bug(TdbError):
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server; stands first and alone."""
 
-    def __init__(self, settings: Settings, metrics: CallMetrics) -> None:
+    def __init__(self, settings: Settings, metrics: CallMetrics, tracing: Tracing) -> None:
         self.metrics = metrics
+        self.tracing = tracing
         self._identity = Identity.of_service(settings)
         self.limits = UserLimits(
             settings.requests_per_minute, settings.concurrent_requests, MAX_CONCURRENT_CALLS
@@ -165,11 +167,16 @@ class _Served:
         """Sets the call's surroundings, maps what is raised within, logs how it ended."""
         started = time.monotonic()
         remaining = context.time_remaining()
+        headers = {name: value for name, value in self._metadata if isinstance(value, str)}
+        span = self._interceptor.tracing.serve(
+            self._method.lstrip("/"), headers, request_id=self._request_id
+        )
         call = Call(
             method=self._method,
             request_id=self._request_id,
             user="",
             deadline=None if remaining is None else started + remaining,
+            trace=span.trace,
         )
         calls.enter(call)
         metrics = self._interceptor.metrics
@@ -208,6 +215,7 @@ class _Served:
             seconds = time.monotonic() - started
             reason = str(more.get("reason", ""))
             metrics.ended(call.method, code, reason, seconds, self._sent_bytes)
+            span.end(code, user=call.user)
             self._interceptor.log_call(
                 call, code, seconds, {**more, **self._interceptor.loggable(self._request)}
             )

@@ -32,6 +32,7 @@ from services.common.interceptor import CallInterceptor
 from services.common.metrics import CallMetrics, MetricsServer, new_registry
 from services.common.parent import follow_parent
 from services.common.settings import Settings, SettingsError, listen_address
+from services.common.tracing import Tracing, Untraced
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 # The last line of defence, which knows no health checks and no pushback: the interceptor lets in
@@ -97,10 +98,11 @@ class ServiceServer:
         service_names: Sequence[str],
         metrics_port: int | None = None,
         registry: CollectorRegistry | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """`port` 0 takes any free port. `service_names` are full proto names, for health and
         reflection. `registry` holds what the service counts itself; None for `metrics_port` keeps
-        all of it inside."""
+        all of it inside. `tracing` is the caller's to close."""
         self.name = name
         self.settings = settings
         self.port = port
@@ -109,6 +111,7 @@ class ServiceServer:
         self.registry = registry or new_registry()
         self.metrics_port = metrics_port
         self._metrics = CallMetrics(self.registry)
+        self._tracing = tracing or Untraced()
         self._metrics_server: MetricsServer | None = None
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -120,7 +123,7 @@ class ServiceServer:
     async def __aenter__(self) -> Self:
         """Listens. Raises StartError when the port is taken."""
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.settings, self._metrics)],
+            interceptors=[CallInterceptor(self.settings, self._metrics, self._tracing)],
             options=[*_OPTIONS, *self._connection_age()],
             maximum_concurrent_rpcs=MAX_CALLS_AT_THE_DOOR,
         )

@@ -449,6 +449,15 @@ class Settings:
         _switch,
     )
 
+    otel: bool = _setting(
+        "TDB_OTEL",
+        lambda env: "1" if env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip() else "0",
+        "1: traces by OpenTelemetry, from the gateway to the work on the device, sent by OTLP over "
+        "gRPC to `OTEL_EXPORTER_OTLP_ENDPOINT`. Needs the extra `otel`.",
+        _switch,
+        shown_default="1 where OTEL_EXPORTER_OTLP_ENDPOINT is set, else 0",
+    )
+
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Reads all settings; an empty variable counts as absent. Raises SettingsError."""

@@ -1,4 +1,4 @@
-"""The device and its queue in the terms of Prometheus."""
+"""The device and its queue in the terms of Prometheus; the work on it as spans of traces."""
 
 import mmap
 import time
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from services.common.calls import Call
 from services.common.metrics import FirstNames
+from services.common.tracing import Tracing, Untraced
 from services.inference.observer import PRIORITIES
 
 WAIT_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -21,9 +22,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class DeviceMetrics:
-    """A SchedulerObserver that counts."""
+    """A SchedulerObserver that counts, and traces where that is wanted."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, tracing: Tracing | None = None) -> None:
+        self._tracing = tracing or Untraced()
         self._user = FirstNames()
         self._depth = Gauge(
             "tdb_queue_depth",
@@ -116,7 +118,10 @@ class DeviceMetrics:
         self._rows.labels(kind).observe(rows)
         self._tokens.labels(kind).inc(tokens)
         self._padded_tokens.labels(kind).inc(padded_tokens)
-        with self._running.labels(kind).track_inprogress():
+        with (
+            self._running.labels(kind).track_inprogress(),
+            self._tracing.working(kind, calls, rows=rows, padded_tokens=padded_tokens),
+        ):
             started = time.perf_counter()
             try:
                 yield

@@ -21,6 +21,7 @@ from tdb.inference.v1 import service_pb2_grpc
 
 from gateway import backends
 from services.common.server import ServiceServer
+from services.common.tracing import Tracing
 from tests.common.backend import Backend, settings
 
 CLIENT = Path(__file__).parent / "connect_client"
@@ -71,7 +72,10 @@ async def echo(request: Any, context: Context) -> Any:
 
 @asynccontextmanager
 async def echo_server(
-    items: Items = count, unary: Echo = echo, inference: Backend | None = None
+    items: Items = count,
+    unary: Echo = echo,
+    inference: Backend | None = None,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[ServiceServer]:
     """The service on a free port, with the interceptor that every service of ours has; beside it
     the inference service where one is given."""
@@ -94,7 +98,12 @@ async def echo_server(
             service_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
 
     server = ServiceServer(
-        "inference", settings(), port=0, add_servicers=add, service_names=[SERVICE]
+        "inference",
+        settings(),
+        port=0,
+        add_servicers=add,
+        service_names=[SERVICE],
+        tracing=tracing,
     )
     async with server:
         await server.set_serving()

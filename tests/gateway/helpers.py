@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from gateway.app import create_app
+from services.common.tracing import Tracing
 from tests.common.backend import SERVICE, Backend, serving, settings
 
 NOWHERE = Path("/nonexistent/page")
@@ -24,10 +25,11 @@ async def running(
     address: str,
     page: Path = NOWHERE,
     registry: CollectorRegistry | None = None,
+    tracing: Tracing | None = None,
     **variables: str,
 ) -> AsyncIterator[tuple[Starlette, httpx.AsyncClient]]:
     """The app with its lifespan, and a client that speaks to it as a browser on this machine."""
-    app = create_app(settings(**variables), {"inference": address}, page, registry)
+    app = create_app(settings(**variables), {"inference": address}, page, registry, tracing)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -83,7 +85,7 @@ async def gateway_to(backend: Backend, **variables: str) -> AsyncIterator[Gatewa
     """The gateway over `backend`; both read the same settings."""
     async with (
         serving(backend, **variables) as server,
-        running(f"127.0.0.1:{server.port}", NOWHERE, None, **variables) as (app, client),
+        running(f"127.0.0.1:{server.port}", NOWHERE, None, None, **variables) as (app, client),
     ):
         yield Gateway(app, client)
 
