@@ -26,6 +26,7 @@ async def running(
     page: Path = NOWHERE,
     registry: CollectorRegistry | None = None,
     tracing: Tracing | None = None,
+    /,
     **variables: str,
 ) -> AsyncIterator[tuple[Starlette, httpx.AsyncClient]]:
     """The app with its lifespan, and a client that speaks to it as a browser on this machine."""
@@ -85,7 +86,7 @@ async def gateway_to(backend: Backend, **variables: str) -> AsyncIterator[Gatewa
     """The gateway over `backend`; both read the same settings."""
     async with (
         serving(backend, **variables) as server,
-        running(f"127.0.0.1:{server.port}", NOWHERE, None, None, **variables) as (app, client),
+        running(f"127.0.0.1:{server.port}", NOWHERE, **variables) as (app, client),
     ):
         yield Gateway(app, client)
 

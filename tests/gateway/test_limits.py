@@ -58,7 +58,7 @@ async def test_the_page_and_programs_share_one_account() -> None:
     token = [("authorization", ANN["authorization"])]
     async with (
         serving(backend, **variables) as server,
-        running(f"127.0.0.1:{server.port}", NOWHERE, None, **variables) as (app, client),
+        running(f"127.0.0.1:{server.port}", NOWHERE, **variables) as (app, client),
         connected(server) as stub,
     ):
         gateway = Gateway(app, client)
