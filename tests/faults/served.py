@@ -1,0 +1,40 @@
+"""The service in this process on an event loop of its own, so that plain code can call it."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.common.settings import Settings
+from services.inference.engine.model import Model
+from services.inference.server import build_server
+from services.inference.worker import TorchWorker
+
+
+@contextmanager
+def service(models: dict[str, Model], **variables: str) -> Iterator[int]:
+    """Serves `models`, the first by default; its port."""
+    settings = Settings.from_env({"TDB_LOG_LEVEL": "error", "TDB_DRAIN_SECONDS": "1", **variables})
+    worker = TorchWorker()
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+    ready = threading.Event()
+    ports: list[int] = []
+
+    async def serve() -> None:
+        async with build_server(settings, worker, models, port=0) as server:
+            await server.set_serving()
+            ports.append(server.port)
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), name="service")
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield ports[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+        worker.close()
