@@ -7,22 +7,22 @@ from contextlib import contextmanager
 
 from services.common.settings import Settings
 from services.inference.engine.model import Model
+from services.inference.scheduler import Scheduler
 from services.inference.server import build_server
-from services.inference.worker import TorchWorker
 
 
 @contextmanager
 def service(models: dict[str, Model], **variables: str) -> Iterator[int]:
     """Serves `models`, the first by default; its port."""
     settings = Settings.from_env({"TDB_LOG_LEVEL": "error", "TDB_DRAIN_SECONDS": "1", **variables})
-    worker = TorchWorker()
+    scheduler = Scheduler()
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
     ready = threading.Event()
     ports: list[int] = []
 
     async def serve() -> None:
-        async with build_server(settings, worker, models, port=0) as server:
+        async with build_server(settings, scheduler, models, port=0) as server:
             await server.set_serving()
             ports.append(server.port)
             ready.set()
@@ -37,4 +37,4 @@ def service(models: dict[str, Model], **variables: str) -> Iterator[int]:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
-        worker.close()
+        scheduler.close()
