@@ -12,6 +12,7 @@ import {
   generation,
   outdated,
   sampling,
+  waiting,
   wanted,
 } from "./generating";
 import { count, full, num, percent } from "./numbers";
@@ -83,7 +84,10 @@ function says(): string {
   const now = generation.value;
   if (!now) return "";
   const most = now.request.maxNewTokens ?? 0;
-  if (generating.value) return `${now.tokens.edited.length} of ${count(most, "token")}`;
+  if (generating.value) {
+    const done = `${now.tokens.edited.length} of ${count(most, "token")}`;
+    return waiting.value ? `${done} · ${waiting.value}` : done;
+  }
   if (outdated.value) return "of an earlier run";
   return now.seed === undefined || !now.request.temperature ? "" : `seed ${now.seed}`;
 }

@@ -15,6 +15,7 @@ import type {
 import type { ReceiptJson } from "./gen/tdb/inference/v1/intervention_pb";
 import { generate } from "./inference";
 import { problems } from "./problems";
+import { standing } from "./queue";
 import { generateRequest } from "./requests";
 import { asked, found } from "./state";
 import { DEFAULT_SAMPLING, type Sampling } from "./sampling";
@@ -32,6 +33,8 @@ export interface Generation {
 export const sampling = signal<Sampling>(DEFAULT_SAMPLING);
 export const generation = signal<Generation | null>(null);
 export const generating = signal(false);
+/** Where the next token stands in the queue; empty while none waits. */
+export const waiting = signal("");
 let flight = new AbortController();
 
 /** What would be asked now. */
@@ -49,6 +52,7 @@ export const outdated = computed(
 export function cancelGeneration(): void {
   flight.abort();
   generating.value = false;
+  waiting.value = "";
 }
 
 const BRANCHES: Partial<Record<BranchJson, "edited" | "twin">> = {
@@ -69,8 +73,9 @@ export async function continuePrompt(): Promise<void> {
     if (now) generation.value = { ...now, ...how(now) };
   };
   try {
-    for await (const { token, summary } of generate(request, own)) {
+    for await (const { token, progress, summary } of generate(request, own)) {
       if (own.signal.aborted) return;
+      waiting.value = standing(progress?.queue);
       const branch = token && BRANCHES[token.branch ?? "BRANCH_UNSPECIFIED"];
       if (token && branch)
         amend(({ tokens }) => ({ tokens: { ...tokens, [branch]: [...tokens[branch], token] } }));
@@ -90,7 +95,10 @@ export async function continuePrompt(): Promise<void> {
       ...problems(error).map((problem) => ({ ...problem, place: "generate" as const })),
     ];
   } finally {
-    if (own === flight) generating.value = false;
+    if (own === flight) {
+      generating.value = false;
+      waiting.value = "";
+    }
   }
 }
 

@@ -10,7 +10,7 @@ import { CopyButtons } from "./copy";
 import { difference, SIDE_NAMES } from "./columns";
 import { EffectsByToken } from "./effects";
 import { Meaning, title, unit } from "./meaning";
-import { full, num, percent, plain, signed } from "./numbers";
+import { count, full, num, percent, plain, signed } from "./numbers";
 import { answer, compared, paired, type Answer } from "./state";
 
 export function ObjectiveCard() {
@@ -124,6 +124,8 @@ function Provenance({ answer: { question, response } }: { answer: Answer }) {
   const spent = [t?.queueMs, t?.forwardMs, t?.backwardMs, t?.readOutMs].map((ms) => num(ms) ?? 0);
   const total = spent.reduce((a, b) => a + b, 0);
   const [queue, forward, backward, readOut] = spent.map(plain);
+  const shared =
+    (t?.sharedBy ?? 1) > 1 ? ` · one pass with ${count(t!.sharedBy! - 1, "other request")}` : "";
   return (
     <footer class="provenance">
       {(manifest?.warnings ?? []).map((warning) => (
@@ -132,7 +134,7 @@ function Provenance({ answer: { question, response } }: { answer: Answer }) {
         </p>
       ))}
       <span
-        title={`queue ${queue} ms · forward ${forward} ms · backward ${backward} ms · read-out ${readOut} ms`}
+        title={`queue ${queue} ms · forward ${forward} ms · backward ${backward} ms · read-out ${readOut} ms${shared}`}
       >
         {manifest?.cached ? "from the cache" : `${plain(total)} ms`}
       </span>

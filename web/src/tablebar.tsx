@@ -111,6 +111,7 @@ function Verification() {
           <>
             <progress value={now.done} max={now.total} aria-label="Verified" /> {now.done} of{" "}
             {now.total}
+            {now.waits && <span class="quiet-text"> · {now.waits}</span>}
           </>
         ) : (
           agreement && (

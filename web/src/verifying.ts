@@ -10,14 +10,15 @@ import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { verify } from "./inference";
 import { num } from "./numbers";
 import { problems } from "./problems";
+import { standing } from "./queue";
 import { verifyRequest } from "./requests";
 import { amend, answer, found, stale, type Answer, type Verified } from "./state";
 import type { Question } from "./url";
 
 const FLUSH_MS = 80;
 
-/** How far the stream is; null while there is none. */
-export const verifying = signal<{ done: number; total: number } | null>(null);
+/** How far the stream is, and where its next nodes stand in the queue; null while there is none. */
+export const verifying = signal<{ done: number; total: number; waits: string } | null>(null);
 let flight = new AbortController();
 
 export const NOTHING_VERIFIED: Verified = { effects: new Map(), agreement: null };
@@ -52,7 +53,7 @@ export async function verifyRows(rows: readonly NodeRowJson[]): Promise<void> {
   const own = (flight = new AbortController());
   const { response, question } = shown;
   found.value = found.value.filter(({ place }) => place !== "verify");
-  verifying.value = { done: 0, total: nodes.length };
+  verifying.value = { done: 0, total: nodes.length, waits: "" };
 
   let fresh = new Map<string, number>();
   let flushed = 0;
@@ -66,14 +67,17 @@ export async function verifyRows(rows: readonly NodeRowJson[]): Promise<void> {
   };
   try {
     let done = 0;
-    for await (const { node, summary } of verify(verifyRequest(question, nodes), own)) {
+    for await (const event of verify(verifyRequest(question, nodes), own)) {
       if (own.signal.aborted) return;
+      const { node, progress, summary } = event;
+      if (progress)
+        verifying.value = { done, total: nodes.length, waits: standing(progress.queue) };
       if (node) {
         fresh.set(node.node ?? "", num(node.verifiedEffect) ?? 0);
         done += 1;
         if (Date.now() - flushed >= FLUSH_MS) {
           flush();
-          verifying.value = { done, total: nodes.length };
+          verifying.value = { done, total: nodes.length, waits: "" };
         }
       }
       if (summary) {
