@@ -1,5 +1,6 @@
 """The device and its queue in the terms of Prometheus; the work on it as spans of traces."""
 
+import logging
 import mmap
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,15 @@ WAIT_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 WORK_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
+_log = logging.getLogger("tdb.device")
+
 
 class DeviceMetrics:
-    """A SchedulerObserver that counts, and traces where that is wanted."""
+    """A SchedulerObserver that counts, logs, and traces where that is wanted."""
 
     def __init__(self, registry: CollectorRegistry, tracing: Tracing | None = None) -> None:
         self._tracing = tracing or Untraced()
+        self._calls: Sequence[Call] = ()
         self._user = FirstNames()
         self._depth = Gauge(
             "tdb_queue_depth",
@@ -118,21 +122,31 @@ class DeviceMetrics:
         self._rows.labels(kind).observe(rows)
         self._tokens.labels(kind).inc(tokens)
         self._padded_tokens.labels(kind).inc(padded_tokens)
-        with (
-            self._running.labels(kind).track_inprogress(),
-            self._tracing.working(kind, calls, rows=rows, padded_tokens=padded_tokens),
-        ):
-            started = time.perf_counter()
-            try:
+        self._calls = calls
+        started = time.perf_counter()
+        try:
+            with (
+                self._running.labels(kind).track_inprogress(),
+                self._tracing.working(kind, calls, rows=rows, padded_tokens=padded_tokens),
+            ):
                 yield
-            finally:
-                self._work.labels(kind).observe(time.perf_counter() - started)
+        finally:
+            seconds = time.perf_counter() - started
+            self._work.labels(kind).observe(seconds)
+            ms = round(seconds * 1000, 1)
+            self._log(logging.DEBUG, "work", kind, rows=rows, padded_tokens=padded_tokens, ms=ms)
+            self._calls = ()
 
     def finished(self, user: str, kind: str, device_s: float) -> None:
         self._device.labels(self._user(user), kind).inc(device_s)
 
     def out_of_memory(self, kind: str, *, retried: bool) -> None:
         self._out_of_memory.labels(kind, str(int(retried))).inc()
+        self._log(logging.WARNING, "out of memory", kind, retried=retried)
+
+    def _log(self, level: int, message: str, kind: str, **fields: object) -> None:
+        ids = [call.request_id for call in self._calls]
+        _log.log(level, message, extra={"fields": {"request_ids": ids, "kind": kind, **fields}})
 
 
 class DeviceMemory(Collector):

@@ -12,16 +12,21 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from prometheus_client import CollectorRegistry
 from tdb.inference.v1 import service_pb2_grpc
 from transformers.utils import logging as transformers_logging
 
+from services.common import tracing
 from services.common.errors import FailedPrecondition
+from services.common.metrics import new_registry
 from services.common.server import ServiceServer, run_service
 from services.common.settings import DictionarySource, ModelSource, Settings, SettingsError
+from services.common.tracing import Tracing
 from services.inference.engine import loading
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
 from services.inference.manifest import SERVICE
+from services.inference.metrics import DeviceMetrics
 from services.inference.scheduler import QueueLimits, Scheduler
 from services.inference.servicer import InferenceServicer
 from services.inference.task import Task
@@ -32,7 +37,12 @@ _log = logging.getLogger("tdb.inference")
 
 
 def build_server(
-    settings: Settings, scheduler: Scheduler, models: dict[str, Model], port: int
+    settings: Settings,
+    scheduler: Scheduler,
+    models: dict[str, Model],
+    port: int,
+    registry: CollectorRegistry | None = None,
+    traces: Tracing | None = None,
 ) -> ServiceServer:
     """A server over `models`, which may be filled later; until then calls are UNAVAILABLE."""
     names = tuple(source.name for source in settings.models)
@@ -45,6 +55,8 @@ def build_server(
         ),
         service_names=[SERVICE],
         metrics_port=settings.inference_metrics_port,
+        registry=registry,
+        tracing=traces,
     )
 
 
@@ -82,6 +94,7 @@ def main() -> int:
     """Serves until told to stop; the exit code."""
     try:
         settings = Settings.from_env(os.environ)
+        traces = tracing.start(settings, "inference")
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -89,7 +102,9 @@ def main() -> int:
         print("No model is named: set TDB_MODEL, or use `tdb up --demo`.", file=sys.stderr)
         return 1
     transformers_logging.disable_progress_bar()
-    scheduler = Scheduler(QueueLimits(settings.queue_per_user, settings.queue_total))
+    registry = new_registry()
+    limits = QueueLimits(settings.queue_per_user, settings.queue_total)
+    scheduler = Scheduler(limits, DeviceMetrics(registry, traces))
     models: dict[str, Model] = {}
 
     async def prepare(server: ServiceServer) -> None:
@@ -117,7 +132,10 @@ def main() -> int:
         await server.set_serving()
 
     try:
-        server = build_server(settings, scheduler, models, settings.inference_port)
+        server = build_server(
+            settings, scheduler, models, settings.inference_port, registry, traces
+        )
         return run_service(server, prepare)
     finally:
         scheduler.close()
+        traces.close()

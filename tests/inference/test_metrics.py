@@ -1,5 +1,7 @@
 """What is counted of the device, told by hand as the scheduler tells it."""
 
+import logging
+
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -74,6 +76,23 @@ def test_work_that_fails_is_timed_and_no_longer_running(
         fail()
     assert running() == 0
     assert registry.get_sample_value("tdb_device_work_seconds_count", {"kind": "Run"}) == 1
+
+
+def test_lines_of_the_device_name_the_requests_that_it_works_for(
+    metrics: DeviceMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = [Call("/x", "click-1", "ann"), Call("/x", "click-2", "bob")]
+    with caplog.at_level(logging.DEBUG, "tdb.device"), metrics.running("Run", calls, 2, 6, 8):
+        metrics.out_of_memory("Run", retried=True)
+    warning, work = (record.fields for record in caplog.records)  # type: ignore[attr-defined]
+    assert warning == {"request_ids": ["click-1", "click-2"], "kind": "Run", "retried": True}
+    assert work.pop("ms") >= 0
+    assert work == {
+        "request_ids": ["click-1", "click-2"],
+        "kind": "Run",
+        "rows": 2,
+        "padded_tokens": 8,
+    }
 
 
 def test_memory_is_what_the_process_holds_when_it_is_asked(registry: CollectorRegistry) -> None:
