@@ -136,6 +136,7 @@ def service(folder: Path, dictionaries: str = "") -> Iterator[Stub]:
         "TDB_MODEL": str(folder),
         "TDB_INFERENCE_PORT": "0",
         "TDB_DICTIONARIES": dictionaries,
+        "TDB_CACHE_MIB": "0",  # every repetition is computed
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "services.inference"],

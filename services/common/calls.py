@@ -5,7 +5,7 @@ The interceptor sets it; anything below a servicer may read it with `current()`.
 
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LOCAL_USER = "local"
 
@@ -20,6 +20,9 @@ class Call:
     user: str = LOCAL_USER
     deadline: float | None = None
     trace: object = None
+    shared: bool = False
+    """Whether others may wait for the same: each leaves at a deadline of its own, and `deadline` is
+    the latest of them."""
 
     def remaining_s(self) -> float | None:
         """Seconds left, never negative; None without a deadline."""
@@ -35,3 +38,14 @@ def current() -> Call | None:
 
 def enter(call: Call) -> None:
     _current.set(call)
+
+
+def share(joining: Call | None) -> None:
+    """Said where the work for a call is done: `joining`, which may be that call, waits for it."""
+    call = current()
+    if call is None:
+        return
+    deadlines = [call.deadline, joining.deadline if joining else None]
+    known = [each for each in deadlines if each is not None]
+    latest = max(known) if len(known) == len(deadlines) else None
+    enter(replace(call, deadline=latest, shared=True))

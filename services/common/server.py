@@ -99,15 +99,18 @@ class ServiceServer:
         metrics_port: int | None = None,
         registry: CollectorRegistry | None = None,
         tracing: Tracing | None = None,
+        on_stop: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`port` 0 takes any free port. `service_names` are full proto names, for health and
         reflection. `registry` holds what the service counts itself; None for `metrics_port` keeps
-        all of it inside. `tracing` is the caller's to close."""
+        all of it inside. `tracing` is the caller's to close. `on_stop` runs after the last
+        call."""
         self.name = name
         self.settings = settings
         self.port = port
         self._add_servicers = add_servicers
         self._service_names = tuple(service_names)
+        self._on_stop = on_stop
         self.registry = registry or new_registry()
         self.metrics_port = metrics_port
         self._metrics = CallMetrics(self.registry)
@@ -176,6 +179,8 @@ class ServiceServer:
         await server.stop(self.settings.drain_s)
         if self._metrics_server:
             await asyncio.to_thread(self._metrics_server.close)
+        if self._on_stop:
+            await self._on_stop()
 
     def _connection_age(self) -> list[tuple[str, int]]:
         """gRPC varies it by a tenth, so that connections do not all end together; without a grace

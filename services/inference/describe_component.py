@@ -84,6 +84,13 @@ def _read_count(
     setattr(request, field, value)
 
 
+def dictionaries_used(wanted: Wanted, model: Model) -> tuple[str, ...]:
+    """A latent's own dictionary; all that are served where it is compared with their latents."""
+    if wanted.component.kind is not Kind.LATENT:
+        return ()
+    return tuple(sorted(model.shelf.served)) if wanted.similar else (wanted.component.dictionary,)
+
+
 async def answer(
     request: component_pb2.DescribeComponentRequest,
     wanted: Wanted,
@@ -102,13 +109,10 @@ async def answer(
     finished = await on_device(work, Task("DescribeComponent"))
     description, milliseconds = finished.result
     timings = queue_messages.timings(finished, read_out_ms=milliseconds)
-    used: tuple[str, ...] = ()
-    if wanted.component.kind is Kind.LATENT:
-        used = (wanted.component.dictionary,)
-        if wanted.similar:
-            used = tuple(sorted(model.shelf.served))
-            similar = await _similar_latents(wanted, used, model, on_device, timings)
-            description = replace(description, similar=similar)
+    used = dictionaries_used(wanted, model)
+    if wanted.component.kind is Kind.LATENT and wanted.similar:
+        similar = await _similar_latents(wanted, used, model, on_device, timings)
+        description = replace(description, similar=similar)
     return await asyncio.to_thread(_response, request, description, model, timings, used)
 
 

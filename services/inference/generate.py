@@ -74,6 +74,11 @@ def read(request: generate_pb2.GenerateRequest, model: Model) -> Wanted:
     )
 
 
+def is_repeatable(request: generate_pb2.GenerateRequest) -> bool:
+    """Whether the request, as it came, has one answer: nothing is drawn, or its seed is given."""
+    return request.temperature == 0 or request.HasField("seed")
+
+
 def _new_tokens(request: generate_pb2.GenerateRequest, model: Model, prompt: int) -> int:
     room = model.architecture.context - prompt
     if room < 1:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from google.protobuf.json_format import MessageToDict
@@ -13,6 +14,7 @@ from tdb.type.v1 import token_pb2
 
 from services.inference.engine import ENGINE_VERSION
 from services.inference.engine.model import Model
+from services.inference.engine.shelf import Served
 from services.inference.tensors import DATA_TYPES
 
 SERVICE = "tdb.inference.v1.InferenceService"
@@ -28,6 +30,42 @@ def precision_warnings(model: Model) -> list[str]:
     return [] if model.dtype is torch.float32 else [HALF_PRECISION_WARNING]
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of which weights: known before anything runs, and the name of its answer."""
+
+    method: str
+    """Name of the RPC, such as `Attribute`."""
+    request_json: str
+    dictionaries: tuple[Served, ...]
+    """Those used, in order of id."""
+    result_id: str
+    """SHA-256, in hex. Two answers under one id differ in rounding at most."""
+
+
+def question(
+    method: str, model: Model, canonical: Message, dictionaries: Sequence[str] = ()
+) -> Question:
+    """`canonical` is the request after reading made it canonical; its model is the resolved id.
+
+    Dictionaries that the request names are used, and those of `dictionaries` besides.
+    """
+    request = MessageToDict(canonical)
+    names = {*dictionaries, *_named(request, model.shelf.served.keys())}
+    used = tuple(model.shelf.served[name] for name in sorted(names))
+    request_json = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    parts = (
+        model.identity.weights_hash,
+        str(DATA_TYPES[model.dtype]),
+        *(each.header.provenance.weights_hash for each in used),
+        ENGINE_VERSION,
+        f"{SERVICE}/{method}",
+        request_json,
+    )
+    result_id = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return Question(method, request_json, used, result_id)
+
+
 def build(
     method: str,
     model: Model,
@@ -37,17 +75,12 @@ def build(
     warnings: Sequence[str] = (),
     dictionaries: Sequence[str] = (),
 ) -> manifest_pb2.Manifest:
-    """`canonical` is the request after reading made it canonical; its model is the resolved id.
-
-    Dictionaries that the request names were used, and those of `dictionaries` besides; their
-    warnings come before `warnings`.
-    """
-    request = MessageToDict(canonical)
-    names = {*dictionaries, *_named(request, model.shelf.served.keys())}
-    used = [model.shelf.served[name] for name in sorted(names)]
-    request_json = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    manifest = manifest_pb2.Manifest(
-        request_json=request_json,
+    """The manifest of the answer to `question`; the dictionaries' warnings come before
+    `warnings`."""
+    asked = question(method, model, canonical, dictionaries)
+    return manifest_pb2.Manifest(
+        result_id=asked.result_id,
+        request_json=asked.request_json,
         method=f"{SERVICE}/{method}",
         model=model_ref(model),
         data_type=DATA_TYPES[model.dtype],
@@ -59,12 +92,10 @@ def build(
             manifest_pb2.DictionaryRef(
                 id=each.header.id, weights_hash=each.header.provenance.weights_hash
             )
-            for each in used
+            for each in asked.dictionaries
         ],
-        warnings=[*(each.warning for each in used if each.warning), *warnings],
+        warnings=[*(each.warning for each in asked.dictionaries if each.warning), *warnings],
     )
-    manifest.result_id = _result_id(manifest)
-    return manifest
 
 
 _IN_ADDRESSES = re.compile(r"(?:latent|latents|bias|skip|error)\.([A-Za-z0-9_-]+)(?:[.~].*)?")
@@ -94,15 +125,3 @@ def model_ref(model: Model) -> manifest_pb2.ModelRef:
     return manifest_pb2.ModelRef(
         id=identity.id, revision=identity.revision, weights_hash=identity.weights_hash
     )
-
-
-def _result_id(manifest: manifest_pb2.Manifest) -> str:
-    parts = (
-        manifest.model.weights_hash,
-        str(manifest.data_type),
-        *(each.weights_hash for each in manifest.dictionaries),
-        manifest.engine_version,
-        manifest.method,
-        manifest.request_json,
-    )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -177,7 +177,8 @@ class Scheduler:
             task,
             self._times.predict(task.kind, task.tokens),
             work=work,
-            cancel=CancelToken(deadline),
+            # Those who share it leave one by one, each at their own deadline.
+            cancel=CancelToken(None if call and call.shared else deadline),
             loop=loop,
             future=loop.create_future(),
             call=call,

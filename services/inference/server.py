@@ -17,11 +17,13 @@ from tdb.inference.v1 import service_pb2_grpc
 from transformers.utils import logging as transformers_logging
 
 from services.common import tracing
+from services.common.cache.cache import open_cache
 from services.common.errors import FailedPrecondition
 from services.common.metrics import new_registry
 from services.common.server import ServiceServer, run_service
 from services.common.settings import DictionarySource, ModelSource, Settings, SettingsError
 from services.common.tracing import Tracing
+from services.inference.caching import Answers
 from services.inference.engine import loading
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
@@ -43,16 +45,22 @@ def build_server(
     port: int,
     registry: CollectorRegistry | None = None,
     traces: Tracing | None = None,
+    answers: Answers | None = None,
 ) -> ServiceServer:
-    """A server over `models`, which may be filled later; until then calls are UNAVAILABLE."""
+    """A server over `models`, which may be filled later; until then calls are UNAVAILABLE.
+
+    `answers` None: with the cache that the settings name.
+    """
     names = tuple(source.name for source in settings.models)
+    known = answers or Answers(open_cache(settings))
     return ServiceServer(
         "inference",
         settings,
         port=port,
         add_servicers=lambda server: service_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(scheduler, models, names), server
+            InferenceServicer(scheduler, models, names, known), server
         ),
+        on_stop=known.cache.aclose,
         service_names=[SERVICE],
         metrics_port=settings.inference_metrics_port,
         registry=registry,

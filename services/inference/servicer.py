@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -30,6 +31,7 @@ from services.inference import (
     stream_activations,
     verify,
 )
+from services.inference.caching import Answers
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.model import Model
 from services.inference.scheduler import ForCall, Scheduler
@@ -48,10 +50,15 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     """Serves `models`, which fill up while they load; `names` are all, the default first."""
 
     def __init__(
-        self, scheduler: Scheduler, models: Mapping[str, Model], names: tuple[str, ...]
+        self,
+        scheduler: Scheduler,
+        models: Mapping[str, Model],
+        names: tuple[str, ...],
+        answers: Answers,
     ) -> None:
         self._scheduler = scheduler
         self._on_device = ForCall(scheduler)
+        self._answers = answers
         self._models = models
         self._names = names
 
@@ -88,6 +95,17 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
         wanted = await asyncio.to_thread(requests.read_forward, canonical, model)
+        return await self._answers.one(
+            "Run",
+            model,
+            canonical,
+            run_pb2.RunResponse,
+            partial(self._run, canonical, wanted, model),
+        )
+
+    async def _run(
+        self, canonical: run_pb2.RunRequest, wanted: requests.Forward, model: Model
+    ) -> run_pb2.RunResponse:
         finished = await self._on_device(
             lambda cancel: model.run(
                 wanted.run.token_ids,
@@ -117,6 +135,17 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
         wanted = await asyncio.to_thread(requests.read_attribution, canonical, model)
+        return await self._answers.one(
+            "Attribute",
+            model,
+            canonical,
+            attribute_pb2.AttributeResponse,
+            partial(self._attribute, canonical, wanted, model),
+        )
+
+    async def _attribute(
+        self, canonical: attribute_pb2.AttributeRequest, wanted: requests.Attribution, model: Model
+    ) -> attribute_pb2.AttributeResponse:
         finished = await self._on_device(
             lambda cancel: _timed(
                 lambda: model.attribute(
@@ -168,7 +197,14 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical.CopyFrom(request)
         wanted = await asyncio.to_thread(verify.read, canonical, model)
         canonical.table.model = model.identity.id
-        async for response in verify.stream(canonical, wanted, model, self._on_device):
+        found = self._answers.stream(
+            "Verify",
+            model,
+            canonical,
+            verify_pb2.VerifyResponse,
+            partial(verify.stream, canonical, wanted, model, self._on_device),
+        )
+        async for response in found:
             yield response
 
     async def DescribeComponent(
@@ -179,7 +215,14 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
         wanted = await asyncio.to_thread(describe_component.read, canonical, model)
-        return await describe_component.answer(canonical, wanted, model, self._on_device)
+        return await self._answers.one(
+            "DescribeComponent",
+            model,
+            canonical,
+            component_pb2.DescribeComponentResponse,
+            partial(describe_component.answer, canonical, wanted, model, self._on_device),
+            describe_component.dictionaries_used(wanted, model),
+        )
 
     async def Generate(
         self, request: generate_pb2.GenerateRequest, context: Context
@@ -189,7 +232,15 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
         wanted = await asyncio.to_thread(generate.read, canonical, model)
-        async for response in generate.stream(canonical, wanted, model, self._on_device):
+        compute = partial(generate.stream, canonical, wanted, model, self._on_device)
+        found = (
+            self._answers.stream(
+                "Generate", model, canonical, generate_pb2.GenerateResponse, compute
+            )
+            if generate.is_repeatable(request)
+            else compute()
+        )
+        async for response in found:
             yield response
 
     async def StreamActivations(

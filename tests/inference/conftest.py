@@ -76,6 +76,8 @@ async def server(
             "TDB_MODEL": f"tiny={model_folder},later={model_folder}",
             "TDB_DATA_DIR": str(tmp_path),
             "TDB_DRAIN_SECONDS": "1",
+            # What is asked twice is computed twice: a replay proves nothing otherwise.
+            "TDB_CACHE_MIB": "0",
         }
     )
     async with build_server(settings, scheduler, {"tiny": model}, port=0) as server:

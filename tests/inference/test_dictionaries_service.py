@@ -97,7 +97,11 @@ async def stub(
     served: Model, model_folder: Path, scheduler: Scheduler, tmp_path: Path
 ) -> AsyncIterator["Stub"]:
     settings = Settings.from_env(
-        {"TDB_MODEL": f"tiny={model_folder}", "TDB_DATA_DIR": str(tmp_path)}
+        {
+            "TDB_MODEL": f"tiny={model_folder}",
+            "TDB_DATA_DIR": str(tmp_path),
+            "TDB_CACHE_MIB": "0",
+        }
     )
     async with build_server(settings, scheduler, {"tiny": served}, port=0) as server:
         await server.set_serving()

@@ -4,6 +4,7 @@ Token ids are the interface, text is display. A model may be served without a to
 text is refused with what to do, and tokens show as `<17>`.
 """
 
+import hashlib
 import re
 import threading
 from collections.abc import Sequence
@@ -62,6 +63,8 @@ class Vocabulary:
         self._lock = threading.Lock()
         self._byte_of: dict[str, int] = {}
         self.facts: TokenizerFacts | None = None
+        self.files_hash = ""
+        """SHA-256, in hex, of the tokenizer's files; empty where it was not read from any."""
         if tokenizer is None:
             return
         entries = len(tokenizer)
@@ -84,10 +87,11 @@ class Vocabulary:
         )
 
     @classmethod
-    def load(cls, size: int, source: str | Path) -> "Vocabulary":
-        """Reads a tokenizer from a folder or the local Hub cache; never runs its code."""
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        return cls(size, tokenizer)
+    def load(cls, size: int, folder: Path) -> "Vocabulary":
+        """Reads a tokenizer; never runs its code."""
+        vocabulary = cls(size, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        vocabulary.files_hash = _hash(folder)
+        return vocabulary
 
     def encode(self, text: str, prepend_bos: bool | None = None) -> tuple[int, ...]:
         """Ids the model reads for a text. `prepend_bos` None: as the tokenizer does by itself."""
@@ -209,6 +213,19 @@ class Vocabulary:
                 "no tokenizer: send token_ids or start with --tokenizer", reason="NO_TOKENIZER"
             )
         return self._tokenizer
+
+
+_FILES = re.compile(r".*\.(json|model|txt|jinja)")
+
+
+def _hash(folder: Path) -> str:
+    """SHA-256, in hex, of whatever a tokenizer may be made of."""
+    digest = hashlib.sha256()
+    for path in sorted(each for each in folder.iterdir() if _FILES.fullmatch(each.name)):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
