@@ -5,6 +5,7 @@ import { LibraryButton } from "./library";
 import { plain } from "./numbers";
 import { draft, loading, model, modelProblem, models, problemsAt } from "./state";
 import { nextTheme, theme, THEMES } from "./theme";
+import { Waiting } from "./waiting";
 
 export function Header() {
   const facts = model.value;
@@ -44,6 +45,7 @@ export function Header() {
             {facts.device}
           </span>
           <LibraryButton />
+          <Waiting />
         </p>
       )}
       <Notices />

@@ -17,6 +17,7 @@ import type {
   TokenizeRequestJson,
   TokenizeResponseJson,
 } from "./gen/tdb/inference/v1/model_pb";
+import type { GetQueueRequestJson, GetQueueResponseJson } from "./gen/tdb/inference/v1/queue_pb";
 import type { RunRequestJson, RunResponseJson } from "./gen/tdb/inference/v1/run_pb";
 import type { VerifyRequestJson, VerifyResponseJson } from "./gen/tdb/inference/v1/verify_pb";
 
@@ -34,6 +35,7 @@ function streamed<Request, Response>(name: string) {
 
 export const listModels = rpc<ListModelsRequestJson, ListModelsResponseJson>("ListModels");
 export const getModel = rpc<GetModelRequestJson, GetModelResponseJson>("GetModel");
+export const getQueue = rpc<GetQueueRequestJson, GetQueueResponseJson>("GetQueue");
 export const tokenize = rpc<TokenizeRequestJson, TokenizeResponseJson>("Tokenize");
 export const run = rpc<RunRequestJson, RunResponseJson>("Run");
 export const attribute = rpc<AttributeRequestJson, AttributeResponseJson>("Attribute");
