@@ -83,7 +83,7 @@ clean:
 	@touch $@
 
 .make/python: .make/torch pyproject.toml hatch_build.py
-	$(VENV)/pip install -e '.[inference,gateway,dev]'
+	$(VENV)/pip install -e '.[inference,dataset,gateway,dev]'
 	@touch $@
 
 .make/stubs: .make/python tools/gen_protos.py $(PROTOS)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from tdb import channel
+from tdb.dataset.v1 import service_pb2 as dataset
 from tdb.inference.v1 import service_pb2 as inference
 
 from services.common.settings import Settings
@@ -17,6 +18,7 @@ from services.common.settings import Settings
 # Backend name -> the proto services it answers for.
 EXPOSED: Mapping[str, tuple[ServiceDescriptor, ...]] = {
     "inference": (inference.DESCRIPTOR.services_by_name["InferenceService"],),
+    "dataset": (dataset.DESCRIPTOR.services_by_name["DatasetService"],),
 }
 
 # A service that is full says when to come back, and the client hears that (`Retry-After`) rather
@@ -39,11 +41,11 @@ class Backend:
 
 def targets(settings: Settings) -> dict[str, str]:
     """Where each exposed backend listens."""
-    return {"inference": settings.inference_target}
+    return {"inference": settings.inference_target, "dataset": settings.dataset_target}
 
 
 def connect(addresses: Mapping[str, str]) -> list[Backend]:
-    """Opens the channels of each backend; they connect when first used."""
+    """Opens the channels of each backend that has an address; they connect when first used."""
     return [
         Backend(
             name,
@@ -52,4 +54,5 @@ def connect(addresses: Mapping[str, str]) -> list[Backend]:
             direct=grpc.aio.insecure_channel(addresses[name], channel.CONNECTION),
         )
         for name, services in EXPOSED.items()
+        if name in addresses
     ]

@@ -61,4 +61,4 @@ class _Probe:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 return "it does not answer"
             return "it cannot be reached"
-        return "it is loading its model, or stopping"
+        return "it is loading, or stopping"

@@ -138,10 +138,14 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
     try:
         settings = Settings.from_env(env)
         settings.check_gateway()
-        if settings.inference_address:
-            raise CliError(
-                "TDB_INFERENCE_ADDRESS is for a gateway that is run alone: unset it for `tdb up`."
-            )
+        for variable, address in (
+            ("TDB_INFERENCE_ADDRESS", settings.inference_address),
+            ("TDB_DATASET_ADDRESS", settings.dataset_address),
+        ):
+            if address:
+                raise CliError(
+                    f"{variable} is for a gateway that is run alone: unset it for `tdb up`."
+                )
         log_folder = settings.folder("logs")
     except SettingsError as error:
         raise CliError(str(error)) from None
@@ -152,6 +156,7 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
     plan = Plan(
         services=[
             Service("inference", (*python, "services.inference"), "TDB_INFERENCE_PORT"),
+            Service("dataset", (*python, "services.dataset"), "TDB_DATASET_PORT"),
             Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT"),
         ],
         env={**env, "HF_HUB_DISABLE_TELEMETRY": "1"},

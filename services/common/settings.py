@@ -44,7 +44,6 @@ class DictionarySource:
 
 # Named in the design, read by nothing yet: setting one is refused rather than ignored.
 NOT_BUILT = {
-    "TDB_DATASET_PORT": "the dataset service",
     "TDB_EXPLAINER_PORT": "the explainer service",
 }
 
@@ -348,6 +347,25 @@ class Settings:
         "calls go round those that are SERVING. Empty: `TDB_INFERENCE_PORT` on this machine.",
         _address,
     )
+    dataset_port: int = _setting(
+        "TDB_DATASET_PORT",
+        "50052",
+        "The port of the dataset service's gRPC API; 0 takes any free port, which is printed.",
+        _port,
+    )
+    dataset_metrics_port: int | None = _setting(
+        "TDB_DATASET_METRICS_PORT",
+        "",
+        "The port of the dataset service's Prometheus metrics, as `TDB_GATEWAY_METRICS_PORT`.",
+        _port_or_none,
+    )
+    dataset_address: str = _setting(
+        "TDB_DATASET_ADDRESS",
+        "",
+        "`host:port` of a dataset service on another machine, for a gateway that is run alone. "
+        "Empty: `TDB_DATASET_PORT` on this machine.",
+        _address,
+    )
     data_dir: Path = _setting(  # noqa: RUF009  # a Field, not a value
         "TDB_DATA_DIR",
         _default_data_dir,
@@ -488,11 +506,19 @@ class Settings:
     @property
     def inference_target(self) -> str:
         """Where the gateway finds the inference service."""
-        if self.inference_address:
-            return self.inference_address
-        if not self.inference_port:
-            raise SettingsError("TDB_INFERENCE_PORT is 0, so the gateway cannot find the service.")
-        return listen_address(reachable(self.host), self.inference_port)
+        return self._target("INFERENCE", self.inference_address, self.inference_port)
+
+    @property
+    def dataset_target(self) -> str:
+        """Where the gateway finds the dataset service."""
+        return self._target("DATASET", self.dataset_address, self.dataset_port)
+
+    def _target(self, service: str, address: str, port: int) -> str:
+        if address:
+            return address
+        if not port:
+            raise SettingsError(f"TDB_{service}_PORT is 0, so the gateway cannot find the service.")
+        return listen_address(reachable(self.host), port)
 
     def check_gateway(self) -> None:
         """Raises SettingsError where a gateway would let in whoever reaches it."""

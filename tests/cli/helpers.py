@@ -42,6 +42,7 @@ class Up:
         defaults = {
             "TDB_GATEWAY_PORT": "0",
             "TDB_INFERENCE_PORT": "0",
+            "TDB_DATASET_PORT": "0",
             "TDB_DATA_DIR": str(data_dir),
             "TDB_DRAIN_SECONDS": "1",
             "HF_HUB_OFFLINE": "1",

@@ -74,11 +74,13 @@ def test_from_start_to_an_answer_through_a_crash_to_the_end(model: Path, tmp_pat
             stub = service_pb2_grpc.InferenceServiceStub(channel)
             assert stub.ListModels(model_pb2.ListModelsRequest()).models == ["small"]
 
-        inference, gateway = up.children()
+        assert post(f"{url}/tdb.dataset.v1.DatasetService/ListDatasets", {})["datasets"] == []
+
+        inference, dataset, gateway = up.children()
         os.kill(inference, signal.SIGKILL)
         until("the crash to show", lambda: any("SIGKILL" in line for line in up.errors))
         until("readiness again", lambda: ready(url), within_s=60)
-        assert gateway in up.children()
+        assert {dataset, gateway} <= set(up.children())
         second = post(f"{url}/{ATTRIBUTE}", REQUEST)
         assert second["manifest"]["resultId"] == first["manifest"]["resultId"]
         assert second["rows"] == first["rows"]
@@ -88,10 +90,11 @@ def test_from_start_to_an_answer_through_a_crash_to_the_end(model: Path, tmp_pat
     assert not any(alive(pid) for pid in children)
     assert up.out.empty()
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
-    assert {path.name for path in (data / "logs").iterdir()} == {"gateway.log", "inference.log"}
+    logs = {path.name for path in (data / "logs").iterdir()}
+    assert logs == {"gateway.log", "dataset.log", "inference.log"}
 
 
-@pytest.mark.parametrize("variable", ["TDB_GATEWAY_PORT", "TDB_INFERENCE_PORT"])
+@pytest.mark.parametrize("variable", ["TDB_GATEWAY_PORT", "TDB_INFERENCE_PORT", "TDB_DATASET_PORT"])
 def test_a_busy_port_is_one_sentence(model: Path, tmp_path: Path, variable: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -29,6 +29,7 @@ def test_defaults() -> None:
     assert settings.models == ()
     assert settings.tokenizer is None
     assert (settings.gateway_port, settings.inference_port) == (8080, 50051)
+    assert settings.dataset_target == "127.0.0.1:50052"
     assert settings.inference_target == "127.0.0.1:50051"
     assert settings.data_dir == Path("/somewhere/tdb")
     assert read().data_dir == Path.home() / ".local/share/tdb"
@@ -124,7 +125,7 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_REDIS_URL", "redis://h/one", "must end in the number of a database"),
         ("TDB_REDIS_URL", "redis://h?socket_timeout=9", "has a ? or # part, which is not read"),
         ("TDB_REDIS_URL", "redis://h:port", "is not a URL"),
-        ("TDB_DATASET_PORT", "50052", "the dataset service is not part of this version yet"),
+        ("TDB_DATASET_ADDRESS", "gpu-box", "must be host:port"),
         ("TDB_TOKEN", "ann:x", "TDB_TOKEN is not a setting: did you mean TDB_TOKENS?"),
     ],
 )

@@ -58,6 +58,7 @@ def _started(folder: Path, *flags: str) -> Iterator[str]:
     env |= {
         "TDB_GATEWAY_PORT": "0",
         "TDB_INFERENCE_PORT": "0",
+        "TDB_DATASET_PORT": "0",
         "TDB_DATA_DIR": str(folder / "data"),
     }
     said = folder / "said.txt"

@@ -1,0 +1,5 @@
+import sys
+
+from services.dataset.server import main
+
+sys.exit(main())

@@ -1,0 +1,179 @@
+"""Reading a dataset: any record by its place, with one positional read, from any thread.
+
+Components have places 0..records-1 in the dataset's order. The manifest alone says which component
+is at which place, so a damaged shard costs its own records and nothing else. Memory is bounded by
+the open shards: the manifest, and 12 bytes a record for each of at most OPEN_SHARDS.
+"""
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock
+
+from tdb.dataset.v1 import record_pb2
+
+from services.common.errors import NotFound
+from services.dataset import files, manifest, records, shards
+from services.dataset.damage import Damaged
+from services.dataset.groups import Group
+from services.dataset.manifest import Manifest, ShardEntry
+from services.dataset.search_file import SearchFile
+from services.dataset.shards import Shard
+
+OPEN_SHARDS = 64
+
+Record = record_pb2.ComponentRecord
+
+
+class DatasetReader:
+    """Raises ManifestError where `folder` holds no dataset that can be served."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self._first_places = _starts(self.manifest.shards)
+        self._shards_of: dict[Group, list[int]] = {}
+        for number, entry in enumerate(self.manifest.shards):
+            self._shards_of.setdefault(entry.group, []).append(number)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._vocabulary: tuple[str, ...] | None = None
+        self._lock = Lock()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def records(self) -> int:
+        return self._first_places[-1]
+
+    @property
+    def groups(self) -> list[Group]:
+        """In the dataset's order."""
+        return list(self._shards_of)
+
+    def shards_of(self, group: Group) -> list[tuple[ShardEntry, int]]:
+        """The shards of a group, each with the place of its first record."""
+        numbers = self._shards_of.get(group, [])
+        return [(self.manifest.shards[each], self._first_places[each]) for each in numbers]
+
+    def place(self, group: Group, index: int) -> int | None:
+        """Where a component's record is; None where the dataset has none."""
+        if group not in self._shards_of:
+            return None
+        place = self.first_place(group, index)
+        found = place < self.records and self.component(place) == group.component(index)
+        return place if found else None
+
+    def first_place(self, group: Group, index: int) -> int:
+        """The place of the group's first component that is not below `index`, else the place behind
+        the group. The group must be one of `groups`."""
+        for entry, first_place in self.shards_of(group):
+            if index <= entry.runs[-1][1]:
+                return first_place + entry.row(index)
+        last, first_place = self.shards_of(group)[-1]
+        return first_place + last.count
+
+    def component(self, place: int) -> str:
+        """The address of the component at a place."""
+        number = bisect_right(self._first_places, place) - 1
+        entry = self.manifest.shards[number]
+        return next(entry.components(place - self._first_places[number]))
+
+    def read(self, place: int) -> Record:
+        """The record at a place. Raises Damaged, and NotFound when the dataset was deleted."""
+        number = bisect_right(self._first_places, place) - 1
+        component = self.component(place)
+        try:
+            return self._shard(number).read(place - self._first_places[number], component)
+        except Damaged as damaged:
+            raise damaged.of(component) from None
+
+    def read_many(self, place: int, count: int, most_bytes: int) -> Iterator[Record | Damaged]:
+        """Records from `place` on, at least one and at most `count`, all of one shard, until they
+        reach `most_bytes` compressed; damage in their place."""
+        number = bisect_right(self._first_places, place) - 1
+        entry, start = self.manifest.shards[number], place - self._first_places[number]
+        stop = min(start + count, entry.count)
+        components = entry.components(start)
+        try:
+            shard = self._shard(number)
+        except Damaged as damaged:
+            yield from (damaged.of(next(components)) for _ in range(start, stop))
+            return
+        size = 0
+        for row in range(start, stop):
+            size += shard.record_size(row)
+            if size > most_bytes:
+                stop = max(row, start + 1)
+                break
+        yield from shard.read_rows(start, stop, (next(components) for _ in range(start, stop)))
+
+    def search_file(self, entry: ShardEntry) -> SearchFile:
+        """Raises Damaged."""
+        path = self.folder / (entry.name + shards.SEARCH)
+        try:
+            return SearchFile.read(path, entry.count)
+        except Damaged:
+            self._check_there()
+            raise
+
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """The text of each token id; None where the dataset has none. Raises Damaged."""
+        stored = self.manifest.vocabulary
+        if stored is None or self._vocabulary is not None:
+            return self._vocabulary
+        path = self.folder / stored.name
+        try:
+            if files.sha256(path) != stored.sha256:
+                raise Damaged(path, "does not match its checksum")
+            self._vocabulary = tuple(json.loads(path.read_bytes()))
+        except OSError as error:
+            self._check_there()
+            raise Damaged(path, f"cannot be read: {error.strerror}") from None
+        return self._vocabulary
+
+    def fill_texts(self, record: Record) -> None:
+        """Puts the text of tokens into a record that has their ids, where the dataset knows it."""
+        vocabulary = self.vocabulary()
+        if vocabulary is None:
+            return
+        for example in records.examples(record):
+            example.token_texts.extend(
+                vocabulary[token] if token < len(vocabulary) else f"<{token}>"
+                for token in example.token_ids
+            )
+
+    def _shard(self, number: int) -> Shard:
+        with self._lock:
+            if (shard := self._open.get(number)) is not None:
+                self._open.move_to_end(number)
+                return shard
+        entry = self.manifest.shards[number]
+        try:
+            shard = Shard.open(self.folder, entry.name)
+            if shard.count != entry.count:
+                path = self.folder / (entry.name + shards.INDEX)
+                raise Damaged(path, "holds another count of records than the manifest says")
+        except Damaged:
+            self._check_there()
+            raise
+        with self._lock:
+            self._open[number] = shard
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def _check_there(self) -> None:
+        if not (self.folder / manifest.NAME).exists():
+            raise NotFound(f"the dataset {self.name!r} was deleted", field="dataset")
+
+
+def _starts(entries: tuple[ShardEntry, ...]) -> list[int]:
+    """The place of each shard's first record, and behind them the count of all."""
+    starts = [0]
+    for entry in entries:
+        starts.append(starts[-1] + entry.count)
+    return starts

@@ -1,0 +1,55 @@
+"""The dataset service as a process: `python -m services.dataset`."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tdb.dataset.v1 import service_pb2_grpc
+
+from services.common.server import ServiceServer, run_service
+from services.common.settings import Settings, SettingsError
+from services.dataset.library import Library
+from services.dataset.servicer import DatasetServicer
+
+SERVICE = "tdb.dataset.v1.DatasetService"
+
+_log = logging.getLogger("tdb.dataset")
+
+
+def folder(settings: Settings) -> Path:
+    """Where datasets are kept. Raises SettingsError where it cannot be made."""
+    return settings.folder("datasets")
+
+
+def build_server(settings: Settings, servicer: DatasetServicer, port: int) -> ServiceServer:
+    return ServiceServer(
+        "dataset",
+        settings,
+        port=port,
+        add_servicers=lambda server: service_pb2_grpc.add_DatasetServiceServicer_to_server(
+            servicer, server
+        ),
+        service_names=[SERVICE],
+        metrics_port=settings.dataset_metrics_port,
+    )
+
+
+def main() -> int:
+    """Serves until told to stop; the exit code."""
+    try:
+        settings = Settings.from_env(os.environ)
+        library = Library(folder(settings))
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    servicer = DatasetServicer(library)
+
+    async def prepare(server: ServiceServer) -> None:
+        _log.info("datasets found", extra={"fields": {"datasets": len(library.names())}})
+        await server.set_serving()
+
+    try:
+        return run_service(build_server(settings, servicer, settings.dataset_port), prepare)
+    finally:
+        servicer.close()

@@ -1,0 +1,188 @@
+"""The gRPC face of the dataset service: read the request, read the store, answer.
+
+Everything that touches the disk runs in a few threads. A stream reads one batch at a time, and the
+next one only when gRPC's flow control has taken the last, so a slow reader costs one batch.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grpc.aio
+from tdb.dataset.v1 import (
+    dataset_pb2,
+    read_pb2,
+    search_pb2,
+    service_pb2_grpc,
+)
+
+from services.common.errors import NotFound, TdbError, inside
+from services.dataset import cursors, requests, search, views
+from services.dataset.damage import Damaged
+from services.dataset.library import Library
+from services.dataset.reader import DatasetReader
+
+THREADS = 4
+BATCH_RECORDS = 64
+BATCH_BYTES = 512 * 1024
+"""As sent. A larger record travels alone, and with what came before it fits one message."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Result = TypeVar("Result")
+
+
+class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
+    """Serves the datasets of `library`."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dataset")
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    async def ListDatasets(
+        self, request: dataset_pb2.ListDatasetsRequest, context: Context
+    ) -> dataset_pb2.ListDatasetsResponse:
+        return await self._in_thread(lambda: _list(self._library))
+
+    async def GetRecord(
+        self, request: read_pb2.GetRecordRequest, context: Context
+    ) -> read_pb2.GetRecordResponse:
+        return await self._in_thread(lambda: _get(self._library, request))
+
+    async def StreamRecords(
+        self, request: read_pb2.StreamRecordsRequest, context: Context
+    ) -> AsyncIterator[read_pb2.StreamRecordsResponse]:
+        def read() -> tuple[DatasetReader, requests.Stream]:
+            reader = requests.dataset(self._library, request.dataset)
+            return reader, requests.stream(reader, request)
+
+        reader, wanted = await self._in_thread(read)
+        batches = _batches(reader, wanted, request)
+        summary = read_pb2.StreamRecordsSummary(manifest_hash=reader.manifest.hash)
+        while batch := await self._in_thread(lambda: next(batches, None)):
+            summary.records += len(batch.records)
+            summary.damaged += len(batch.damaged)
+            yield read_pb2.StreamRecordsResponse(batch=batch)
+        yield read_pb2.StreamRecordsResponse(summary=summary)
+
+    async def Search(
+        self, request: search_pb2.SearchRequest, context: Context
+    ) -> search_pb2.SearchResponse:
+        return await self._in_thread(lambda: _search(self._library, request))
+
+    async def DeleteDataset(
+        self, request: dataset_pb2.DeleteDatasetRequest, context: Context
+    ) -> dataset_pb2.DeleteDatasetResponse:
+        def delete() -> int:
+            with inside("dataset"):
+                return self._library.delete(request.dataset)
+
+        return dataset_pb2.DeleteDatasetResponse(bytes=await self._in_thread(delete))
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _list(library: Library) -> dataset_pb2.ListDatasetsResponse:
+    response = dataset_pb2.ListDatasetsResponse()
+    for name in library.names():
+        try:
+            response.datasets.append(_describe(library.open(name)))
+        except NotFound:
+            continue  # deleted this moment
+        except TdbError as error:
+            response.unreadable.add(name=name, reason=error.message)
+    return response
+
+
+def _describe(reader: DatasetReader) -> dataset_pb2.Dataset:
+    manifest = reader.manifest
+    described = dataset_pb2.Dataset(
+        name=reader.name,
+        manifest_hash=manifest.hash,
+        header=manifest.header,
+        records=manifest.records,
+        bytes=manifest.size,
+        has_token_ids=manifest.has_token_ids,
+        has_vocabulary=manifest.vocabulary is not None,
+    )
+    for group in reader.groups:
+        entries = [entry for entry, _ in reader.shards_of(group)]
+        described.groups.add(
+            name=str(group),
+            records=sum(entry.count for entry in entries),
+            first=entries[0].runs[0][0],
+            last=entries[-1].runs[-1][1],
+        )
+    return described
+
+
+def _get(library: Library, request: read_pb2.GetRecordRequest) -> read_pb2.GetRecordResponse:
+    reader = requests.dataset(library, request.dataset)
+    with inside("component"):
+        place = requests.place(reader, request.component)
+    record = reader.read(place)
+    reader.fill_texts(record)
+    with inside("view"):
+        views.apply(request.view, record)
+    return read_pb2.GetRecordResponse(record=record, manifest_hash=reader.manifest.hash)
+
+
+def _batches(
+    reader: DatasetReader, wanted: requests.Stream, request: read_pb2.StreamRecordsRequest
+) -> Iterator[read_pb2.RecordBatch]:
+    done = 0
+    batch = read_pb2.RecordBatch(total=wanted.total)
+    size = 0
+
+    def finished() -> read_pb2.RecordBatch:
+        batch.done = done
+        batch.cursor = cursors.write(wanted.question, reader.manifest.hash, done)
+        return batch
+
+    for start, stop in wanted.ranges:
+        place = start + min(max(0, wanted.done - done), stop - start)
+        done += place - start
+        while place < stop:
+            room = BATCH_RECORDS - len(batch.records) - len(batch.damaged)
+            for item in reader.read_many(place, min(room, stop - place), BATCH_BYTES - size):
+                if isinstance(item, Damaged):
+                    batch.damaged.add(
+                        component=item.component, file=item.path.name, reason=item.message
+                    )
+                else:
+                    if request.token_texts:
+                        reader.fill_texts(item)
+                    views.apply(request.view, item)
+                    batch.records.append(item)
+                    size += item.ByteSize()
+                place += 1
+                done += 1
+                if size >= BATCH_BYTES:
+                    break
+            if len(batch.records) + len(batch.damaged) >= BATCH_RECORDS or size >= BATCH_BYTES:
+                yield finished()
+                batch = read_pb2.RecordBatch(total=wanted.total)
+                size = 0
+    if batch.records or batch.damaged:
+        yield finished()
+
+
+def _search(library: Library, request: search_pb2.SearchRequest) -> search_pb2.SearchResponse:
+    reader = requests.dataset(library, request.dataset)
+    wanted = requests.search(reader, request)
+    found = search.search(reader, wanted.question, wanted.rank, wanted.limit)
+    response = search_pb2.SearchResponse(
+        candidates=found.candidates,
+        damaged=found.damaged,
+        damaged_groups=found.damaged_groups,
+        manifest_hash=reader.manifest.hash,
+    )
+    for component, statistics in found.components:
+        response.components.add(component=component, statistics=statistics)
+    if found.next_rank is not None:
+        response.next_cursor = cursors.write(wanted.hash, reader.manifest.hash, found.next_rank)
+    return response
