@@ -21,10 +21,6 @@ EXPOSED: Mapping[str, tuple[ServiceDescriptor, ...]] = {
     "dataset": (dataset.DESCRIPTOR.services_by_name["DatasetService"],),
 }
 
-# A service that is full says when to come back, and the client hears that (`Retry-After`) rather
-# than waiting here without knowing.
-_RETRYABLE = ("UNAVAILABLE",)
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -45,12 +41,16 @@ def targets(settings: Settings) -> dict[str, str]:
 
 
 def connect(addresses: Mapping[str, str]) -> list[Backend]:
-    """Opens the channels of each backend that has an address; they connect when first used."""
+    """Opens the channels of each backend that has an address; they connect when first used.
+
+    A service that is full is not asked again from here: it says when to come back, and the client
+    hears that (`Retry-After`) rather than waiting without knowing.
+    """
     return [
         Backend(
             name,
             services,
-            channel=grpc.aio.insecure_channel(addresses[name], channel.options(_RETRYABLE)),
+            channel=grpc.aio.insecure_channel(addresses[name], channel.options(channel.GONE)),
             direct=grpc.aio.insecure_channel(addresses[name], channel.CONNECTION),
         )
         for name, services in EXPOSED.items()

@@ -17,6 +17,7 @@ from gateway.backends import Backend
 
 CHECK_TIMEOUT_S = 2.0
 
+_SERVING = health_pb2.HealthCheckResponse.SERVING
 _REQUEST = health_pb2.HealthCheckRequest()
 _NO_STORE = {"cache-control": "no-store"}
 
@@ -49,10 +50,11 @@ class _Probe:
     async def awaited(self) -> str:
         """What the service is still to do before it serves; "" when nothing."""
         try:
-            await self._balanced.Check(_REQUEST, timeout=CHECK_TIMEOUT_S)
+            answer = await self._balanced.Check(_REQUEST, timeout=CHECK_TIMEOUT_S)
         except grpc.aio.AioRpcError:
             return await self._why_not()
-        return ""  # only a SERVING one was asked
+        # The channel hears of a change a moment after it: the one it asked may serve no more.
+        return "" if answer.status == _SERVING else await self._why_not()
 
     async def _why_not(self) -> str:
         try:

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
-# A replica that is gone or full; after that the server's grpc-retry-pushback-ms decides when.
-RETRYABLE = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
+# A replica that is gone, stopping or full; the server's grpc-retry-pushback-ms, where it sends one,
+# says when. gRPC's servers cancel what reaches them in their last milliseconds, and only then does
+# somebody hear CANCELLED who has not cancelled.
+GONE = ("UNAVAILABLE", "CANCELLED")
+RETRYABLE = (*GONE, "RESOURCE_EXHAUSTED")
 
 CONNECTION: Sequence[tuple[str, str | int]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

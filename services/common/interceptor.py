@@ -33,6 +33,7 @@ from services.common import calls, status, strict
 from services.common.calls import Call
 from services.common.errors import InvalidArgument, TdbError
 from services.common.identity import USER_METADATA, Identity
+from services.common.in_flight import InFlight
 from services.common.limits import UserLimits
 from services.common.metrics import CallMetrics
 from services.common.networks import address_of_peer
@@ -65,6 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.limits = UserLimits(
             settings.requests_per_minute, settings.concurrent_requests, MAX_CONCURRENT_CALLS
         )
+        self.in_flight = InFlight()
         self._log_prompts = settings.log_prompts
 
     async def intercept_service(
@@ -187,7 +189,7 @@ class _Served:
         try:
             call = replace(call, user=self._interceptor.user_of(self._metadata, context))
             calls.enter(call)
-            with self._interceptor.limits.admit(call.user):
+            with self._interceptor.in_flight.admit(), self._interceptor.limits.admit(call.user):
                 yield
         except TdbError as error:
             code, more = error.code, {"reason": error.reason, "field": error.field}

@@ -114,7 +114,7 @@ class ServiceServer:
         self.registry = registry or new_registry()
         self.metrics_port = metrics_port
         self._metrics = CallMetrics(self.registry)
-        self._tracing = tracing or Untraced()
+        self._interceptor = CallInterceptor(settings, self._metrics, tracing or Untraced())
         self._metrics_server: MetricsServer | None = None
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -126,7 +126,7 @@ class ServiceServer:
     async def __aenter__(self) -> Self:
         """Listens. Raises StartError when the port is taken."""
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.settings, self._metrics, self._tracing)],
+            interceptors=[self._interceptor],
             options=[*_OPTIONS, *self._connection_age()],
             maximum_concurrent_rpcs=MAX_CALLS_AT_THE_DOOR,
         )
@@ -176,7 +176,8 @@ class ServiceServer:
             return
         server, self._server = self._server, None
         await self._health.enter_graceful_shutdown()
-        await server.stop(self.settings.drain_s)
+        await self._interceptor.in_flight.end(self.settings.drain_s)
+        await server.stop(None)
         if self._metrics_server:
             await asyncio.to_thread(self._metrics_server.close)
         if self._on_stop:

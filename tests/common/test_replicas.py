@@ -246,6 +246,65 @@ async def test_a_replica_that_loads_or_drains_gets_no_calls() -> None:
         assert one.requests == []
 
 
+async def hammered(stub: "Stub", stop: asyncio.Event) -> Counter[str]:
+    """How calls end that come without a pause."""
+    codes: Counter[str] = Counter()
+    while not stop.is_set():
+        try:
+            await list_models(stub)
+            codes["OK"] += 1
+        except grpc.aio.AioRpcError as error:
+            codes[error.code().name] += 1
+            await asyncio.sleep(0.01)
+    return codes
+
+
+async def test_many_callers_do_not_see_a_replica_drain() -> None:
+    one, other = Backend(), Backend()
+    async with two(one, other) as (first, second), stub_to(first.port, second.port) as stub:
+        await second.set_serving()
+        stop = asyncio.Event()
+        callers = [asyncio.ensure_future(hammered(stub, stop)) for _ in range(16)]
+        await asyncio.sleep(0.2)
+        await first.drain()
+        await asyncio.sleep(0.1)
+        stop.set()
+        assert set().union(*await asyncio.gather(*callers)) == {"OK"}
+    assert one.requests
+
+
+async def test_new_work_is_refused_as_unavailable_while_a_call_runs() -> None:
+    """gRPC's own graceful stop would answer them with CANCELLED, or not connect at all."""
+    backend = Backend()
+    entered, released = asyncio.Event(), asyncio.Event()
+
+    async def until_released(request: Any, context: Any) -> Any:
+        entered.set()
+        await released.wait()
+        return model_pb2.ListModelsResponse()
+
+    backend.answer = until_released
+    async with (
+        serving(backend, TDB_DRAIN_SECONDS="20") as server,
+        stub_to(server.port, options=channel.CONNECTION) as old,
+        stub_to(server.port, options=channel.CONNECTION) as new,
+    ):
+        call = old.ListModels(model_pb2.ListModelsRequest())
+        await entered.wait()
+        draining = asyncio.ensure_future(server.drain())
+        await asyncio.sleep(0)
+        for stub in (old, new, old, new):  # a connection of before, and one made now
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await list_models(stub)
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "stopping" in str(refused.value.details())
+        assert not draining.done()
+        released.set()
+        await call
+        await draining
+    assert len(backend.requests) == 1
+
+
 async def test_the_gateway_is_ready_when_one_replica_is() -> None:
     one, other = Backend(), Backend()
     async with (
