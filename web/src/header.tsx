@@ -45,10 +45,10 @@ export function Header() {
             {facts.device}
           </span>
           <LibraryButton />
-          <Waiting />
         </p>
       )}
       <Notices />
+      {facts && <Waiting />}
       <button
         type="button"
         class="quiet theme"
