@@ -17,6 +17,7 @@ from gateway.security import Security
 from gateway.transcoder import Transcoder
 from services.common.metrics import new_registry
 from services.common.settings import Settings
+from services.common.tls import ClientTls
 from services.common.tracing import Tracing, Untraced
 
 
@@ -30,11 +31,12 @@ def create_app(
     """The ASGI application. `addresses` says where the services are, by default the settings do;
     `registry` takes its metrics, `tracing` its spans."""
     addresses = addresses if addresses is not None else backends.targets(settings)
+    secured = ClientTls.of(settings)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         # Channels belong to the running loop, so the routes that use them are made here as well.
-        connected = backends.connect(addresses)
+        connected = backends.connect(addresses, secured)
         app.router.routes[:] = [
             *health.routes(connected),
             Route("/{service}/{method}", Transcoder(connected, settings), methods=["POST"]),

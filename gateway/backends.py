@@ -4,8 +4,9 @@ Adding a service to the gateway is one entry of `EXPOSED`. Where an address has 
 behind it, the channel (`tdb.channel`) balances them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -13,6 +14,7 @@ from tdb import channel
 from tdb.dataset.v1 import service_pb2 as dataset
 from tdb.inference.v1 import service_pb2 as inference
 
+from services.common import tls
 from services.common.settings import Settings
 
 # Backend name -> the proto services it answers for.
@@ -29,6 +31,8 @@ class Backend:
     channel: grpc.aio.Channel
     direct: grpc.aio.Channel
     """To ask one that `channel` passes over what it waits for."""
+    tls_trouble: Callable[[], str]
+    """Why TLS with it fails, "" where that is not what is wrong; blocks."""
 
     async def close(self) -> None:
         await self.channel.close()
@@ -40,7 +44,7 @@ def targets(settings: Settings) -> dict[str, str]:
     return {"inference": settings.inference_target, "dataset": settings.dataset_target}
 
 
-def connect(addresses: Mapping[str, str]) -> list[Backend]:
+def connect(addresses: Mapping[str, str], secured: tls.ClientTls | None) -> list[Backend]:
     """Opens the channels of each backend that has an address; they connect when first used.
 
     A service that is full is not asked again from here: it says when to come back, and the client
@@ -50,8 +54,9 @@ def connect(addresses: Mapping[str, str]) -> list[Backend]:
         Backend(
             name,
             services,
-            channel=grpc.aio.insecure_channel(addresses[name], channel.options(channel.GONE)),
-            direct=grpc.aio.insecure_channel(addresses[name], channel.CONNECTION),
+            channel=tls.channel(addresses[name], channel.options(channel.GONE), secured),
+            direct=tls.channel(addresses[name], channel.CONNECTION, secured),
+            tls_trouble=partial(secured.trouble, addresses[name]) if secured else lambda: "",
         )
         for name, services in EXPOSED.items()
         if name in addresses

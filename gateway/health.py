@@ -44,6 +44,7 @@ class _Probe:
 
     def __init__(self, backend: Backend) -> None:
         self.name = backend.name
+        self._tls_trouble = backend.tls_trouble
         self._balanced = health_pb2_grpc.HealthStub(backend.channel)
         self._direct = health_pb2_grpc.HealthStub(backend.direct)
 
@@ -62,5 +63,5 @@ class _Probe:
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 return "it does not answer"
-            return "it cannot be reached"
+            return await asyncio.to_thread(self._tls_trouble) or "it cannot be reached"
         return "it is loading, or stopping"

@@ -129,6 +129,7 @@ def _config(env: Mapping[str, str]) -> int:
 
 
 def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
+    from services.common import tls
     from services.common.settings import Settings, SettingsError, reachable
     from tdb.children import Service
     from tdb.supervisor import Plan, Supervisor, SupervisorError
@@ -146,6 +147,8 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
                 raise CliError(
                     f"{variable} is for a gateway that is run alone: unset it for `tdb up`."
                 )
+        host = reachable(settings.host)
+        tls.check_together(tls.ServerTls.of(settings), tls.ClientTls.of(settings), host)
         log_folder = settings.folder("logs")
     except SettingsError as error:
         raise CliError(str(error)) from None
@@ -160,7 +163,7 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
             Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT"),
         ],
         env={**env, "HF_HUB_DISABLE_TELEMETRY": "1"},
-        host=reachable(settings.host),
+        host=host,
         log_folder=log_folder,
         stop_grace_s=settings.drain_s + 5,
         loading=f"Loading {', '.join(model.name for model in settings.models)} ...",

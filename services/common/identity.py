@@ -53,6 +53,7 @@ class Identity:
             believed_gateways(settings),
             header=USER_METADATA,
             variable="TDB_TRUSTED_GATEWAYS",
+            certificates=settings.tls_client_ca is not None,
         )
 
     @classmethod

@@ -95,6 +95,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             [value for name, value in values if name == USER_METADATA],
             address_of_peer(context.peer()),
             dict(values).get("authorization", ""),
+            _common_name(context),
         )
 
     def log_call(self, call: Call, code: str, seconds: float, more: dict[str, Any]) -> None:
@@ -221,6 +222,13 @@ class _Served:
             self._interceptor.log_call(
                 call, code, seconds, {**more, **self._interceptor.loggable(self._request)}
             )
+
+
+def _common_name(context: Context) -> str:
+    """Of the peer's certificate; "" where it showed none."""
+    for name in context.auth_context().get("x509_common_name", ()):
+        return name.decode(errors="replace")
+    return ""
 
 
 def _left(call: Call) -> str:

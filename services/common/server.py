@@ -32,6 +32,7 @@ from services.common.interceptor import CallInterceptor
 from services.common.metrics import CallMetrics, MetricsServer, new_registry
 from services.common.parent import follow_parent
 from services.common.settings import Settings, SettingsError, listen_address
+from services.common.tls import ServerTls
 from services.common.tracing import Tracing, Untraced
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -124,7 +125,8 @@ class ServiceServer:
         """Why it stops, if it failed."""
 
     async def __aenter__(self) -> Self:
-        """Listens. Raises StartError when the port is taken."""
+        """Listens. Raises StartError when the port is taken, SettingsError where TLS cannot be."""
+        tls = ServerTls.of(self.settings)
         server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=[*_OPTIONS, *self._connection_age()],
@@ -137,7 +139,12 @@ class ServiceServer:
             reflection.enable_server_reflection(names, server)
         await self._set_health(_NOT_SERVING)
         try:
-            self.port = server.add_insecure_port(listen_address(self.settings.host, self.port))
+            address = listen_address(self.settings.host, self.port)
+            self.port = (
+                server.add_secure_port(address, tls.credentials())
+                if tls
+                else server.add_insecure_port(address)
+            )
         except RuntimeError:
             raise cannot_listen(self.name, self.settings.host, self.port) from None
         self._metrics_server = serve_metrics(

@@ -50,6 +50,17 @@ NOT_BUILT = {
 DATA_TYPES = ("float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+# Of TLS: what means nothing without the other.
+_NEEDS = (
+    ("tls_cert", "tls_key"),
+    ("tls_key", "tls_cert"),
+    ("tls_client_ca", "tls_cert"),
+    ("tls_client_cert", "tls_client_key"),
+    ("tls_client_key", "tls_client_cert"),
+    ("tls_client_cert", "tls_ca"),
+    ("tls_name", "tls_ca"),
+)
+
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 _HUB_PATH = re.compile(
@@ -154,6 +165,21 @@ def _folder(text: str) -> Path:
     return path
 
 
+def _file(text: str) -> Path | None:
+    if not text:
+        return None
+    path = Path(text).expanduser().absolute()
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"names {path}, which cannot be read: {error.strerror}") from None
+    return path
+
+
+def _tls_name(text: str) -> str:
+    return _host(text) if text else ""
+
+
 def _source(text: str) -> str:
     """A folder as its absolute path, or a Hub id as it is."""
     path = Path(text).expanduser()
@@ -223,7 +249,7 @@ def _limit(text: str) -> int:
 
 def _tells_users_apart(env: Mapping[str, str]) -> bool:
     """Whether callers have names; otherwise everybody is one user, whom no share is kept from."""
-    variables = ("TDB_TOKENS", "TDB_TRUSTED_PROXIES", "TDB_TRUSTED_GATEWAYS")
+    variables = ("TDB_TOKENS", "TDB_TRUSTED_PROXIES", "TDB_TRUSTED_GATEWAYS", "TDB_TLS_CLIENT_CA")
     return any(env.get(variable, "").strip() for variable in variables)
 
 
@@ -311,7 +337,7 @@ class Settings:
         "TDB_HOST",
         "127.0.0.1",
         "The address to listen on. Anything but loopback needs `TDB_TOKENS` or "
-        "`TDB_TRUSTED_PROXIES`.",
+        "`TDB_TRUSTED_PROXIES`; a service that runs alone may have `TDB_TLS_CLIENT_CA` instead.",
         _host,
     )
     gateway_port: int = _setting(
@@ -380,6 +406,45 @@ class Settings:
         "per line. Empty: no token is asked for.",
         Tokens.parse,
     )
+    tls_cert: Path | None = _setting(  # noqa: RUF009
+        "TDB_TLS_CERT",
+        "",
+        "The certificate, in PEM with those between it and its authority, that services show: "
+        "their gRPC is TLS then. `TDB_TLS_KEY` holds its key.",
+        _file,
+    )
+    tls_key: Path | None = _setting(  # noqa: RUF009
+        "TDB_TLS_KEY", "", "The key of `TDB_TLS_CERT`, in PEM without a password.", _file
+    )
+    tls_client_ca: Path | None = _setting(  # noqa: RUF009
+        "TDB_TLS_CLIENT_CA",
+        "",
+        "The authority whose certificates services ask of everybody who connects (mutual TLS). "
+        "Without `TDB_TOKENS` the certificate's common name is the user.",
+        _file,
+    )
+    tls_ca: Path | None = _setting(  # noqa: RUF009
+        "TDB_TLS_CA",
+        "",
+        "The authority of the services' certificates, for the gateway and other clients: they "
+        "connect by TLS then.",
+        _file,
+    )
+    tls_client_cert: Path | None = _setting(  # noqa: RUF009
+        "TDB_TLS_CLIENT_CERT",
+        "",
+        "The certificate that the gateway shows to services that ask for one.",
+        _file,
+    )
+    tls_client_key: Path | None = _setting(  # noqa: RUF009
+        "TDB_TLS_CLIENT_KEY", "", "The key of `TDB_TLS_CLIENT_CERT`.", _file
+    )
+    tls_name: str = _setting(
+        "TDB_TLS_NAME",
+        "",
+        "The name in the services' certificate, where the gateway connects to them by another.",
+        _tls_name,
+    )
     trusted_proxies: Networks = _setting(  # noqa: RUF009
         "TDB_TRUSTED_PROXIES",
         "",
@@ -407,7 +472,7 @@ class Settings:
         "Requests that one user may send per minute to each service, a quarter of them at once; 0: "
         "as many as they like.",
         _limit,
-        shown_default="6000 where users are told apart (tokens, proxy), else 0",
+        shown_default="6000 where users are told apart (tokens, proxy, certificates), else 0",
     )
     concurrent_requests: int = _setting(
         "TDB_CONCURRENT_REQUESTS",
@@ -415,7 +480,7 @@ class Settings:
         "Requests of one user that each service serves at once, those in its queue included; 0: "
         "as many as come.",
         _limit,
-        shown_default="64 where users are told apart (tokens, proxy), else 0",
+        shown_default="64 where users are told apart (tokens, proxy, certificates), else 0",
     )
     allowed_hosts: tuple[str, ...] = _setting(
         "TDB_ALLOWED_HOSTS",
@@ -490,12 +555,20 @@ class Settings:
                 raise SettingsError(f"{variable} {error}.") from None
         settings = cls(**values)  # type: ignore[arg-type]  # checked by the parsers
         if not is_loopback(settings.host) and not (
-            settings.tokens or settings.trusted_proxies or settings.trusted_gateways
+            settings.tokens
+            or settings.trusted_proxies
+            or settings.trusted_gateways
+            or settings.tls_client_ca
         ):
             raise SettingsError(
                 f"TDB_HOST is {settings.host}, which others can reach: set TDB_TOKENS as well, or "
-                "TDB_TRUSTED_PROXIES."
+                "TDB_TRUSTED_PROXIES, or, for a service alone, TDB_TLS_CLIENT_CA."
             )
+        for variable, needed in _NEEDS:
+            if getattr(settings, variable) and not getattr(settings, needed):
+                raise SettingsError(
+                    f"TDB_{variable.upper()} is set and TDB_{needed.upper()} is not: it needs both."
+                )
         if settings.dictionaries and settings.data_type != "float32":
             raise SettingsError(
                 f"TDB_DTYPE is {settings.data_type}, but dictionaries need float32: leave one of "

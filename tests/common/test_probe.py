@@ -81,4 +81,4 @@ def test_what_accepts_and_says_nothing_is_given_up() -> None:
         silent.listen()
         port = silent.getsockname()[1]
         assert probe.http_problem(f"http://127.0.0.1:{port}/", 0.2).startswith("does not answer")
-        assert probe.grpc_problem(f"127.0.0.1:{port}", 0.2).startswith("does not answer")
+        assert probe.grpc_problem(f"127.0.0.1:{port}", timeout_s=0.2).startswith("does not answer")
