@@ -1,6 +1,6 @@
 """Random records, written as a dataset and served over real gRPC."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from services.dataset.server import build_server
 from services.dataset.servicer import DatasetServicer
 from services.dataset.store import DatasetWriter
 from tests.common.backend import channel_to, settings
+
+Record = record_pb2.ComponentRecord
+Records = Iterator[Record]
 
 VOCABULARY = [f" w{number}" for number in range(50)]
 
