@@ -8,12 +8,19 @@ that need it: a machine with only the client can still say its version.
 import argparse
 import asyncio
 import importlib.util
+import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import tdb
+
+if TYPE_CHECKING:
+    from tdb.status import Where
 
 DEMO_NAME = "demo-gpt2"
 
@@ -27,13 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
-        parser.error("a command is needed: up or config")
+        parser.error("a command is needed: up, status or config")
     env = dict(os.environ)
     if options.command == "up":
         _check_up(parser, options, env)
     try:
         if options.command == "config":
             return _config(env)
+        if options.command == "status":
+            return _status(options, env)
         return _up(options, env)
     except CliError as error:
         print(f"tdb: {error}", file=sys.stderr)
@@ -70,7 +79,64 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--host", help="the address to listen on (TDB_HOST)")
     up.add_argument("--data-dir", metavar="DIR", help="where logs are written (TDB_DATA_DIR)")
     commands.add_parser("config", help="print every setting and its value")
+    _add_status(commands.add_parser("status", help="say who waits for what", allow_abbrev=False))
     return parser
+
+
+def _add_status(status: argparse.ArgumentParser) -> None:
+    status.description = (
+        "Shows services, models, memory, cache and who waits for the device. TDB_TOKEN is sent "
+        "where the service asks for a token. Exit code 1 where something does not serve."
+    )
+    status.add_argument(
+        "--address",
+        type=_host_and_port,
+        metavar="HOST:PORT",
+        help="the inference service; by default the one that the settings here name",
+    )
+    status.add_argument(
+        "--gateway",
+        type=_url,
+        metavar="URL",
+        help="the gateway; by default that of the settings, and none with --address",
+    )
+    status.add_argument("--json", action="store_true", help="print JSON, all that is known")
+    status.add_argument(
+        "--watch",
+        type=_pause,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="print anew every 2 seconds, or as many as are said, until Ctrl-C",
+    )
+
+
+def _host_and_port(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, not {text!r}")
+    return text
+
+
+def _url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"must be a URL such as http://gpu-box:8080, not {text!r}")
+    return text
+
+
+def _pause(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"must be seconds from 0.1 to 3600, not {text!r}")
+    return seconds
 
 
 def _check_up(
@@ -126,6 +192,48 @@ def _config(env: Mapping[str, str]) -> int:
     except SettingsError as error:
         raise CliError(str(error)) from None
     return 0
+
+
+def _status(options: argparse.Namespace, env: dict[str, str]) -> int:
+    from tdb.status import Found, as_text, collect, is_well
+
+    def show(found: Found) -> None:
+        if options.json:
+            text = json.dumps(found, indent=None if options.watch else 2)
+        else:
+            text = as_text(found)
+        # Only a terminal can be wiped; whoever reads a pipe wants all of it.
+        print(("\x1b[H\x1b[J" if options.watch and sys.stdout.isatty() else "") + text, flush=True)
+
+    where = _where(options, env)
+    while True:
+        found = collect(where)
+        show(found)
+        if not options.watch:
+            return 0 if is_well(found) else 1
+        try:
+            time.sleep(options.watch)
+        except KeyboardInterrupt:
+            return 0
+
+
+def _where(options: argparse.Namespace, env: dict[str, str]) -> "Where":
+    from services.common.settings import Settings, SettingsError, listen_address, reachable
+    from tdb.status import Where
+
+    token = env.pop("TDB_TOKEN", "")
+    try:
+        settings = Settings.from_env(env)
+    except SettingsError as error:
+        raise CliError(str(error)) from None
+    inference, gateway = options.address or "", options.gateway or ""
+    if not inference:
+        if not (settings.inference_address or settings.inference_port):
+            raise CliError("TDB_INFERENCE_PORT is 0: say where the service is with --address.")
+        inference = settings.inference_target
+        if not gateway and settings.gateway_port:
+            gateway = f"http://{listen_address(reachable(settings.host), settings.gateway_port)}"
+    return Where(inference, gateway, token)
 
 
 def _up(options: argparse.Namespace, env: dict[str, str]) -> int:

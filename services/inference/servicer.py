@@ -15,6 +15,7 @@ from tdb.inference.v1 import (
     queue_pb2,
     run_pb2,
     service_pb2_grpc,
+    status_pb2,
     verify_pb2,
 )
 
@@ -34,6 +35,7 @@ from services.inference import (
 from services.inference.caching import Answers
 from services.inference.engine.attribution import NormMode
 from services.inference.engine.model import Model
+from services.inference.metrics import device_memory
 from services.inference.scheduler import ForCall, Scheduler
 from services.inference.task import Task
 
@@ -61,6 +63,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self._answers = answers
         self._models = models
         self._names = names
+        self._started = time.monotonic()
 
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Context
@@ -259,6 +262,17 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     ) -> queue_pb2.GetQueueResponse:
         return queue_pb2.GetQueueResponse(
             entries=queue_messages.entries(self._scheduler.snapshot())
+        )
+
+    async def GetStatus(
+        self, request: status_pb2.GetStatusRequest, context: Context
+    ) -> status_pb2.GetStatusResponse:
+        return status_pb2.GetStatusResponse(
+            uptime_s=time.monotonic() - self._started,
+            device_memory=[
+                status_pb2.DeviceMemory(device=device, kind=kind, bytes=size)
+                for device, kind, size in device_memory()
+            ],
         )
 
     def _model(self, name: str) -> Model:

@@ -29,7 +29,8 @@ class Backend(service_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         return await self.answer(request, context)
 
-    ListModels = GetModel = Tokenize = Run = Attribute = DescribeComponent = GetQueue = _call
+    ListModels = GetModel = Tokenize = Run = Attribute = DescribeComponent = _call
+    GetQueue = GetStatus = _call
 
     async def _stream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         yield await self._call(request, context)
