@@ -1,0 +1,108 @@
+"""kill -9 of each process under load: restarted, clear statuses meanwhile, right answers after."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from google.protobuf.json_format import ParseDict
+from tdb.inference.v1 import attribute_pb2, service_pb2_grpc, verify_pb2
+
+from tests.cli.helpers import Up, alive, tdb, until
+from tests.cli.test_up import ATTRIBUTE, REQUEST, model, post, ready
+from tests.faults.load import OK, Load, over_grpc, over_http
+
+__all__ = ["model"]
+
+
+@pytest.fixture
+def up(model: Path, tmp_path: Path) -> Iterator[Up]:
+    with Up(tdb("up", "--model", f"small={model}"), tmp_path) as up:
+        yield up
+
+
+def grpc_port(up: Up) -> int:
+    listening = next(line for line in up.errors if line.startswith("inference: listening"))
+    return int(listening.split()[-1])
+
+
+def counts(pid: int) -> tuple[int, int, int]:
+    """Descriptors, threads and children of a process."""
+    process = psutil.Process(pid)
+    return process.num_fds(), process.num_threads(), len(process.children())
+
+
+class Clients:
+    """What asks the running service: Attribute and Verify, over gRPC and over HTTP. Every answer
+    must be the first one again."""
+
+    def __init__(self, url: str, channel: grpc.Channel) -> None:
+        stub = service_pb2_grpc.InferenceServiceStub(channel)
+        self._first = post(f"{url}/{ATTRIBUTE}", REQUEST)
+        table = ParseDict(REQUEST, attribute_pb2.AttributeRequest())
+        verified = verify_pb2.VerifyRequest(table=table)
+        nodes = [row["node"] for row in self._first["rows"]]
+        self.over_grpc = [
+            ("gRPC", over_grpc(lambda: stub.Attribute(table, timeout=30), self._is_first)),
+            (
+                "gRPC stream",
+                over_grpc(
+                    lambda: list(stub.Verify(verified, timeout=30)),
+                    lambda found: sorted(nodes)
+                    == sorted(each.node.node for each in found if each.HasField("node")),
+                ),
+            ),
+        ]
+        self.over_http = [
+            ("HTTP", over_http(f"{url}/{ATTRIBUTE}", REQUEST, lambda answer: self._same(answer)))
+        ]
+
+    def _same(self, answer: Any) -> bool:
+        return bool(answer["rows"] == self._first["rows"])
+
+    def _is_first(self, answer: attribute_pb2.AttributeResponse) -> bool:
+        return answer.manifest.result_id == self._first["manifest"]["resultId"] and [
+            (row.node, row.total_effect) for row in answer.rows
+        ] == [(row["node"], row["totalEffect"]) for row in self._first["rows"]]
+
+
+def ends_of(load: Load, name: str) -> set[str]:
+    return {end for each, end in load.ends if each == name}
+
+
+def test_processes_killed_under_load_come_back(up: Up) -> None:
+    url = up.url()
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port(up)}") as channel:
+        clients = Clients(url, channel)
+        before = counts(up.process.pid)
+        inference, gateway = up.children()
+
+        with Load([*clients.over_grpc, *clients.over_http] * 2) as load:
+            load.until_answered()
+            os.kill(inference, signal.SIGKILL)
+            until("the crash to show", lambda: any("SIGKILL" in line for line in up.errors))
+            load.until_answered()
+        assert ends_of(load, "gRPC") <= {OK, "UNAVAILABLE"}
+        assert ends_of(load, "gRPC stream") <= {OK, "UNAVAILABLE"}
+        assert ends_of(load, "HTTP") == {OK, "503 unavailable"}
+        assert gateway in up.children()
+        assert ready(url)
+
+        with Load([*clients.over_grpc, *clients.over_http] * 2) as load:
+            load.until_answered()
+            os.kill(gateway, signal.SIGKILL)
+            until("both crashes", lambda: sum("SIGKILL" in line for line in up.errors) == 2)
+            load.until_answered()
+        # Who calls the service itself notices nothing.
+        assert ends_of(load, "gRPC") == ends_of(load, "gRPC stream") == {OK}
+        assert ends_of(load, "HTTP") == {OK, "BROKEN"}
+
+        children = up.children()
+        assert len(children) == 2
+        until("as many descriptors as before", lambda: counts(up.process.pid) == before)
+    assert up.stop() == 0
+    assert not any(alive(pid) for pid in (inference, gateway, *children))
