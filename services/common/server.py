@@ -38,11 +38,14 @@ from services.common.tracing import Tracing, Untraced
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 # The last line of defence, which knows no health checks and no pushback: the interceptor lets in
 # far fewer and answers the others.
-MAX_CALLS_AT_THE_DOOR = 8192
+MAX_CALLS_AT_THE_DOOR = 16_384
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Beyond 1,000 that no handler has taken yet, gRPC would begin to throw calls away as CANCELLED.
+    ("grpc.server.max_pending_requests", MAX_CALLS_AT_THE_DOOR),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS_AT_THE_DOOR),
     # Otherwise a second server binds the same port without an error and steals calls.
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 60_000),

@@ -55,9 +55,7 @@ class Load:
     def until_answered(self, within_s: float = 60.0) -> None:
         """Waits until every client has had an answer to a call that it made from now on."""
         since = time.monotonic()
-        while any(
-            self._answered.get(number, 0.0) <= since for number in range(len(self._threads))
-        ):
+        while any(self._answered.get(number, 0.0) <= since for number in range(len(self._threads))):
             assert time.monotonic() < since + within_s, f"no answers: {self.ends}"
             assert self._failure is None, self._failure
             time.sleep(0.02)

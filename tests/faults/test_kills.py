@@ -52,8 +52,10 @@ class Clients:
                 "gRPC stream",
                 over_grpc(
                     lambda: list(stub.Verify(verified, timeout=30)),
-                    lambda found: sorted(nodes)
-                    == sorted(each.node.node for each in found if each.HasField("node")),
+                    lambda found: (
+                        sorted(nodes)
+                        == sorted(each.node.node for each in found if each.HasField("node"))
+                    ),
                 ),
             ),
         ]
