@@ -130,13 +130,14 @@ def write_dictionaries(folder: Path, latents: int, ids: list[int], model: GPT2LM
 
 
 @contextmanager
-def service(folder: Path, dictionaries: str = "") -> Iterator[Stub]:
+def service(folder: Path, dictionaries: str = "", **variables: str) -> Iterator[Stub]:
     environment = {
         **os.environ,
         "TDB_MODEL": str(folder),
         "TDB_INFERENCE_PORT": "0",
         "TDB_DICTIONARIES": dictionaries,
         "TDB_CACHE_MIB": "0",  # every repetition is computed
+        **variables,
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "services.inference"],

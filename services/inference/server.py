@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from services.common import tracing
 from services.common.cache.cache import open_cache
+from services.common.cache.metrics import CacheMetrics
 from services.common.errors import FailedPrecondition
 from services.common.metrics import new_registry
 from services.common.server import ServiceServer, run_service
@@ -53,6 +54,8 @@ def build_server(
     """
     names = tuple(source.name for source in settings.models)
     known = answers or Answers(open_cache(settings))
+    if registry:
+        registry.register(CacheMetrics(known.cache, lambda: known.flights.joined))
     return ServiceServer(
         "inference",
         settings,
