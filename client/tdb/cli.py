@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,13 @@ class CliError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code: 2 for wrong usage, 1 for what failed, 0 otherwise."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["dataset"]:
+        return _dataset(given[1:])
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.command is None:
-        parser.error("a command is needed: up, status or config")
+        parser.error("a command is needed: up, status, dataset or config")
     env = dict(os.environ)
     if options.command == "up":
         _check_up(parser, options, env)
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--data-dir", metavar="DIR", help="where logs are written (TDB_DATA_DIR)")
     commands.add_parser("config", help="print every setting and its value")
     _add_status(commands.add_parser("status", help="say who waits for what", allow_abbrev=False))
+    commands.add_parser("dataset", help="import activation records (tdb dataset --help)")
     return parser
 
 
@@ -181,6 +186,12 @@ def _demo_folder() -> Path:
     if found is None or not found.submodule_search_locations:
         return Path("/nonexistent/demo")
     return Path(found.submodule_search_locations[0]) / "model"
+
+
+def _dataset(arguments: Sequence[str]) -> int:
+    """The dataset service's own commands, in a process with its code."""
+    command = [sys.executable, "-P", "-m", "services.dataset.command", *arguments]
+    return subprocess.run(command, check=False).returncode
 
 
 def _config(env: Mapping[str, str]) -> int:

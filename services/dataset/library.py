@@ -19,7 +19,7 @@ from services.dataset.store import BUILD
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DELETED = ".deleted-"
 
-HOW_TO_GET_ONE = "they are read from the folder `datasets` in TDB_DATA_DIR"
+HOW_TO_GET_ONE = "`tdb dataset import` makes one from OpenAI's or Neuronpedia's records"
 
 
 def check_name(name: str) -> str:

@@ -245,7 +245,7 @@ async def test_without_a_dataset_the_way_to_one_is_named(tmp_path: Path) -> None
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.GetRecord(read_pb2.GetRecordRequest(dataset="any", component="neuron.0.0"))
         assert refusal(caught.value)[:2] == ("NOT_FOUND", ["dataset"])
-        assert "TDB_DATA_DIR" in str(caught.value.details())
+        assert "tdb dataset import" in str(caught.value.details())
 
 
 async def test_a_dataset_written_meanwhile_is_served_and_a_deleted_one_is_gone(

@@ -339,3 +339,13 @@ def test_a_bomb_is_not_unpacked(folder: Path) -> None:
     shard = shards.Shard.open(folder, "neuron.0.00000")
     with pytest.raises(Damaged):
         shard.read(0, "neuron.0.0")
+
+
+def test_the_page_s_program_reads_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    given = '"~/.local/share/tdb/datasets/gpt2-neurons"'
+    assert given in program
+    found: dict[str, Any] = {}
+    exec(program.replace(given, repr(str(folder))), found)
+    assert found["record"] == RECORDS[3]

@@ -1,0 +1,220 @@
+"""From folders of others' records to a dataset: what is there is listed, then written shard by
+shard, so an import that was killed goes on with the first shard that is not whole.
+
+A file that is not what its format says stops the import with its name and what is wrong in it;
+nothing of it is kept.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tdb.dataset.v1 import dataset_pb2, record_pb2
+
+from services.common.addresses import Kind
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, TdbError
+from services.dataset import groups
+from services.dataset.groups import Group
+from services.dataset.importers import openai_records
+from services.dataset.importers.neuronpedia_batch import Batch
+from services.dataset.manifest import Manifest
+from services.dataset.store import DatasetWriter
+
+SHARD_RECORDS = 4096
+
+OPENAI_NOTE = "Tokens are known by their text only: OpenAI's records do not hold ids."
+OPENAI_NEURON_NOTE = (
+    "OpenAI's published activations of GPT-2's neurons may have been computed with another GELU "
+    "than the model's: take their size as approximate."
+)
+NEURONPEDIA_NOTE = (
+    "Tokens are known by their text only; values are rounded to three digits, and the ends of "
+    "histogram bins are computed from their middles."
+)
+
+_NUMBER = re.compile(r"0|[1-9]\d{0,8}")
+
+Progress = Callable[[Group, int, int], None]
+"""Called with a group, records written of it, and records it will have."""
+
+
+def silent(group: Group, done: int, total: int) -> None:
+    """Progress that nobody wants."""
+
+
+def import_openai(
+    source: Path,
+    target: Path,
+    kind: Kind,
+    model: str,
+    dictionary: str = "",
+    progress: Progress = silent,
+) -> Manifest:
+    """Imports a folder of `LAYER/INDEX.json`.
+
+    `kind` says what an index is. For latents, `dictionary` is the dictionaries' id with `{layer}`
+    in it where there are several layers. Raises NotFound where there is nothing to import,
+    InvalidArgument for a file that is no record, FailedPrecondition as DatasetWriter does.
+    """
+    layers = dict(_numbered(source, "*/*.json"))
+    if not layers:
+        raise NotFound(f"{source} holds no LAYER/INDEX.json")
+    files = _by_group(layers, kind, dictionary)
+    notes = [OPENAI_NOTE, *([OPENAI_NEURON_NOTE] if kind is Kind.NEURON else [])]
+    header = dataset_pb2.DatasetHeader(
+        source=dataset_pb2.SOURCE_OPENAI,
+        model=dataset_pb2.RecordedModel(
+            id=model,
+            dictionaries=[
+                dataset_pb2.RecordedDictionary(id=group.dictionary)
+                for group in files
+                if group.dictionary
+            ],
+        ),
+        notes=notes,
+    )
+
+    def read(group: Group, index: int, path: Path) -> record_pb2.ComponentRecord:
+        with _about(path):
+            return openai_records.parse(path.read_bytes(), group, index)
+
+    plan = {"files": _listing(source, [path for found in files.values() for _, path in found])}
+    with DatasetWriter(target, header, plan) as writer:
+        for group in sorted(files, key=lambda each: each.order):
+            total = len(files[group])
+            for part, start in enumerate(range(0, total, SHARD_RECORDS)):
+                some = files[group][start : start + SHARD_RECORDS]
+                if not writer.has(group, part):
+                    writer.write(group, part, (read(group, *each) for each in some))
+                progress(group, start + len(some), total)
+        return writer.finish()
+
+
+def import_neuronpedia(
+    source: Path, target: Path, dictionary: str = "", progress: Progress = silent
+) -> Manifest:
+    """Imports a folder of `batch-N.json` of one model.
+
+    `dictionary` names the latents' dictionary instead of Neuronpedia's LAYER-SET; it takes batches
+    of one dictionary. Raises as `import_openai`.
+    """
+    paths = sorted(source.glob("batch-*.json"), key=_batch_number)
+    if not paths:
+        raise NotFound(f"{source} holds no batch-N.json")
+    found: dict[str, list[_Batched]] = {}
+    models, corpora = set(), set()
+    for path in paths:
+        with _about(path):
+            batch = Batch.parse(path.read_bytes())
+            indices = batch.indices()
+        if not indices:
+            continue
+        models.add(batch.model)
+        corpora.add(batch.corpus)
+        found.setdefault(batch.dictionary, []).append(_Batched(path, min(indices), len(indices)))
+    if not found:
+        raise NotFound(f"{source} holds no features")
+    if len(models) > 1 or len(corpora) > 1:
+        raise InvalidArgument(f"{source} holds features of several models or corpora: import one")
+    if dictionary and len(found) > 1:
+        raise InvalidArgument(
+            f"{source} holds several dictionaries ({', '.join(found)}), which one name cannot tell"
+        )
+    header = dataset_pb2.DatasetHeader(
+        source=dataset_pb2.SOURCE_NEURONPEDIA,
+        model=dataset_pb2.RecordedModel(
+            id=models.pop(),
+            dictionaries=[
+                dataset_pb2.RecordedDictionary(id=dictionary or name) for name in sorted(found)
+            ],
+        ),
+        corpus=dataset_pb2.Corpus(name=corpora.pop()),
+        notes=[NEURONPEDIA_NOTE],
+    )
+
+    def read(path: Path) -> Iterator[record_pb2.ComponentRecord]:
+        with _about(path):
+            yield from Batch.parse(path.read_bytes()).records(dictionary)
+
+    with DatasetWriter(target, header, {"files": _listing(source, paths)}) as writer:
+        for name in sorted(found):
+            group = Group(Kind.LATENT, dictionary=dictionary or name)
+            total, done = sum(each.count for each in found[name]), 0
+            for part, each in enumerate(sorted(found[name], key=lambda each: each.first)):
+                if not writer.has(group, part):
+                    writer.write(group, part, read(each.path))
+                done += each.count
+                progress(group, done, total)
+        return writer.finish()
+
+
+@dataclass(frozen=True)
+class _Batched:
+    """A batch file, the lowest index in it and how many it holds."""
+
+    path: Path
+    first: int
+    count: int
+
+
+_Files = list[tuple[int, Path]]
+"""Indices with their files, ascending."""
+
+
+def _by_group(layers: dict[int, _Files], kind: Kind, dictionary: str) -> dict[Group, _Files]:
+    """Raises InvalidArgument for a name that does not tell dictionaries from each other."""
+    if kind is not Kind.LATENT:
+        if dictionary:
+            raise InvalidArgument(f"a {kind.value} has no dictionary", field="dictionary")
+        return {Group(kind, layer): found for layer, found in layers.items()}
+    found = {
+        groups.parse(f"latent.{dictionary.replace('{layer}', str(layer))}"): files
+        for layer, files in layers.items()
+    }
+    if len(found) < len(layers):
+        raise InvalidArgument(
+            f"there are {len(layers)} layers, so the dictionary's name must hold {{layer}}",
+            field="dictionary",
+        )
+    return found
+
+
+def _numbered(folder: Path, pattern: str) -> Iterator[tuple[int, _Files]]:
+    """Layers, ascending, and their files."""
+    layers: dict[int, _Files] = {}
+    for path in folder.glob(pattern):
+        layer, index = path.parent.name, path.stem
+        if _NUMBER.fullmatch(layer) and _NUMBER.fullmatch(index):
+            layers.setdefault(int(layer), []).append((int(index), path))
+    for number in sorted(layers):
+        yield number, sorted(layers[number])
+
+
+def _batch_number(path: Path) -> tuple[int, str]:
+    number = path.stem.removeprefix("batch-")
+    return (int(number) if number.isdigit() else -1, path.name)
+
+
+def _listing(source: Path, paths: Iterable[Path]) -> str:
+    """A hash of what there is to import: names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        stat = path.stat()
+        line = f"{path.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Refusals of what a file holds name the file."""
+    try:
+        yield
+    except TdbError as error:
+        where = f"{path}, {error.field}" if error.field else str(path)
+        raise InvalidArgument(f"{where}: {error.message}") from None
+    except OSError as error:
+        raise FailedPrecondition(f"{path} cannot be read: {error.strerror}") from None
