@@ -45,8 +45,15 @@ class JsonLines(logging.Formatter):
         return described
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """gRPC writes an error for every reader of a stream that left while a message was written."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
+
+
 def configure(settings: Settings) -> None:
     """Sends all logging of this process to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(log_prompts=settings.log_prompts))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)

@@ -29,6 +29,7 @@ class Process:
             "TDB_DATA_DIR": str(data_dir),
             "HF_HUB_OFFLINE": "1",
             "TDB_LOG_LEVEL": "error",
+            "TDB_CACHE_MIB": "0",
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "services.inference"],
