@@ -191,10 +191,17 @@ def _connection(url: RedisUrl, wait_s: float) -> dict[str, Any]:
         "driver_info": None,
     }
     if url.tls:
-        options["connection_class"] = redis.asyncio.SSLConnection
-        options["ssl_cert_reqs"] = ssl.CERT_REQUIRED
-        options["ssl_check_hostname"] = True
+        options["connection_class"] = _TlsConnection
+        options["context"] = ssl.create_default_context()
     return options
+
+
+class _TlsConnection(redis.asyncio.SSLConnection):
+    """Shares the context, which takes longer to make than a connection may take to set up."""
+
+    def __init__(self, *, context: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(**options)
+        self.ssl_context.context = context
 
 
 async def _off_loop(

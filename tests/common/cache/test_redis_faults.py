@@ -6,8 +6,10 @@ Times are bounded by guards far above what they are; `benchmarks/cache.py` measu
 import asyncio
 import hashlib
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from services.common.cache.breaker import Breaker, State
 from services.common.cache.redis import PREFIX, RedisCache
 from services.common.cache.redis_url import RedisUrl
 from tests.common.cache.redis_server import RedisServer, patient, running
+from tests.common.certificates import Authority, Pair
 
 HANGS_S = 60
 """What takes this long would have gone on for ever; every wait here is of milliseconds."""
@@ -237,6 +240,58 @@ async def test_a_wrong_password(clock: Clock, caplog: pytest.LogCaptureFixture) 
     assert "hush" not in caplog.text
     assert "s3cret" not in caplog.text
     assert all("hush" not in repr(vars(record)) for record in caplog.records)
+
+
+@asynccontextmanager
+async def behind_tls(server: RedisServer, pair: Pair) -> AsyncIterator[int]:
+    """A port that speaks TLS for the server: not every Redis is built with it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pair.cert, pair.key)
+    serving: set[asyncio.Task[None]] = set()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        inner = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, inner[1]), copy(inner[0], writer))
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    yield listener.sockets[0].getsockname()[1]
+    listener.close()
+    await asyncio.gather(*serving, return_exceptions=True)
+    await listener.wait_closed()
+
+
+async def test_over_tls_its_certificate_is_checked(
+    redis_server: RedisServer, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    monkeypatch.setenv("SSL_CERT_FILE", authority.path)
+    for signed_by, hosts, works in (
+        (authority, ("127.0.0.1",), True),
+        (stranger, ("127.0.0.1",), False),
+        (authority, ("elsewhere",), False),
+    ):
+        async with behind_tls(redis_server, signed_by.pair("redis", hosts=hosts)) as port:
+            address = RedisUrl.parse(f"rediss://127.0.0.1:{port}")
+            async with cache_of(address, clock) as cache:
+                await cache.put("a", b"x")
+                assert await cache.get("a") == (b"x" if works else None)
+                assert cache.counters.errors == (0 if works else 2)
+
+
+def test_the_context_of_tls_is_made_once() -> None:
+    """Made for each connection, it would take all the time that one may take, on the loop."""
+    cache = RedisCache(RedisUrl.parse("rediss://127.0.0.1"))
+    made = [cache._pool.make_connection() for _ in range(3)]  # type: ignore[no-untyped-call]
+    contexts = {id(each.ssl_context.get()) for each in made}
+    assert len(contexts) == 1
 
 
 async def test_callers_that_leave_shift_no_answers(redis_server: RedisServer, clock: Clock) -> None:
