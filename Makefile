@@ -2,6 +2,7 @@
 # make demo     starts the demo and prints its URL
 # make test     all tests but the long ones       make test-long   those
 # make check    style, types, protos (against the newest tag too), generated files
+# make compose-env   .env for `docker compose up`: what it serves, and a token for you
 #
 # TORCH_INDEX=URL   take torch from PyTorch's own wheel index (its CPU or a CUDA build) instead of
 #                   the default one. PYTHON=python3.12 chooses the interpreter for .venv.
@@ -18,7 +19,7 @@ CONNECT_CLIENT := tests/gateway/connect_client
 PROTOS := $(shell find protos -name '*.proto')
 PAGE_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/src/gen -prune -o -type f -print)
 
-.PHONY: setup demo test test-long check protos clean
+.PHONY: setup demo test test-long check protos compose-env clean
 
 setup: .make/stubs .make/page
 
@@ -52,6 +53,14 @@ check: setup
 protos:
 	$(WITH_VENV) $(VENV)/python -m tools.gen_protos
 	$(NPM) run protos
+
+# Never written over: it holds tokens.
+compose-env: .env
+	@echo "The page will ask for a token: $$(sed -n 's/^TDB_TOKENS=[^:]*://p' .env)"
+
+.env:
+	@umask 077; { cat deploy/compose.env; \
+	  echo "TDB_TOKENS=me:$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')"; } > $@
 
 clean:
 	rm -rf .venv .make gateway/static web/node_modules web/dist web/src/gen test-results
