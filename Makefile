@@ -46,6 +46,7 @@ check: setup
 	$(VENV)/buf format -d --exit-code
 	$(VENV)/python -m tools.breaking
 	$(VENV)/python -m services.common.settings_text --check
+	$(VENV)/python -m tools.metrics_page --check
 	$(VENV)/python -m services.inference.points_page --check
 	$(VENV)/python -m services.inference.families_page --check
 	$(NPM) run check

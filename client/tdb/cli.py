@@ -230,21 +230,26 @@ def _status(options: argparse.Namespace, env: dict[str, str]) -> int:
 
 def _where(options: argparse.Namespace, env: dict[str, str]) -> "Where":
     from services.common.settings import Settings, SettingsError, listen_address, reachable
+    from services.common.tls import ClientTls
     from tdb.status import Where
 
     token = env.pop("TDB_TOKEN", "")
     try:
         settings = Settings.from_env(env)
+        tls = ClientTls.of(settings)
     except SettingsError as error:
         raise CliError(str(error)) from None
-    inference, gateway = options.address or "", options.gateway or ""
+    inference, gateway, dataset = options.address or "", options.gateway or "", ""
     if not inference:
         if not (settings.inference_address or settings.inference_port):
             raise CliError("TDB_INFERENCE_PORT is 0: say where the service is with --address.")
         inference = settings.inference_target
+        if settings.dataset_address or settings.dataset_port:
+            dataset = settings.dataset_target
         if not gateway and settings.gateway_port:
             gateway = f"http://{listen_address(reachable(settings.host), settings.gateway_port)}"
-    return Where(inference, gateway, token)
+    credentials, more = (tls.credentials(), tls.options()) if tls else (None, [])
+    return Where(inference, gateway, dataset, token, credentials, more)
 
 
 def _up(options: argparse.Namespace, env: dict[str, str]) -> int:

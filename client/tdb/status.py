@@ -28,14 +28,16 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Where:
-    """What to ask. `inference` is host:port, `gateway` the URL of its page or "" for none."""
+    """What to ask: `inference` and `dataset` at host:port, `gateway` at the URL of its page; "" for
+    none."""
 
     inference: str
     gateway: str = ""
+    dataset: str = ""
     token: str = ""
     credentials: grpc.ChannelCredentials | None = None
-    """For a service that speaks TLS."""
-    options: Sequence[tuple[str, str]] = ()
+    """For services that speak TLS."""
+    options: Sequence[tuple[str, str | int]] = ()
 
 
 def collect(where: Where) -> Found:
@@ -44,7 +46,11 @@ def collect(where: Where) -> Found:
     if where.gateway:
         state = _gateway_state(where.gateway)
         services.append({"name": "gateway", "address": where.gateway, "state": state})
-    with _channel(where) as channel:
+    if where.dataset:
+        with _channel(where, where.dataset) as channel:
+            state = _health(channel)
+        services.append({"name": "dataset", "address": where.dataset, "state": state})
+    with _channel(where, where.inference) as channel:
         state = _health(channel)
         services.append({"name": "inference", "address": where.inference, "state": state})
         found: Found = {"services": services, "models": [], "queue": [], "problems": []}
@@ -79,10 +85,12 @@ def as_text(found: Found) -> str:
     return "\n\n".join(parts)
 
 
-def _channel(where: Where) -> grpc.Channel:
+def _channel(where: Where, target: str) -> grpc.Channel:
+    # Not by the proxy that the Hub may need.
+    options = [("grpc.enable_http_proxy", 0), *where.options]
     if where.credentials:
-        return grpc.secure_channel(where.inference, where.credentials, options=where.options)
-    return grpc.insecure_channel(where.inference, options=where.options)
+        return grpc.secure_channel(target, where.credentials, options)
+    return grpc.insecure_channel(target, options)
 
 
 def _health(channel: grpc.Channel) -> str:

@@ -1,16 +1,18 @@
 """What every process counts, in the terms of Prometheus, and the port that it is read from.
 
 There is no global registry: each server has its own, so that several can live in one process.
-The port listens where the service does, and asks for a token where the service does, since metrics
-carry the names of users.
+The port asks for a token and speaks TLS where services do, since metrics carry the names of users;
+where there are no tokens it stays on loopback.
 """
 
+import logging
 import socket
 import socketserver
+import ssl
 import threading
 from http import HTTPStatus
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,6 +30,8 @@ LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 12
 MOST_NAMES = 100
 OTHER = "other"
 READ_TIMEOUT_S = 10.0
+
+_log = logging.getLogger("tdb.metrics")
 
 # A second series for each, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -106,9 +110,17 @@ class FirstNames:
 class MetricsServer:
     """Answers GET with all metrics of `registry`, from threads of its own."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        port: int,
+        tokens: Tokens,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         """Listens; `port` 0 takes any free one. Raises OSError when the port is taken."""
-        handler = type("_Handler", (_Handler,), {"registry": registry, "tokens": tokens})
+        known = {"registry": registry, "tokens": tokens, "tls": tls}
+        handler = type("_Handler", (_Handler,), known)
         kind = _ServerV6 if ":" in host else _Server
         self._server = kind((host, port), handler)
         self.port: int = self._server.server_address[1]
@@ -138,6 +150,9 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True  # a scraper that reads slowly does not keep the process alive
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.debug("a scrape failed", exc_info=True)
+
 
 class _ServerV6(_Server):
     address_family = socket.AF_INET6
@@ -145,7 +160,19 @@ class _ServerV6(_Server):
 
 class _Handler(MetricsHandler):
     tokens: Tokens
+    tls: ssl.SSLContext | None
     timeout = READ_TIMEOUT_S
+
+    def setup(self) -> None:
+        if self.tls:  # here, in a thread of its own: whoever shakes hands slowly holds up nobody
+            self.request.settimeout(READ_TIMEOUT_S)
+            self.request = self.tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+
+    def finish(self) -> None:
+        super().finish()
+        if self.tls:  # the server closes only what it accepted, which the wrapping took over
+            self.request.close()
 
     def do_GET(self) -> None:
         if self.tokens and self.tokens.user_of(self.headers.get("authorization", "")) is None:

@@ -31,7 +31,7 @@ from services.common.errors import TdbError
 from services.common.interceptor import CallInterceptor
 from services.common.metrics import CallMetrics, MetricsServer, new_registry
 from services.common.parent import follow_parent
-from services.common.settings import Settings, SettingsError, listen_address
+from services.common.settings import Settings, SettingsError, is_loopback, listen_address
 from services.common.tls import ServerTls
 from services.common.tracing import Tracing, Untraced
 
@@ -78,14 +78,18 @@ def serve_metrics(
     StartError when the port is taken."""
     if port is None:
         return None
+    # Who may read them is told by tokens only.
+    host = settings.host if settings.tokens or is_loopback(settings.host) else "127.0.0.1"
+    tls = ServerTls.of(settings)
+    context = tls.context("TDB_TLS_CERT", "TDB_TLS_KEY") if tls else None
     try:
-        server = MetricsServer(registry, settings.host, port, settings.tokens)
+        server = MetricsServer(registry, host, port, settings.tokens, context)
     except OSError:
         raise StartError(
-            f"the {service} service cannot listen on {settings.host} port {port} for its metrics: "
-            f"is the port in use? TDB_{service.upper()}_METRICS_PORT chooses another."
+            f"the {service} service cannot listen on {host} port {port} for its metrics: is the "
+            f"port in use? TDB_{service.upper()}_METRICS_PORT chooses another."
         ) from None
-    announce(service, settings.host, server.port, event="metrics")
+    announce(service, host, server.port, event="metrics")
     return server
 
 

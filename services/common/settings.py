@@ -355,8 +355,9 @@ class Settings:
     gateway_metrics_port: int | None = _setting(
         "TDB_GATEWAY_METRICS_PORT",
         "",
-        "The port of the gateway's Prometheus metrics, at `TDB_HOST`; 0 takes any free port, which "
-        "is printed. Empty: none. Where `TDB_TOKENS` is set, reading them needs a token too.",
+        "The port of the gateway's Prometheus metrics; 0 takes any free port, which is printed. "
+        "Empty: none. Metrics name users: reading them needs one of `TDB_TOKENS`, and without "
+        "tokens they are on loopback only, whatever `TDB_HOST` is.",
         _port_or_none,
     )
     inference_metrics_port: int | None = _setting(

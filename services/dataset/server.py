@@ -7,8 +7,10 @@ from pathlib import Path
 
 from tdb.dataset.v1 import service_pb2_grpc
 
+from services.common import tracing
 from services.common.server import ServiceServer, run_service
 from services.common.settings import Settings, SettingsError
+from services.common.tracing import Tracing
 from services.dataset.library import Library
 from services.dataset.servicer import DatasetServicer
 
@@ -22,7 +24,9 @@ def folder(settings: Settings) -> Path:
     return settings.folder("datasets")
 
 
-def build_server(settings: Settings, servicer: DatasetServicer, port: int) -> ServiceServer:
+def build_server(
+    settings: Settings, servicer: DatasetServicer, port: int, traces: Tracing | None = None
+) -> ServiceServer:
     return ServiceServer(
         "dataset",
         settings,
@@ -32,6 +36,7 @@ def build_server(settings: Settings, servicer: DatasetServicer, port: int) -> Se
         ),
         service_names=[SERVICE],
         metrics_port=settings.dataset_metrics_port,
+        tracing=traces,
     )
 
 
@@ -40,6 +45,7 @@ def main() -> int:
     try:
         settings = Settings.from_env(os.environ)
         library = Library(folder(settings))
+        traces = tracing.start(settings, "dataset")
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -50,6 +56,8 @@ def main() -> int:
         await server.set_serving()
 
     try:
-        return run_service(build_server(settings, servicer, settings.dataset_port), prepare)
+        server = build_server(settings, servicer, settings.dataset_port, traces)
+        return run_service(server, prepare)
     finally:
         servicer.close()
+        traces.close()

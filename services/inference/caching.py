@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError, Message
-from tdb.inference.v1 import manifest_pb2
+from tdb.inference.v1 import manifest_pb2, status_pb2
 
 from services.common import calls
 from services.common.cache.cache import MAX_VALUE_BYTES, Cache
@@ -53,6 +53,17 @@ class Answers:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.flights: Flights[Message] = Flights()
+
+    def status(self) -> status_pb2.CacheStatus:
+        counters = self.cache.counters
+        return status_pb2.CacheStatus(
+            store=self.cache.name,
+            breaker=self.cache.state.value,
+            hits=counters.hits,
+            misses=counters.misses,
+            errors=counters.errors,
+            joined=self.flights.joined,
+        )
 
     async def one(
         self,

@@ -54,8 +54,8 @@ def build_server(
     """
     names = tuple(source.name for source in settings.models)
     known = answers or Answers(open_cache(settings))
-    if registry:
-        registry.register(CacheMetrics(known.cache, lambda: known.flights.joined))
+    registry = registry or new_registry()
+    registry.register(CacheMetrics(known.cache, lambda: known.flights.joined))
     return ServiceServer(
         "inference",
         settings,

@@ -273,6 +273,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                 status_pb2.DeviceMemory(device=device, kind=kind, bytes=size)
                 for device, kind, size in device_memory()
             ],
+            cache=self._answers.status(),
         )
 
     def _model(self, name: str) -> Model:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from services.common import errors
 from services.common.server import ServiceServer
 from services.common.settings import setting_fields
 from tests.common.backend import Backend, serving
+from tests.common.certificates import Authority
 from tests.gateway.helpers import listening, running
 
 ANSWERS: dict[type, Any] = {
@@ -162,6 +164,18 @@ async def test_the_token_is_the_clients_own(
     assert "t0ken" not in out
 
 
+async def test_a_service_that_speaks_tls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.pair("box")
+    async with serving(busy(), TDB_TLS_CERT=pair.cert, TDB_TLS_KEY=pair.key) as server:
+        assert await status(server) == 1
+        monkeypatch.setenv("TDB_TLS_CA", authority.path)
+        assert await status(server) == 0
+    assert "small" in capsys.readouterr().out
+
+
 async def test_the_gateway_says_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
     async with (
         serving(busy()) as server,
@@ -183,9 +197,11 @@ def test_where_nothing_listens(
 ) -> None:
     monkeypatch.setenv("TDB_INFERENCE_PORT", "1")
     monkeypatch.setenv("TDB_GATEWAY_PORT", "2")
+    monkeypatch.setenv("TDB_DATASET_PORT", "3")
     assert main(["status"]) == 1
     assert [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["gateway", "http://127.0.0.1:2", "cannot be reached"],
+        ["dataset", "127.0.0.1:3", "cannot be reached"],
         ["inference", "127.0.0.1:1", "cannot be reached"],
     ]
 

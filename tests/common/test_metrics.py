@@ -1,9 +1,13 @@
 """What a service counts, read through its own port as Prometheus reads it."""
 
+import contextlib
 import http.client
 import json
 import socket
+import ssl
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -14,7 +18,7 @@ from tdb.inference.v1 import model_pb2
 
 from services.common.errors import ResourceExhausted
 from services.common.metrics import OTHER, FirstNames, MetricsServer, new_registry
-from services.common.server import ServiceServer, StartError
+from services.common.server import ServiceServer, StartError, serve_metrics
 from services.common.tokens import Tokens
 from tests.common.backend import (
     SERVICE,
@@ -25,6 +29,7 @@ from tests.common.backend import (
     serving,
     settings,
 )
+from tests.common.certificates import Authority
 
 LIST = f"/{SERVICE}/ListModels"
 RUN = f"/{SERVICE}/Run"
@@ -187,3 +192,42 @@ def test_only_so_many_names_become_labels() -> None:
         "ann",
         OTHER,
     ]
+
+
+def test_metrics_speak_tls_where_services_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.pair("box")
+    variables = {"TDB_TLS_CERT": pair.cert, "TDB_TLS_KEY": pair.key, "TDB_TLS_CA": authority.path}
+    server = serve_metrics("gateway", settings(**variables), 0, new_registry())
+    assert server
+    with server:
+        context = ssl.create_default_context(cafile=authority.path)
+        url = f"https://127.0.0.1:{server.port}/metrics"
+        with urllib.request.urlopen(url, timeout=5, context=context) as response:
+            assert "process_" in response.read().decode()
+        with socket.create_connection(("127.0.0.1", server.port)) as mute:
+            with urllib.request.urlopen(url, timeout=5, context=context) as response:
+                assert response.status == 200
+            mute.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert b"200" not in mute.recv(100)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "host"),
+    [
+        ({}, "127.0.0.1"),
+        ({"TDB_HOST": "0.0.0.0", "TDB_TOKENS": "ann:t0ken"}, "0.0.0.0"),
+        ({"TDB_HOST": "0.0.0.0", "TDB_TRUSTED_PROXIES": "10.0.0.5"}, "127.0.0.1"),
+    ],
+)
+def test_without_tokens_metrics_stay_on_loopback(
+    variables: dict[str, str], host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve_metrics("gateway", settings(**variables), 0, new_registry())
+    assert server
+    server.close()
+    assert json.loads(capsys.readouterr().out)["host"] == host

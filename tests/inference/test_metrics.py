@@ -6,8 +6,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.common.calls import Call
+from services.common.server import ServiceServer
 from services.inference.metrics import DeviceMetrics
 from services.inference.observer import SchedulerObserver, Unobserved
+from tools import metrics_page
 
 
 @pytest.fixture
@@ -110,3 +112,13 @@ def test_memory_is_what_the_process_holds_when_it_is_asked(registry: CollectorRe
 
 def test_nobody_needs_to_watch() -> None:
     observe(Unobserved())
+
+
+async def test_the_page_for_operators_lists_what_a_service_has(server: ServiceServer) -> None:
+    DeviceMetrics(server.registry)
+    page = metrics_page.PAGE.read_text()
+    assert metrics_page.with_table(page) == page
+    names = [name for name, *_ in metrics_page.described(server.registry)]
+    assert "tdb_cache_hits_total" in names
+    assert "tdb_requests_total" in names
+    assert [name for name in names if f"| `{name}` |" not in page and name[:4] == "tdb_"] == []

@@ -35,6 +35,11 @@ class Cache(Protocol):
     counters: Counters
 
     @property
+    def kept_bytes(self) -> int | None:
+        """In this process now; None where it keeps nothing itself."""
+        ...
+
+    @property
     def state(self) -> State:
         """Of the circuit breaker; always CLOSED where there is none."""
         ...

@@ -17,8 +17,7 @@ class MemoryCache:
 
     def __init__(self, bound: int) -> None:
         self.counters = Counters()
-        self.bytes = 0
-        """Kept now."""
+        self.kept_bytes = 0
         self._bound = bound
         self._values: OrderedDict[str, bytes] = OrderedDict()
 
@@ -36,12 +35,12 @@ class MemoryCache:
             self.counters.too_large += 1
             return
         if (before := self._values.pop(key, None)) is not None:
-            self.bytes -= _size(key, before)
+            self.kept_bytes -= _size(key, before)
         self._values[key] = value
-        self.bytes += _size(key, value)
+        self.kept_bytes += _size(key, value)
         self.counters.stored += 1
-        while self.bytes > self._bound:
-            self.bytes -= _size(*self._values.popitem(last=False))
+        while self.kept_bytes > self._bound:
+            self.kept_bytes -= _size(*self._values.popitem(last=False))
             self.counters.evicted += 1
 
     async def aclose(self) -> None:

@@ -32,6 +32,12 @@ class CacheMetrics(Collector):
             counter = CounterMetricFamily(f"tdb_cache_{event}", help, labels=("cache",))
             counter.add_metric((name,), getattr(self._cache.counters, event))
             yield counter
+        size = GaugeMetricFamily(
+            "tdb_cache_bytes", "Bytes of answers kept in this process.", labels=("cache",)
+        )
+        if (kept := self._cache.kept_bytes) is not None:
+            size.add_metric((name,), kept)
+        yield size
         yield CounterMetricFamily(
             "tdb_shared_calls",
             "Calls answered by work that was in flight for an equal call.",

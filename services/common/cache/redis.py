@@ -41,6 +41,7 @@ class RedisCache:
     """For one event loop; connects when it is first used."""
 
     name = "redis"
+    kept_bytes = None
 
     def __init__(
         self,

@@ -22,11 +22,11 @@ async def test_it_is_bounded_in_bytes_not_in_values() -> None:
     cache = MemoryCache(10_000)
     for number in range(50):
         await cache.put("n", b"x" * 100 * number)
-        assert cache.bytes == ENTRY + 100 * number
+        assert cache.kept_bytes == ENTRY + 100 * number
     assert cache.counters.evicted == 0
     for number in range(500):
         await cache.put(str(number), b"x" * number)
-        assert cache.bytes <= 10_000
+        assert cache.kept_bytes <= 10_000
     assert await cache.get("499") is not None
     await cache.put("large", b"x" * 9_500)
     assert await cache.get("499") is None

@@ -23,6 +23,7 @@ async def test_what_a_cache_did_is_told() -> None:
         count = getattr(cache.counters, each.name)
         assert f'tdb_cache_{each.name}_total{{cache="memory"}} {count:.1f}' in lines
     assert 'tdb_cache_misses_total{cache="memory"} 2.0' in lines
+    assert f'tdb_cache_bytes{{cache="memory"}} {cache.kept_bytes:.1f}' in lines
     assert "tdb_shared_calls_total 7.0" in lines
     assert 'tdb_cache_breaker{cache="memory",state="closed"} 1.0' in lines
     assert 'tdb_cache_breaker{cache="memory",state="open"} 0.0' in lines
