@@ -319,7 +319,7 @@ async def test_the_gateway_is_ready_when_one_replica_is() -> None:
         await first.set_not_serving()
         answer = await client.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json()["awaited"] == {"inference": "it is loading its model, or stopping"}
+        assert answer.json()["awaited"] == {"inference": "it is loading, or stopping"}
 
 
 async def test_a_full_service_is_asked_again_when_it_says_so_but_not_by_the_gateway() -> None:

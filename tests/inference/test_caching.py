@@ -465,11 +465,12 @@ async def test_redis_may_go_and_come(model: Model, caplog: pytest.LogCaptureFixt
             right = without_circumstances(await service.ask("Run"))
 
             async def asked(do: Callable[[], None] = lambda: None) -> bool:
+                """Whether all of five answers were kept ones."""
                 asking = [asyncio.ensure_future(service.ask("Run")) for _ in range(5)]
                 do()
-                for answer in await asyncio.gather(*asking):
-                    assert without_circumstances(answer) == right
-                return manifest_of(answer).cached
+                answers = await asyncio.gather(*asking)
+                assert all(without_circumstances(answer) == right for answer in answers)
+                return all(manifest_of(answer).cached for answer in answers)
 
             assert await asked()
             redis.command("FLUSHALL")
