@@ -138,7 +138,7 @@ def failure(error: Exception, backend: str, timeout_s: float) -> Failure:
 
 
 def _of_tdb_error(error: TdbError) -> Failure:
-    return Failure(_name(error.code), error.message, status.details(error))
+    return Failure(_name(error.code), status.sentence(error), status.details(error))
 
 
 def _of_rpc_error(error: grpc.aio.AioRpcError, backend: str, timeout_s: float) -> Failure:

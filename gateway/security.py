@@ -16,12 +16,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import connect
-from services.common.errors import PermissionDenied, TdbError
+from services.common.errors import InvalidArgument, PermissionDenied, TdbError
 from services.common.identity import USER_METADATA, Identity
 from services.common.settings import Settings
 
 OPEN_PATHS = ("/healthz", "/readyz")
 READING = ("GET", "HEAD")
+MAX_AUTHORIZATION = 4096
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 HEADERS = {
@@ -91,8 +92,14 @@ class Security:
                 f"{USER_METADATA} is what the gateway tells its services, not what it is told",
                 reason="USER_NOT_BELIEVED",
             )
+        authorization = headers.get("authorization", "")
+        if len(authorization) > MAX_AUTHORIZATION:  # gRPC's metadata have room for 8 KiB in all
+            raise InvalidArgument(
+                f"authorization has {len(authorization)} characters; at most {MAX_AUTHORIZATION} "
+                "are read"
+            )
         named = headers.getlist(self._user_header)
-        user = self._identity.user(named, peer, headers.get("authorization", ""))
+        user = self._identity.user(named, peer, authorization)
         scope.setdefault("state", {}).update(user=user, user_named=bool(named))
 
 

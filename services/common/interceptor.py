@@ -28,6 +28,7 @@ import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import DecodeError, Message
+from tdb.channel import MAX_MESSAGE_BYTES
 
 from services.common import calls, status, strict
 from services.common.calls import Call
@@ -42,6 +43,7 @@ from services.common.status import REQUEST_ID
 from services.common.tracing import Tracing
 
 MAX_CONCURRENT_CALLS = 512  # of all users; the scheduler says how many of them may wait
+OFF_LOOP_BYTES = 64 * 1024
 HEALTH_PREFIX = "/grpc.health.v1."
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
@@ -135,13 +137,13 @@ class _Served:
 
     async def unary(self, data: bytes, context: Context) -> bytes:
         async with self._guard(context):
-            request = self._parse(data)
+            request = await self._parsed(data)
             return self._serialize(await self._handler.unary_unary(request, context))
         raise AssertionError("the guard lets nothing end quietly")
 
     async def stream(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
         async with self._guard(context):
-            request = self._parse(data)
+            request = await self._parsed(data)
             async for response in self._handler.unary_stream(request, context):
                 yield self._serialize(response)
 
@@ -150,6 +152,12 @@ class _Served:
         async with self._guard(context):
             async for response in self._handler.stream_stream(requests, context):
                 yield response
+
+    async def _parsed(self, data: bytes) -> Message:
+        """In a thread where it takes long, so that other calls, and health, go on meanwhile."""
+        if len(data) > OFF_LOOP_BYTES:
+            return await asyncio.to_thread(self._parse, data)
+        return self._parse(data)
 
     def _parse(self, data: bytes) -> Message:
         try:
@@ -162,6 +170,13 @@ class _Served:
 
     def _serialize(self, response: Message) -> bytes:
         data: bytes = self._handler.response_serializer(response)
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise InvalidArgument(
+                f"the answer is a message of {len(data):,} bytes; at most {MAX_MESSAGE_BYTES:,} "
+                "are sent in one: ask for less at a time",
+                reason="ANSWER_TOO_LARGE",
+                metadata={"limit": str(MAX_MESSAGE_BYTES)},
+            )
         self._sent_bytes += len(data)
         return data
 

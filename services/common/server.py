@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
+from tdb.channel import MAX_MESSAGE_BYTES
 
 from services.common import logs
 from services.common.errors import TdbError
@@ -35,7 +36,6 @@ from services.common.settings import Settings, SettingsError, is_loopback, liste
 from services.common.tls import ServerTls
 from services.common.tracing import Tracing, Untraced
 
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 # The last line of defence, which knows no health checks and no pushback: the interceptor lets in
 # far fewer and answers the others.
 MAX_CALLS_AT_THE_DOOR = 16_384

@@ -23,6 +23,11 @@ DETAILS_TRAILER = "grpc-status-details-bin"
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 REQUEST_ID = "x-request-id"
 
+# Trailers have room for 8 KiB; beyond, the client would see RESOURCE_EXHAUSTED and no reason. A
+# sentence stands there three times, once with three characters for each byte.
+SENTENCE_BYTES = 1000
+FIELD_BYTES = 400
+
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
@@ -40,7 +45,7 @@ def of_error(error: TdbError, request_id: str) -> CallStatus:
     code = grpc.StatusCode[error.code]
     status = status_pb2.Status(
         code=code.value[0],  # (number, name)
-        message=error.message,
+        message=sentence(error),
         details=[_packed(detail) for detail in (*details(error), request_info(request_id))],
     )
     trailers: list[tuple[str, str | bytes]] = [
@@ -49,7 +54,12 @@ def of_error(error: TdbError, request_id: str) -> CallStatus:
     ]
     if error.retry_after_s is not None:
         trailers.append((PUSHBACK_TRAILER, str(math.ceil(error.retry_after_s * 1000))))
-    return CallStatus(code, error.message, trailers)
+    return CallStatus(code, sentence(error), trailers)
+
+
+def sentence(error: TdbError) -> str:
+    """The message of a refusal, without the middle where it quotes something long."""
+    return _short(error.message, SENTENCE_BYTES)
 
 
 def request_info(request_id: str) -> Message:
@@ -62,7 +72,9 @@ def details(error: TdbError) -> list[Message]:
     found: list[Message] = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message, reason=error.reason
+            field=_short(error.field, FIELD_BYTES),
+            description=sentence(error),
+            reason=error.reason,
         )
         found.append(error_details_pb2.BadRequest(field_violations=[violation]))
     found.append(
@@ -73,6 +85,14 @@ def details(error: TdbError) -> list[Message]:
         retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         found.append(retry)
     return found
+
+
+def _short(text: str, most: int) -> str:
+    data = text.encode(errors="replace")
+    if len(data) <= most:
+        return text
+    half = most // 2 - 4
+    return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
 
 
 def _packed(message: Message) -> Any:

@@ -2,7 +2,8 @@
 
 protobuf accepts fields it does not know, enum numbers without a name, NaN and infinity. All three
 would be ignored or computed with, and give a wrong answer to a question nobody asked. Here they
-are refused with the path of the field.
+are refused with the path of the field. So are requests of more messages than any that can be
+answered: looking at each would take seconds.
 """
 
 import math
@@ -13,6 +14,8 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from services.common.errors import InvalidArgument
+
+MAX_MESSAGES = 100_000
 
 # Integers, booleans, text and bytes are what they are; long lists of them are not walked.
 _CHECKED = frozenset(
@@ -27,24 +30,38 @@ _CHECKED = frozenset(
 
 def check(message: Message) -> None:
     """Raises InvalidArgument for the first thing in `message` that is not allowed."""
-    _check_message(message, "")
+    _Check().message(message, "")
 
 
-def _check_message(message: Message, path: str) -> None:
-    unknown_fields = UnknownFieldSet(message)
-    if len(unknown_fields):
-        raise InvalidArgument(
-            f"{message.DESCRIPTOR.full_name} has no field number {unknown_fields[0].field_number}; "
-            "is the client newer than the server?",
-            field=path,
-            reason="UNKNOWN_FIELD",
-        )
-    for field, value in message.ListFields():
-        if field.cpp_type not in _CHECKED:
-            continue
-        name = f"{path}.{field.name}" if path else field.name
-        for item_path, item_field, item in _items(field, value, name):
-            _check_value(item_field, item, item_path)
+class _Check:
+    def __init__(self) -> None:
+        self._messages = 0
+
+    def message(self, message: Message, path: str) -> None:
+        self._messages += 1
+        if self._messages > MAX_MESSAGES:
+            raise InvalidArgument(
+                f"the request has more than {MAX_MESSAGES:,} messages within; ask for less at a "
+                "time",
+                reason="TOO_LARGE",
+            )
+        unknown_fields = UnknownFieldSet(message)
+        if len(unknown_fields):
+            raise InvalidArgument(
+                f"{message.DESCRIPTOR.full_name} has no field number "
+                f"{unknown_fields[0].field_number}; is the client newer than the server?",
+                field=path,
+                reason="UNKNOWN_FIELD",
+            )
+        for field, value in message.ListFields():
+            if field.cpp_type not in _CHECKED:
+                continue
+            name = f"{path}.{field.name}" if path else field.name
+            for item_path, item_field, item in _items(field, value, name):
+                if isinstance(item, Message):
+                    self.message(item, item_path)
+                else:
+                    _check_value(item_field, item, item_path)
 
 
 def _items(
@@ -63,9 +80,7 @@ def _items(
 
 
 def _check_value(field: FieldDescriptor, value: object, path: str) -> None:
-    if isinstance(value, Message):
-        _check_message(value, path)
-    elif isinstance(value, float):
+    if isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidArgument(
                 f"{path} is {value}; it must be a finite number", field=path, reason="NON_FINITE"

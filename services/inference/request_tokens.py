@@ -10,6 +10,7 @@ from services.inference.engine.model import Model
 from services.inference.engine.text import ChatMessage
 
 MAX_TOKEN_REFS = 100
+MAX_CHAT_MESSAGES = 1_000
 
 
 def prompt_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
@@ -27,6 +28,7 @@ def prompt_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
                 ids = model.vocabulary.encode(prompt.text, bos)
         case "token_ids":
             ids = tuple(prompt.token_ids.ids)
+            _check_length(ids, source, model)  # before each is looked at
             for number, each in enumerate(ids):
                 with inside(f"token_ids.ids[{number}]"):
                     model.vocabulary.check_id(each)
@@ -36,13 +38,17 @@ def prompt_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
             raise InvalidArgument("one of text, token_ids or chat is required", field="source")
     if not ids:
         raise InvalidArgument("the prompt is empty; at least one token is required", field=source)
+    _check_length(ids, source, model)
+    return ids
+
+
+def _check_length(ids: Sequence[int], source: str, model: Model) -> None:
     if len(ids) > model.architecture.context:
         raise InvalidArgument(
             f"the prompt has {len(ids)} tokens; this model reads at most "
             f"{model.architecture.context}",
             field=source,
         )
-    return ids
 
 
 def canonical_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
@@ -56,6 +62,11 @@ def canonical_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
 def _chat_ids(chat: token_pb2.Chat, model: Model) -> tuple[int, ...]:
     if not chat.messages:
         raise InvalidArgument("at least one message is required", field="chat.messages")
+    if len(chat.messages) > MAX_CHAT_MESSAGES:
+        raise InvalidArgument(
+            f"{len(chat.messages)} messages are given; at most {MAX_CHAT_MESSAGES} are read",
+            field="chat.messages",
+        )
     for number, message in enumerate(chat.messages):
         if not message.role:
             raise InvalidArgument(
@@ -110,14 +121,16 @@ def _generated_positions(tokens: int, prompt: int | None) -> tuple[int, ...]:
 def _listed_positions(positions: Sequence[int], tokens: int) -> tuple[int, ...]:
     if not positions:
         raise InvalidArgument("at least one position is required", field="list.positions")
+    listed: set[int] = set()
     for number, position in enumerate(positions):
         field = f"list.positions[{number}]"
         if not 0 <= position < tokens:
             raise InvalidArgument(
                 f"position {position} does not exist; valid is 0..{tokens - 1}", field=field
             )
-        if position in positions[:number]:
+        if position in listed:
             raise InvalidArgument(f"position {position} is listed twice", field=field)
+        listed.add(position)
     return tuple(positions)
 
 

@@ -5,15 +5,7 @@ from collections.abc import Sequence
 from tdb.inference.v1 import attribute_pb2, intervention_pb2, model_pb2, run_pb2
 from tdb.type.v1 import token_pb2
 
-from services.inference import (
-    features,
-    manifest,
-    request_interventions,
-    request_points,
-    request_tokens,
-    requests,
-    tensors,
-)
+from services.inference import features, manifest, tensors
 from services.inference.engine import ENGINE_VERSION, tables
 from services.inference.engine.decomposition import View
 from services.inference.engine.interventions import Receipt
@@ -28,7 +20,7 @@ from services.inference.engine.shelf import Served
 from services.inference.engine.text import Vocabulary
 
 
-def describe(model: Model) -> model_pb2.GetModelResponse:
+def describe(model: Model, limits: model_pb2.Limits) -> model_pb2.GetModelResponse:
     architecture, facts = model.architecture, model.vocabulary.facts
     response = model_pb2.GetModelResponse(
         model=manifest.model_ref(model),
@@ -45,17 +37,7 @@ def describe(model: Model) -> model_pb2.GetModelResponse:
             vocabulary=architecture.vocabulary,
             context=architecture.context,
         ),
-        limits=model_pb2.Limits(
-            max_tokens=architecture.context,
-            max_rows=requests.MAX_ROWS,
-            max_interventions=request_interventions.MAX_INTERVENTIONS,
-            max_token_refs=request_tokens.MAX_TOKEN_REFS,
-            max_reference_prompts=request_interventions.MAX_REFERENCE_PROMPTS,
-            max_reference_tokens=request_interventions.MAX_REFERENCE_TOKENS,
-            max_patch_depth=request_interventions.MAX_PATCH_DEPTH,
-            max_tensor_bytes=request_points.MAX_TENSOR_BYTES,
-            max_stream_bytes=request_points.MAX_STREAM_BYTES,
-        ),
+        limits=limits,
         supports=[
             model_pb2.Support(feature=feature, supported=supported, reason=reason)
             for feature, supported, reason in features.on(architecture)

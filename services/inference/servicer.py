@@ -26,6 +26,7 @@ from services.inference import (
     manifest,
     measured,
     queue_messages,
+    request_limits,
     request_tokens,
     requests,
     responses,
@@ -73,7 +74,8 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     async def GetModel(
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
-        return responses.describe(self._model(request.model))
+        model = self._model(request.model)
+        return responses.describe(model, request_limits.of(model))
 
     async def Tokenize(
         self, request: model_pb2.TokenizeRequest, context: Context

@@ -12,7 +12,8 @@ import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2
+from tdb import channel
+from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc
 
 from services.common import calls, errors
 from services.common.logs import JsonLines
@@ -314,3 +315,53 @@ async def test_a_wrong_token_costs_no_work() -> None:
         await refusal(stub.ListModels(model_pb2.ListModelsRequest()))
     assert backend.requests == []
     assert time.monotonic() - started < 5
+
+
+async def test_an_answer_over_the_limit_of_a_message_says_so() -> None:
+    backend = Backend()
+
+    def answering(size: int) -> Any:
+        async def answer(request: Any, context: Any) -> Any:
+            return run_pb2.RunResponse(activations=[run_pb2.PointActivations(point="x" * size)])
+
+        return answer
+
+    async with (
+        serving(backend) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", channel.options()) as open_channel,
+    ):
+        stub: Any = service_pb2_grpc.InferenceServiceStub(open_channel)
+        backend.answer = answering(channel.MAX_MESSAGE_BYTES - 100)
+        assert len((await stub.Run(run_pb2.RunRequest())).activations) == 1
+        backend.answer = answering(channel.MAX_MESSAGE_BYTES)
+        error = await refusal(stub.Run(run_pb2.RunRequest()))
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "at most 16,777,216 are sent in one" in str(error.details())
+        assert details(error)["ErrorInfo"].reason == "ANSWER_TOO_LARGE"
+
+
+async def test_a_message_of_a_stream_is_held_to_the_same_limit() -> None:
+    async def items(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield model_pb2.GetModelRequest(model="first")
+        yield model_pb2.GetModelRequest(model="x" * channel.MAX_MESSAGE_BYTES)
+
+    async with serving(Backend(), StreamingBackend(items)) as server:
+        error = await refusal(read(server, b""))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)["ErrorInfo"].reason == "ANSWER_TOO_LARGE"
+
+
+@pytest.mark.parametrize("character", ["x", "é", "\U0001f600", "%", "\ud800"])
+async def test_a_refusal_that_quotes_something_long_still_arrives(character: str) -> None:
+    """Trailers over 8 KiB would arrive as RESOURCE_EXHAUSTED, and be tried again."""
+    backend = Backend()
+    sentence = f"the start {character * 100_000} the end"
+    backend.answer = raising(errors.NotFound(sentence, field=f"nodes.{character * 10_000}"))
+    async with serving(backend) as server, connected(server) as stub:
+        error = await refusal(stub.Run(run_pb2.RunRequest()))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    text = str(error.details())
+    assert text.startswith("the start ")
+    assert text.endswith(" the end")
+    assert len(text.encode()) <= 1000
+    assert details(error)["BadRequest"].field_violations[0].field.startswith("nodes.")

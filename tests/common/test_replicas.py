@@ -24,7 +24,7 @@ from tdb import channel
 from tdb.inference.v1 import generate_pb2, model_pb2, service_pb2_grpc
 
 from services.common import errors
-from services.common.server import MAX_MESSAGE_BYTES, ServiceServer
+from services.common.server import ServiceServer
 from tests.common.backend import SERVICE, Backend, StreamingBackend, serving, settings
 from tests.common.replica import TOKENS
 from tests.gateway.helpers import running
@@ -129,10 +129,6 @@ async def tokens(stub: "Stub", seconds: float) -> list[int]:
     """The processes that sent each token of a stream."""
     call = stub.Generate(generate_pb2.GenerateRequest(model=str(seconds)), timeout=30)
     return [each.token.position async for each in call]
-
-
-def test_client_and_server_agree_on_the_size_of_a_message() -> None:
-    assert channel.MAX_MESSAGE_BYTES == MAX_MESSAGE_BYTES
 
 
 async def test_calls_go_round_and_a_killed_replica_is_not_seen(

@@ -74,3 +74,14 @@ def test_paths_of_repeated_messages_inside_other_messages() -> None:
     assert refusal(request).field == (
         "run.interventions[0].patch.source.interventions[0].scale.factor"
     )
+
+
+def test_more_messages_than_can_be_answered_are_refused_without_looking_at_each() -> None:
+    request = attribute_pb2.AttributeRequest()
+    patch = request.run.interventions.add().patch  # request, run, intervention and patch: 4
+    for _ in range(strict.MAX_MESSAGES - 4):
+        patch.alignment.add()
+    strict.check(request)
+    patch.alignment.add()
+    with pytest.raises(InvalidArgument, match="more than 100,000 messages"):
+        strict.check(request)

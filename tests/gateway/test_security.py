@@ -76,6 +76,15 @@ async def test_calls_need_a_token_where_tokens_are_set() -> None:
         assert (await gateway.client.post(CALL, json={}, headers=right)).status_code == 200
 
 
+async def test_what_the_service_could_not_be_told_is_refused_here() -> None:
+    backend = Backend()
+    async with gateway_to(backend) as gateway:
+        for length, status in ((4096, 200), (4097, 400), (60_000, 400)):
+            headers = {"authorization": "x" * length}
+            assert (await gateway.client.post(CALL, json={}, headers=headers)).status_code == status
+    assert len(backend.requests) == 1
+
+
 async def test_every_answer_carries_the_headers() -> None:
     async with gateway_to(Backend()) as gateway:
         answers = [

@@ -19,6 +19,7 @@ from services.common.errors import FailedPrecondition, InvalidArgument
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 MAX_CHARACTERS = 1_000_000
+MAX_TOKEN_CHARACTERS = 1_000  # the longest of published vocabularies have some hundred
 SPACE = "\u2581"
 """What SentencePiece tokenizers write for a space."""
 
@@ -98,10 +99,7 @@ class Vocabulary:
         tokenizer = self._require()
         if not text:
             raise InvalidArgument("the prompt is empty; at least one token is required")
-        if len(text) > MAX_CHARACTERS:
-            raise InvalidArgument(
-                f"the prompt has {len(text)} characters; at most {MAX_CHARACTERS} are read"
-            )
+        _check_characters(len(text))
         if prepend_bos is None:
             return self._ids(text, special=True)
         ids = self._ids(text, special=False)
@@ -121,6 +119,7 @@ class Vocabulary:
                 "this model's tokenizer has no chat template: send text or token_ids",
                 reason="NO_CHAT_TEMPLATE",
             )
+        _check_characters(sum(len(each.role) + len(each.content) for each in messages))
         conversation = [{"role": each.role, "content": each.content} for each in messages]
         try:
             with self._lock:
@@ -133,6 +132,11 @@ class Vocabulary:
 
     def single(self, text: str) -> int:
         """The id of a text that is exactly one token; the refusal of any other says what it is."""
+        if len(text) > MAX_TOKEN_CHARACTERS:
+            raise InvalidArgument(
+                f"one token is asked for, and this text has {len(text)} characters; at most "
+                f"{MAX_TOKEN_CHARACTERS} are read"
+            )
         ids = self._ids(text, special=False)
         if len(ids) == 1:
             return ids[0]
@@ -213,6 +217,13 @@ class Vocabulary:
                 "no tokenizer: send token_ids or start with --tokenizer", reason="NO_TOKENIZER"
             )
         return self._tokenizer
+
+
+def _check_characters(count: int) -> None:
+    if count > MAX_CHARACTERS:
+        raise InvalidArgument(
+            f"the prompt has {count} characters; at most {MAX_CHARACTERS} are read"
+        )
 
 
 _FILES = re.compile(r".*\.(json|model|txt|jinja)")
