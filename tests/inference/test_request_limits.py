@@ -126,8 +126,10 @@ async def test_too_many_are_refused(stub: "Stub", name: str) -> None:
 async def test_long_prompts_are_refused_before_they_are_read(
     stub: "Stub", prompt: dict[str, Any], says: str
 ) -> None:
+    request = model_pb2.TokenizeRequest()
+    ParseDict({"prompt": prompt}, request)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Tokenize(ParseDict({"prompt": prompt}, model_pb2.TokenizeRequest()))
+        await stub.Tokenize(request)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert says in str(caught.value.details())
 
