@@ -12,7 +12,7 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.json_format import ParseDict
-from tdb.inference.v1 import model_pb2, service_pb2
+from tdb.inference.v1 import model_pb2, run_pb2, service_pb2
 
 from services.common.errors import InvalidArgument
 from services.inference.engine.model import Model
@@ -136,9 +136,8 @@ async def test_long_prompts_are_refused_before_they_are_read(
 
 async def test_a_text_that_can_be_no_token_is_not_tokenised(stub: "Stub") -> None:
     tree = {"run": RUN, "tokens": [{"text": "a" * 1001}]}
-    request = ParseDict(
-        tree, message_factory.GetMessageClass(SERVICE.methods_by_name["Run"].input_type)()
-    )
+    request = run_pb2.RunRequest()
+    ParseDict(tree, request)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Run(request)
     assert "1001 characters; at most 1000" in str(caught.value.details())
