@@ -321,7 +321,7 @@ class Scheduler:
             del failure  # its traceback keeps the pass and its tensors alive
             self._observer.out_of_memory(jobs[0].task.kind, retried=not retrying)
             if retrying:
-                return [_out_of_memory() for _ in jobs]
+                return [device_errors.refusal() for _ in jobs]
             device_errors.free()
             half = (len(jobs) + 1) // 2
             parts = [part for part in (jobs[:half], jobs[half:]) if part]
@@ -356,14 +356,6 @@ class Scheduler:
             _deliver(job, Unavailable(**self._refusal))
         if self.on_lost:
             self.on_lost()
-
-
-def _out_of_memory() -> ResourceExhausted:
-    return ResourceExhausted(
-        "the device ran out of memory; try a shorter prompt, or again later",
-        reason="OUT_OF_MEMORY",
-        retry_after_s=5.0,
-    )
 
 
 def _padded_tokens(jobs: Sequence[_Job]) -> int:

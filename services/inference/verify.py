@@ -26,8 +26,6 @@ from services.inference.slices import Slice
 from services.inference.task import Place, Priority, Task
 
 MAX_NODES = 10_000
-ESTIMATED_AT_ONCE = 512
-"""Nodes estimated in one pass, so that others do not wait long."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,8 @@ def _steps(
     else:
         targets = wanted.named
         estimates = {}
-        for first in range(0, len(targets), ESTIMATED_AT_ONCE):
-            some = targets[first : first + ESTIMATED_AT_ONCE]
+        for part in model.estimated_at_once(run, targets):
+            some = targets[part]
             found = yield piece(partial(model.estimate, run, some, table.norm_mode), "Estimate")
             estimates |= {each.node: value for each, value in zip(some, found, strict=True)}
     verification: Verification | WholeVerification = yield piece(

@@ -11,8 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from tdb.inference.v1 import verify_pb2
 
-from services.inference import verify
-from services.inference.engine import verification
+from services.inference.engine import estimates, verification
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.correlation import spearman
 from services.inference.engine.verification import Verification, Verified
@@ -87,7 +86,7 @@ async def test_a_node_is_what_attribute_gives_when_it_is_zeroed(stub: "Stub") ->
 async def test_estimates_come_in_parts(stub: "Stub", monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["head.1.1", "neuron.0.3", "attn.0~2", "embed~3", "head.1.0~9-3"]
     together, whole, _ = await collected(stub, request(nodes=names))
-    monkeypatch.setattr(verify, "ESTIMATED_AT_ONCE", 2)
+    monkeypatch.setattr(estimates, "AT_ONCE", 2)
     apart, parts, _ = await collected(stub, request(nodes=names))
     for left, right in zip(together, apart, strict=True):
         assert left.node == right.node

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.common.addresses import Kind
+from services.inference.engine import memory
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.forward import Hooks
@@ -51,7 +52,7 @@ def starts(
     A pair whose counterpart is masked there has 0, its probability.
     """
     found: dict[Sublayer, Tensor] = {}
-    for batch in _batches(reference):
+    for batch in _batches(reference, hooks, dictionaries):
         rows = [Row(token_ids, edits) for token_ids, edits in batch]
         current = hooks.run(rows, [0], gradients=False, cancel=cancel, dictionaries=dictionaries)
         for row, (token_ids, _) in enumerate(batch):
@@ -70,9 +71,14 @@ def _values(sublayer: Sublayer, current: Pass, row: int, tokens: int) -> Tensor:
     return site.values(row, site.clean(row, tokens))
 
 
-def _batches(reference: Reference) -> list[Sequence[tuple[tuple[int, ...], tuple[Edit, ...]]]]:
+def _batches(
+    reference: Reference, hooks: Hooks, dictionaries: Sequence[str]
+) -> list[Sequence[tuple[tuple[int, ...], tuple[Edit, ...]]]]:
+    """Few enough together that they are no more than the pass with gradients that went before."""
     longest = max(len(token_ids) for token_ids, _ in reference.runs)
-    size = max(1, TOKENS_PER_BATCH // longest)
+    edits = max((edits for _, edits in reference.runs), key=len)
+    row = memory.passed(hooks.room.sizes, hooks.batch(1, longest, edits, dictionaries))
+    size = hooks.room.rows(max(1, TOKENS_PER_BATCH // longest), 2 * row)
     runs = reference.runs
     return [runs[first : first + size] for first in range(0, len(runs), size)]
 

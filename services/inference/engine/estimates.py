@@ -5,18 +5,23 @@ derivative of J by w is the estimate, summed over the positions of a component. 
 formula per kind of target: whatever can be edited can be estimated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from services.inference.engine import memory
 from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
 from services.inference.engine.numerics import precise
+from services.inference.engine.out_of_memory import in_halves
 from services.inference.engine.run_view import RunView
+
+AT_ONCE = 512
+"""Nodes estimated in one pass, so that others do not wait long."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,42 @@ def estimate(
     norm_mode: NormMode,
     cancel: CancelToken,
 ) -> list[float]:
-    """The estimate of each target, where `baselines` has the edits that put them at x0.
+    """The estimate of each target, where `baselines` has the edits that put them at x0; in halves
+    where they run out of memory together.
 
-    Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
+    Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded, ResourceExhausted.
     """
     if not baselines:
         return []
+    return in_halves(lambda some: _estimate(hooks, run, some, norm_mode, cancel), baselines)
+
+
+def parts(hooks: Hooks, run: ExplainedRun, baselines: Sequence[Edit]) -> Iterator[slice]:
+    """Which targets are estimated together: as many as fit into memory."""
+    costly = sorted(baselines, key=lambda edit: -len(edit.positions))[:AT_ONCE]
+    names = run.objective.dictionaries
+
+    def needed(targets: int) -> int:
+        edits = (*run.edits, *costly[:targets])
+        batch = replace(
+            hooks.batch(1, len(run.token_ids), edits, names),
+            gradients=True,
+            logits=len(run.objective.logit_positions),
+        )
+        return memory.passed(hooks.room.sizes, batch)
+
+    size = max(1, hooks.room.most(needed, AT_ONCE))
+    for first in range(0, len(baselines), size):
+        yield slice(first, first + size)
+
+
+def _estimate(
+    hooks: Hooks,
+    run: ExplainedRun,
+    baselines: Sequence[Edit],
+    norm_mode: NormMode,
+    cancel: CancelToken,
+) -> list[float]:
     baselines = hooks.fill(baselines, cancel)
     weights = torch.ones(len(baselines), requires_grad=True)
     moved = [

@@ -20,8 +20,10 @@ from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.interventions import Edit
+from services.inference.engine.memory import Batch, Sizes
 from services.inference.engine.points import Point
 from services.inference.engine.resuming import Recording, Resumed
+from services.inference.engine.room import Room
 from services.inference.engine.shelf import Shelf
 from services.inference.engine.splice import Probe, Sites
 from services.inference.engine.taps import Taps
@@ -48,6 +50,8 @@ class Hooks:
         self._taps = Taps(architecture)
         self.shelf = Shelf(of=architecture)
         """The dictionaries that passes may read and edit."""
+        self.room = Room(Sizes.of(architecture))
+        """What passes may use of the device's memory."""
 
     @property
     def current(self) -> Pass | None:
@@ -106,6 +110,14 @@ class Hooks:
         current = Recording([row], tuple(positions), gradients, cancel)
         self._run(current, dictionaries)
         return current
+
+    def batch(
+        self, rows: int, tokens: int, edits: Sequence[Edit] = (), dictionaries: Sequence[str] = ()
+    ) -> Batch:
+        """A batch as its memory needs describe it; `edits` are those of all its rows."""
+        edited = (each.target.dictionary for each in edits if each.target.dictionary)
+        latents = self.shelf.latents((*dictionaries, *edited))
+        return Batch(rows, tokens, dictionaries=latents, edits=tuple(edits))
 
     def fill(self, edits: Sequence[Edit], cancel: CancelToken) -> tuple[Edit, ...]:
         """The edits with what MEAN and PATCH take from other runs, which are run here.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from services.common.addresses import Address, Kind
 from services.common.errors import FailedPrecondition
+from services.inference.engine import memory
 from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
@@ -25,6 +26,7 @@ from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
 from services.inference.engine.numerics import precise
 from services.inference.engine.objectives import Objective, OfLogits
+from services.inference.engine.out_of_memory import in_halves
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 from services.inference.engine.run_view import RunView, is_upstream
 from services.inference.engine.sublayers import EMBEDDINGS, Sublayer
@@ -121,11 +123,25 @@ class Integration:
         return len(self.chunks[number][1])
 
     def chunk(self, number: int, cancel: CancelToken) -> None:
-        """Runs one batch.
+        """Runs one batch; in halves where it runs out of memory.
 
-        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
+        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded, ResourceExhausted.
         """
         moving, shares = self.chunks[number]
+        totals = in_halves(lambda some: [self._gradients(moving, some, cancel)], shares)
+        for each in totals:
+            for sublayer, total in each.items():
+                done = self._sums.get(sublayer)
+                self._sums[sublayer] = total if done is None else done + total
+
+    def _read(self, moving: Sublayer) -> tuple[Sublayer, ...]:
+        """The sublayers whose gradients are read while one moves."""
+        return self._wanted if self._along_input else (moving,)
+
+    def _gradients(
+        self, moving: Sublayer, shares: Sequence[float], cancel: CancelToken
+    ) -> dict[Sublayer, Tensor]:
+        """G summed over some points of the way, at the nodes of each sublayer that is read."""
         end = self._cut(moving, self._values(moving))
         start = self._cut(moving, self._start(moving))
         weights = torch.tensor(shares, dtype=end.dtype, device=end.device)
@@ -141,7 +157,7 @@ class Integration:
             self._site(moving),
             whole,
         )
-        read = self._wanted if self._along_input else (moving,)
+        read = self._read(moving)
         logits = self._hooks.resume(
             current, [*(each.dictionary for each in read), *self._objective.dictionaries]
         )
@@ -154,15 +170,15 @@ class Integration:
             gradients = torch.autograd.grad(objective, sites, materialize_grads=True)
         else:  # where edits cut every path
             gradients = tuple(map(torch.zeros_like, sites))
+        totals = {}
         for sublayer, gradient in zip(read, gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise FailedPrecondition(
                     f"a gradient on the path of {moving.kind.value} is not finite",
                     reason="NON_FINITE",
                 )
-            total = precise(gradient).sum(0)
-            done = self._sums.get(sublayer)
-            self._sums[sublayer] = total if done is None else done + total
+            totals[sublayer] = precise(gradient).sum(0)
+        return totals
 
     def _value(self, current: Pass, row: int, logits: Tensor) -> Tensor:
         if isinstance(self._objective, OfLogits):
@@ -304,11 +320,20 @@ def begin(
         (), hooks, run, objective, recording, wanted, starts or {}, steps, along_input
     )
     budget = TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
-    size = max(1, budget // integration.tokens)
+    size = _rows_at_once(integration, hooks, run, max(1, budget // integration.tokens))
     shares = [(step - 0.5) / steps for step in range(1, steps + 1)]
     batches = [tuple(shares[first : first + size]) for first in range(0, steps, size)]
     chunks = tuple((sublayer, batch) for sublayer in moving for batch in batches)
     return replace(integration, chunks=chunks)
+
+
+def _rows_at_once(integration: Integration, hooks: Hooks, run: ExplainedRun, most: int) -> int:
+    """How many rows fit into memory."""
+    sizes, tokens = hooks.room.sizes, len(run.token_ids)
+    names = [each.dictionary for each in integration._wanted if each.dictionary]
+    batch = hooks.batch(1, integration.tokens, run.edits, (*names, *run.objective.dictionaries))
+    held = memory.recorded(sizes, tokens) + memory.summed(sizes, tokens, batch.dictionaries)
+    return hooks.room.rows(most, memory.integrated(sizes, batch), held)
 
 
 def _is_upstream(sublayer: Sublayer, point: Address) -> bool:

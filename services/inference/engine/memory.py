@@ -27,7 +27,7 @@ Allocators round and fragment, and kernels take workspaces: a budget leaves room
 (`budget`), the estimate does not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -252,6 +252,16 @@ def edits(sizes: Sizes, batch: Batch) -> int:
     return total + largest
 
 
+def unlike(edits: Iterable[Edit]) -> list[Edit]:
+    """One of each sort of edits, that with most positions: no other needs more bytes."""
+    found: dict[tuple[Kind, str, bool], Edit] = {}
+    for each in edits:
+        sort = each.target.kind, each.target.dictionary, each.masks
+        if sort not in found or len(each.positions) > len(found[sort].positions):
+            found[sort] = each
+    return list(found.values())
+
+
 def _site_width(sizes: Sizes, kind: Kind) -> int:
     match kind:
         case Kind.NEURON:
@@ -295,6 +305,24 @@ def resumed(sizes: Sizes, batch: Batch, first: int = 0) -> int:
     return _FIXED + pairs * (sizes.patterns + size) + given + stream + logits + edited
 
 
+def integrated(sizes: Sizes, batch: Batch, first: int = 0) -> int:
+    """Bytes of a resumed batch with gradients at all nodes of a sublayer, which are added up in
+    float64."""
+    nodes = max(sizes.heads * batch.tokens, sizes.neurons, sizes.width) * batch.tokens
+    nodes = max(nodes, *(each.width * batch.tokens for each in batch.dictionaries), 0)
+    gradients = 2 * batch.rows * nodes * (sizes.itemsize + _FLOAT64)
+    return resumed(sizes, replace(batch, gradients=True), first) + gradients
+
+
+def summed(sizes: Sizes, tokens: int, dictionaries: Sequence[Latents]) -> int:
+    """Bytes of the sums of gradients at all nodes, in float64, and of what latents move by."""
+    nodes = tokens * (sizes.heads * tokens + sizes.neurons)
+    sites = sum(tokens * each.width for each in dictionaries)
+    moved = sum(tokens * each.count for each in dictionaries)
+    gradients = sizes.layers * nodes + tokens * sizes.width + sites
+    return gradients * _FLOAT64 + moved * sizes.itemsize
+
+
 def cached(sizes: Sizes, tokens: int) -> int:
     """Bytes of a key/value cache; one layer of it is copied when a token is added."""
     return (sizes.layers + 1) * 2 * tokens * sizes.key_values_width * sizes.itemsize
@@ -330,15 +358,3 @@ def _expert_numbers(layer: Layer) -> int:
     chosen = max(int(getattr(module, "top_k", 1)) for module in layer.mlp.modules())
     widest = max(max(each.shape[-2:]) for each in layer.mlp.parameters() if each.dim() > 1)
     return 2 * chosen * widest
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n in 0..most that fits, where whatever is smaller than one that fits does too."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

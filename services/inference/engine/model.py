@@ -5,7 +5,7 @@ and the facts, which touch no device.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -360,6 +360,12 @@ class Model:
         """Estimated total effect of each node or component, in the order given."""
         edits = [ablation.edit for ablation in ablations]
         return estimates.estimate(self.hooks, run, edits, norm_mode, cancel)
+
+    def estimated_at_once(
+        self, run: ExplainedRun, ablations: Sequence[Ablation]
+    ) -> Iterator[slice]:
+        """Which of them one call of `estimate` should be for."""
+        return estimates.parts(self.hooks, run, [ablation.edit for ablation in ablations])
 
     def verify(
         self,

@@ -12,6 +12,7 @@ from services.inference.engine.bound import BoundDictionary, Place, canonical
 from services.inference.engine.dictionaries.self_test import Measured
 from services.inference.engine.dictionaries.sites import Header, Site
 from services.inference.engine.dictionaries.store import Store
+from services.inference.engine.memory import Latents
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Shelf:
     def site_of(self, name: str) -> Site:
         """Where a dictionary writes."""
         return canonical(self.served[name].header.site_out)
+
+    def latents(self, names: Iterable[str]) -> tuple[Latents, ...]:
+        """Dictionaries as the memory of a pass depends on them."""
+        served = (self.served[name] for name in dict.fromkeys(names))
+        return tuple(
+            Latents.of(each.header, each.measured.l0 if each.measured else None) for each in served
+        )
 
     def bind(self, names: Sequence[str]) -> list[BoundDictionary]:
         """The dictionaries of these ids on the device.

@@ -7,17 +7,20 @@ one batch, so that a caller can let others in between two of them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from services.common.addresses import Address
 from services.common.errors import FailedPrecondition
+from services.inference.engine import memory
 from services.inference.engine.attribution import ExplainedRun
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.objectives import OfLogits
+from services.inference.engine.out_of_memory import in_halves
 from services.inference.engine.resuming import Recording, Resumed, Stage, Start, start_of
 
 TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 8192}
@@ -77,23 +80,28 @@ class Verification:
         return len(self.chunks[number].ablations)
 
     def chunk(self, number: int, cancel: CancelToken) -> list[Verified]:
-        """Measures one chunk.
+        """Measures one chunk; in halves where it runs out of memory.
 
-        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
+        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded, ResourceExhausted.
         """
         chunk = self.chunks[number]
-        if chunk.start is None:
+        start, first = chunk.start, chunk.first
+        if start is None:
             return [Verified(each.node, 0.0, self.value) for each in chunk.ablations]
-        run = self._run
+        return in_halves(lambda some: self._measure(some, start, first, cancel), chunk.ablations)
+
+    def _measure(
+        self, ablations: Sequence[Ablation], start: Start, first: int, cancel: CancelToken
+    ) -> list[Verified]:
         current = Resumed(
             self._recording,
-            chunk.start,
-            (chunk.first, self._objective.position),
-            [(*run.edits, each.edit) for each in chunk.ablations],
+            start,
+            (first, self._objective.position),
+            [(*self._run.edits, each.edit) for each in ablations],
             cancel,
         )
         found = []
-        for ablation, logits in zip(chunk.ablations, self._hooks.resume(current), strict=True):
+        for ablation, logits in zip(ablations, self._hooks.resume(current), strict=True):
             value = float(self._objective.of_logits(logits))
             if not math.isfinite(value):
                 raise FailedPrecondition(
@@ -130,8 +138,28 @@ def begin(
         raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
     budget = tokens_per_chunk or TOKENS_PER_CHUNK.get(recording.logits.device.type, 256)
     starts = [start_of(each.edit.target, hooks.shelf.site_of) for each in ablations]
-    chunks = _chunks(ablations, starts, position, len(recording.neurons), budget)
+    rows = _rows_at_once(hooks, run, ablations)
+    chunks = _chunks(ablations, starts, position, len(recording.neurons), budget, rows)
     return Verification(value, recording.receipts(0), chunks, hooks, run, objective, recording)
+
+
+def _rows_at_once(
+    hooks: Hooks, run: ExplainedRun, ablations: Sequence[Ablation]
+) -> Callable[[int], int]:
+    """How many rows fit into memory, by the first token that is run."""
+    sizes, tokens = hooks.room.sizes, run.objective.position + 1
+    each = [
+        hooks.batch(1, tokens, (*run.edits, edit))
+        for edit in memory.unlike(ablation.edit for ablation in ablations)
+    ]
+    held = memory.recorded(sizes, len(run.token_ids))
+
+    @cache
+    def rows(first: int) -> int:
+        row = max(memory.resumed(sizes, batch, first) for batch in each)
+        return hooks.room.rows(ROWS_PER_CHUNK, row, held)
+
+    return rows
 
 
 def _chunks(
@@ -140,6 +168,7 @@ def _chunks(
     position: int,
     layers: int,
     budget: int,
+    rows_at_once: Callable[[int], int],
 ) -> tuple[Chunk, ...]:
     """Batches of nodes that start close to each other, earlier layers first.
 
@@ -161,18 +190,24 @@ def _chunks(
     chunks = [Chunk(None, position, tuple(unreached))] if unreached else []
     batch: list[tuple[Start, int, Ablation]] = []
     for each in placed:
-        if batch and _is_full([*batch, each], position, budget):
+        if batch and _is_full([*batch, each], position, budget, rows_at_once):
             chunks.append(_chunk(batch))
             batch = []
         batch.append(each)
     return (*chunks, *([_chunk(batch)] if batch else []))
 
 
-def _is_full(batch: Sequence[tuple[Start, int, Ablation]], position: int, budget: int) -> bool:
+def _is_full(
+    batch: Sequence[tuple[Start, int, Ablation]],
+    position: int,
+    budget: int,
+    rows_at_once: Callable[[int], int],
+) -> bool:
     """Whether the last of the batch would better begin another."""
     *others, (start, _, _) = batch
-    width = position + 1 - min(first for _, first, _ in batch)
-    if len(batch) > ROWS_PER_CHUNK or len(batch) * width > budget:
+    first = min(first for _, first, _ in batch)
+    width = position + 1 - first
+    if len(batch) > rows_at_once(first) or len(batch) * width > budget:
         return True
     return others[-1][0].layer != start.layer and len(others) * width >= FULL_ENOUGH * budget
 

@@ -6,15 +6,17 @@ traced node or a direction reads lies anywhere.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.common.errors import FailedPrecondition
+from services.inference.engine import memory
 from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.objectives import Objective
+from services.inference.engine.out_of_memory import in_halves
 from services.inference.engine.run_view import RunView
 from services.inference.engine.verification import TOKENS_PER_CHUNK, Ablation, Verified
 
@@ -37,11 +39,14 @@ class WholeVerification:
         return len(self.chunks[number])
 
     def chunk(self, number: int, cancel: CancelToken) -> list[Verified]:
-        """Measures one chunk.
+        """Measures one chunk; in halves where it runs out of memory.
 
-        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
+        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded, ResourceExhausted.
         """
-        ablations, run = self.chunks[number], self._run
+        return in_halves(lambda some: self._measure(some, cancel), self.chunks[number])
+
+    def _measure(self, ablations: Sequence[Ablation], cancel: CancelToken) -> list[Verified]:
+        run = self._run
         rows = [Row(run.token_ids, (*run.edits, each.edit)) for each in ablations]
         current = self._hooks.run(
             rows,
@@ -89,8 +94,23 @@ def begin(
     if not math.isfinite(value):
         raise FailedPrecondition("the objective is not finite", reason="NON_FINITE")
     budget = TOKENS_PER_CHUNK.get(current.logits.device.type, 256)
-    size = max(1, budget // len(run.token_ids))
+    size = _rows_at_once(hooks, run, ablations, max(1, budget // len(run.token_ids)))
     chunks = tuple(
         tuple(ablations[start : start + size]) for start in range(0, len(ablations), size)
     )
     return WholeVerification(value, current.receipts(0), chunks, hooks, run, objective)
+
+
+def _rows_at_once(hooks: Hooks, run: ExplainedRun, ablations: Sequence[Ablation], most: int) -> int:
+    """How many rows fit into memory."""
+    objective, room = run.objective, hooks.room
+    batches = [
+        replace(
+            hooks.batch(1, len(run.token_ids), (*run.edits, edit), objective.dictionaries),
+            logits=len(objective.logit_positions),
+            branches=True,
+        )
+        for edit in memory.unlike(each.edit for each in ablations)
+    ]
+    row = max((memory.passed(room.sizes, batch) for batch in batches), default=1)
+    return room.rows(most, row)

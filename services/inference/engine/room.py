@@ -1,0 +1,35 @@
+"""Room: the bytes that passes of a model may use, and how many rows fit into them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.inference.engine.memory import Sizes
+
+UNLIMITED = 2**62
+
+
+@dataclass
+class Room:
+    """The budget of one model; `memory` says what a pass takes of it."""
+
+    sizes: Sizes
+    budget: int = UNLIMITED
+    """Bytes."""
+
+    def rows(self, most: int, row: int, held: int = 0) -> int:
+        """How many rows of `row` bytes fit beside what is `held`: 1 to `most`.
+
+        A single one that does not fit was refused before it was queued, or is tried.
+        """
+        return max(1, min(most, (self.budget - held) // row))
+
+    def most(self, needed: Callable[[int], int], most: int) -> int:
+        """The largest number in 0..`most` of which the bytes `needed` fit; they grow with it."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if needed(middle) <= self.budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
