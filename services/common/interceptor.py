@@ -42,7 +42,7 @@ from services.common.settings import Settings
 from services.common.status import REQUEST_ID
 from services.common.tracing import Tracing
 
-MAX_CONCURRENT_CALLS = 512  # of all users; the scheduler says how many of them may wait
+MAX_CONCURRENT_CALLS = 4096  # of all users; the scheduler says how many may wait for the device
 OFF_LOOP_BYTES = 64 * 1024
 HEALTH_PREFIX = "/grpc.health.v1."
 

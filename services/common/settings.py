@@ -477,11 +477,11 @@ class Settings:
     )
     concurrent_requests: int = _setting(
         "TDB_CONCURRENT_REQUESTS",
-        lambda env: "64" if _tells_users_apart(env) else "0",
+        lambda env: "256" if _tells_users_apart(env) else "0",
         "Requests of one user that each service serves at once, those in its queue included; 0: "
         "as many as come.",
         _limit,
-        shown_default="64 where users are told apart (tokens, proxy, certificates), else 0",
+        shown_default="256 where users are told apart (tokens, proxy, certificates), else 0",
     )
     allowed_hosts: tuple[str, ...] = _setting(
         "TDB_ALLOWED_HOSTS",

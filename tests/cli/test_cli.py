@@ -154,6 +154,7 @@ def test_only_the_demo_describes_itself_unasked(
         ("gateway", "::"),
         ("gateway", "0.0.0.0"),
         ("gateway", "gpu-box"),
+        ("services.dataset", "::"),
         ("services.inference", "::"),  # as the others, but slow to import
     ],
 )

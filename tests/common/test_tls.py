@@ -274,7 +274,7 @@ def test_mutual_tls_lets_a_service_listen_for_others_but_not_a_gateway(
     authority: Authority,
 ) -> None:
     public = settings(TDB_HOST="0.0.0.0", **of_server(authority, mutual=True))
-    assert (public.requests_per_minute, public.concurrent_requests) == (6000, 64)
+    assert (public.requests_per_minute, public.concurrent_requests) == (6000, 256)
     with pytest.raises(SettingsError, match="the gateway needs TDB_TOKENS"):
         public.check_gateway()
     with pytest.raises(SettingsError, match="set TDB_TOKENS as well"):

@@ -53,7 +53,9 @@ async def listening(app: Any) -> AsyncIterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            app, log_config=None, ws="none", proxy_headers=False, timeout_graceful_shutdown=2
+        )
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
