@@ -239,6 +239,18 @@ async def test_another_question_is_another(model: Model) -> None:
         assert service.answers.cache.counters.stored == len(variants)
 
 
+async def test_a_deterministic_answer_is_another_than_one_that_may_share_a_batch(
+    model: Model,
+) -> None:
+    alone = ParseDict(
+        {**TABLE, "topK": 20, "deterministic": True}, attribute_pb2.AttributeRequest()
+    )
+    async with serving(model, MemoryCache(2**26)) as service:
+        await service.ask("Attribute")
+        assert not manifest_of(await service.ask("Attribute", alone)).cached
+        assert manifest_of(await service.ask("Attribute", alone)).cached
+
+
 async def test_sampling_without_a_seed_is_never_kept(model: Model) -> None:
     request = ParseDict(
         {"run": RUN, "maxNewTokens": 3, "temperature": 1.0}, generate_pb2.GenerateRequest()
