@@ -123,14 +123,15 @@ class Supervisor:
             now = time.monotonic()
             before = self._restarts.get(child.service.name, [])
             recent = [moment for moment in before if now - moment < RESTART_WINDOW_S]
+            why = child.failure().rstrip(".")
             if len(recent) >= RESTARTS:
                 raise SupervisorError(
-                    f"{child.failure()}; it was restarted {RESTARTS} times in ten minutes, "
-                    "so everything is stopped"
+                    f"{why}; it was restarted {RESTARTS} times in ten minutes, so everything is "
+                    "stopped"
                 )
             self._restarts[child.service.name] = [*recent, now]
             pause = FIRST_PAUSE_S * 2 ** len(recent)
-            say(f"{child.failure()}; starting it again in {pause:g} s")
+            say(f"{why}; starting it again in {pause:g} s")
             task = asyncio.ensure_future(self._start_later(child.service, pause))
             self._restarting.add(task)
             task.add_done_callback(self._restarting.discard)

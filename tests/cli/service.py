@@ -2,7 +2,8 @@
 
 It listens, announces itself and answers `/readyz` as the gateway does, so that the supervisor is
 tested alone and in a second. BEHAVIOUR is `refuse` (one sentence, exit 1), `crash` (no sentence),
-`loading` (never ready) or `stubborn` (ignores SIGTERM).
+`loading` (never ready), `stubborn` (ignores SIGTERM) or `lost` (once asked for `/lose`, ends as a
+service does whose device failed).
 """
 
 import http.server
@@ -18,6 +19,9 @@ name, variable, behaviour = [*sys.argv[1:], ""][:3]
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if behaviour == "lost" and self.path == "/lose":
+            print("the device failed: start it again.", file=sys.stderr)
+            os._exit(1)
         loading = behaviour == "loading"
         body = json.dumps({"awaited": {name: "it is loading"} if loading else {}}).encode()
         self.send_response(503 if loading else 200)

@@ -1,5 +1,7 @@
 """The supervisor over small services: every way in which one can end."""
 
+import contextlib
+import http.client
 import os
 import re
 import signal
@@ -8,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tdb.children import Log
 
 from tests.cli.helpers import Up, alive, until
 
@@ -90,6 +93,32 @@ def test_a_dead_service_comes_back_on_its_port_five_times(tmp_path: Path) -> Non
         os.kill(inference, signal.SIGKILL)
         until("both", lambda: sum("listening again" in line for line in up.errors) == 2)
         assert up.stop() == 0
+
+
+def test_a_service_that_lost_its_device_is_started_again(tmp_path: Path) -> None:
+    with supervise(tmp_path, "lost") as up:
+        up.url()
+        listening = next(line for line in up.errors if line.startswith("inference: listening"))
+        _, gateway = up.children()
+        with contextlib.suppress(http.client.RemoteDisconnected):
+            get(f"http://127.0.0.1:{listening.split()[-1]}/lose")
+        until("a new one", lambda: listening.replace("on", "again on") in up.errors)
+        assert gateway in up.children()
+        assert "the device failed: start it again; starting it again in 0.5 s" in up.errors
+        assert up.stop() == 0
+
+
+def test_a_full_log_is_set_aside_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdb.children.LOG_BYTES", 1000)
+    log = Log(tmp_path / "gateway.log")
+    for number in range(100):
+        log.write(b"%090d\n" % number)
+    log.close()
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(files) == {"gateway.log", "gateway.log.1"}
+    assert all(len(content) <= 1000 + 91 for content in files.values())
+    lines = (files["gateway.log.1"] + files["gateway.log"]).splitlines()
+    assert [int(line) for line in lines] == list(range(100 - len(lines), 100))
 
 
 def test_a_service_that_keeps_dying_ends_everything(tmp_path: Path) -> None:

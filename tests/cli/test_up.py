@@ -79,6 +79,7 @@ def test_from_start_to_an_answer_through_a_crash_to_the_end(model: Path, tmp_pat
         inference, dataset, gateway = up.children()
         os.kill(inference, signal.SIGKILL)
         until("the crash to show", lambda: any("SIGKILL" in line for line in up.errors))
+        until("readiness to end", lambda: not ready(url))
         until("readiness again", lambda: ready(url), within_s=60)
         assert {dataset, gateway} <= set(up.children())
         second = post(f"{url}/{ATTRIBUTE}", REQUEST)
