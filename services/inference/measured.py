@@ -10,8 +10,9 @@ from tdb.inference.v1 import attribute_pb2
 
 from services.common.addresses import Address
 from services.inference.engine import correlation
+from services.inference.engine.asked import AttributeResult
 from services.inference.engine.integrated import Integration
-from services.inference.engine.model import AttributeResult, Model
+from services.inference.engine.model import Model
 from services.inference.engine.verification import Verification
 from services.inference.engine.whole_verification import WholeVerification
 from services.inference.requests import Attribution

@@ -7,7 +7,8 @@ from tdb.inference.v1 import run_pb2
 
 from services.common.errors import InvalidArgument, inside
 from services.inference.engine import activations, lens, points
-from services.inference.engine.model import Model, ReadPoints
+from services.inference.engine.asked import ReadPoints
+from services.inference.engine.model import Model
 from services.inference.engine.points import Point
 
 MAX_TENSOR_BYTES = 2**20

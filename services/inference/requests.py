@@ -18,11 +18,12 @@ from services.inference import (
     request_tokens,
 )
 from services.inference.engine import resolution, tables
+from services.inference.engine.asked import ReadPoints
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.baselines import Baseline, Reference
 from services.inference.engine.columns import Column
 from services.inference.engine.interventions import Edit
-from services.inference.engine.model import Model, ReadPoints
+from services.inference.engine.model import Model
 
 MAX_ROWS = 100_000
 MAX_READ_OUT_TOKENS = 100

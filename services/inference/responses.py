@@ -7,14 +7,10 @@ from tdb.type.v1 import token_pb2
 
 from services.inference import features, manifest, tensors
 from services.inference.engine import ENGINE_VERSION, tables
+from services.inference.engine.asked import AttributeResult, ReadPoints, RunResult
 from services.inference.engine.decomposition import View
 from services.inference.engine.interventions import Receipt
-from services.inference.engine.model import (
-    AttributeResult,
-    Model,
-    ReadPoints,
-    RunResult,
-)
+from services.inference.engine.model import Model
 from services.inference.engine.predictions import NextTokens, Prediction
 from services.inference.engine.shelf import Served
 from services.inference.engine.text import Vocabulary

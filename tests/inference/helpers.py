@@ -102,7 +102,8 @@ class Engine:
         dictionaries: Sequence[str] = (),
     ) -> tuple[Explanation, ...]:
         cancel = CancelToken()
-        return explain(self.hooks, self.architecture, runs, norm_mode, cancel, dictionaries)[0]
+        modes = [norm_mode] * len(runs)
+        return explain(self.hooks, self.architecture, runs, modes, cancel, dictionaries)[0]
 
 
 def random_engine(

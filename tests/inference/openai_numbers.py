@@ -73,11 +73,12 @@ class Case:
             ]
             == "autoencoder_latent"
         ]
+        runs = self.runs(model) if runs is None else runs
         explanations, _ = explain(
             model.hooks,
             model.architecture,
-            self.runs(model) if runs is None else runs,
-            NormMode.FINAL_NORM_FROZEN,
+            runs,
+            [NormMode.FINAL_NORM_FROZEN] * len(runs),
             CancelToken(),
             listed,
         )

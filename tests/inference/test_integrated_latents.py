@@ -132,7 +132,7 @@ def test_from_another_runs_latents(name: str) -> None:
         engine.hooks,
         engine.architecture,
         [ExplainedRun(IDS, (), OBJECTIVE)],
-        NormMode.LIVE,
+        [NormMode.LIVE],
         CancelToken(),
         ["D"],
     )

@@ -128,8 +128,9 @@ def tabled(
     top_k: int = 20,
 ) -> Callable[[], Any]:
     def work() -> Any:
+        modes = [norm_mode] * len(runs)
         explanations, _ = explain(
-            engine.hooks, engine.architecture, runs, norm_mode, CancelToken(), dictionaries
+            engine.hooks, engine.architecture, runs, modes, CancelToken(), dictionaries
         )
         table = tables.build(explanations[:2], tables.Ranking(column, top_k))
         nodes = [row.node for row in table.rows[:read_outs]]

@@ -1,6 +1,6 @@
 """The node table: one forward, one backward, every column of every node (SEMANTICS 4 and 5).
 
-`explain` runs one or two prompts as rows of one padded batch and asks autograd once for the
+`explain` runs prompts as rows of one padded batch and asks autograd once for the
 gradients of all activations at once. What comes back is one `Explanation` per run, which knows all
 its nodes and its remainder rows; `tables.build` lists the top k of them.
 """
@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 import torch
@@ -87,20 +87,22 @@ def explain(
     hooks: Hooks,
     architecture: Architecture,
     runs: Sequence[ExplainedRun],
-    norm_mode: NormMode,
+    norm_modes: Sequence[NormMode],
     cancel: CancelToken,
     dictionaries: Sequence[str] = (),
 ) -> tuple[tuple[Explanation, ...], StageTimes]:
-    """Forward and backward of all runs in one batch.
+    """Forward and backward of all runs in one batch, each in its own norm mode.
 
     `dictionaries` names those whose latents stand in the tables.
 
     Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
     """
-    rows = [row_of(architecture, run, norm_mode) for run in runs]
-    positions = sorted({each for run in runs for each in run.objective.logit_positions})
+    rows = [
+        replace(row_of(architecture, run, mode), logits_at=run.objective.logit_positions)
+        for run, mode in zip(runs, norm_modes, strict=True)
+    ]
     read = (*dictionaries, *(each for run in runs for each in run.objective.dictionaries))
-    current = hooks.run(rows, positions, gradients=True, cancel=cancel, dictionaries=read)
+    current = hooks.run(rows, (), gradients=True, cancel=cancel, dictionaries=read)
     standing = Standing([current.sites.found[name].bound for name in dictionaries])
     views = [RunView(architecture, current, row) for row in range(len(runs))]
     started = time.perf_counter()

@@ -27,6 +27,10 @@ class CancelToken:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise DeadlineExceeded("the deadline passed before the result was ready")
 
+    def of_member(self, member: int) -> "CancelToken":
+        """The token of one member of a batch."""
+        return self
+
 
 class SharedToken(CancelToken):
     """One for work that several wait for: it goes on as long as anyone does."""
@@ -48,3 +52,6 @@ class SharedToken(CancelToken):
                 return
         if gone:
             raise gone
+
+    def of_member(self, member: int) -> CancelToken:
+        return self._tokens[member]

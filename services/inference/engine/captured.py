@@ -29,6 +29,7 @@ _POINTS = {
 class Row:
     """One prompt of a batch.
 
+    `logits_at` has the positions at which it wants logits beyond those the whole pass has them at.
     `final_norm_frozen`, `block_norms_frozen` (all but the final one) and `frozen_norms` say whose
     scale is constant in the backward pass.
     """
@@ -38,6 +39,7 @@ class Row:
     final_norm_frozen: bool = False
     block_norms_frozen: bool = False
     frozen_norms: frozenset[NormPlace] = frozenset()
+    logits_at: tuple[int, ...] = ()
 
     def freezes(self, place: NormPlace) -> bool:
         """Whether this norm's scale is constant in the backward pass of the row."""
@@ -112,7 +114,7 @@ class Pass:
 
     rows: Sequence[Row]
     positions: Sequence[int]
-    """Where `logits` are."""
+    """Where `logits` are, besides where each row wants its own."""
     gradients: bool
     cancel: CancelToken
     embed: Tensor = field(init=False)
@@ -168,7 +170,7 @@ class Pass:
     final_output: Tensor = field(init=False)
     """[B, T, d]: output of the final norm."""
     logits: Tensor = field(init=False)
-    """[B, P, V] at `positions`."""
+    """[B, P, V]: of each row at its `logits_at`; what lies behind them repeats the last."""
     forward_ms: float = 0.0
     branches: bool = False
     """Whether pre-activations of neurons are kept."""
@@ -190,6 +192,10 @@ class Pass:
         for row, spec in enumerate(self.rows):
             for number, edit in enumerate(spec.edits):
                 self._at_site[edit.target.kind, edit.target.layer].append((row, number, edit))
+
+    def logits_at(self, row: int) -> tuple[int, ...]:
+        """The row's positions that `logits` are at, in order."""
+        return (*self.positions, *self.rows[row].logits_at)
 
     def receipts(self, row: int) -> tuple[Receipt, ...]:
         """What each of the row's edits did, in order. Raises KeyError if one was never applied."""

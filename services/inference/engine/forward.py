@@ -69,7 +69,7 @@ class Hooks:
         dictionaries: Sequence[str] = (),
         cache: DynamicCache | None = None,
     ) -> Pass:
-        """Runs the model over the rows; logits at `positions` (of every row).
+        """Runs the model over the rows; logits at `positions` of every row, and at its own.
 
         `branches` keeps pre-activations of neurons without gradients too, `keep` names points to
         keep beyond what every pass captures, `dictionaries` the ids of those to be read; the ones
@@ -80,9 +80,9 @@ class Hooks:
         DeadlineExceeded from the token.
         """
         cancel = cancel or CancelToken()
-        rows = [replace(row, edits=self.fill(row.edits, cancel)) for row in rows]
+        filled = self._fill([row.edits for row in rows], cancel)
         current = Pass(
-            rows,
+            [replace(row, edits=edits) for row, edits in zip(rows, filled, strict=True)],
             tuple(positions),
             gradients,
             cancel,
@@ -124,6 +124,10 @@ class Hooks:
 
         `run` and `record` do so by themselves; done beforehand, several passes share it.
         """
+        return self._fill([edits], cancel)[0]
+
+    def _fill(self, edits: Sequence[Sequence[Edit]], cancel: CancelToken) -> list[tuple[Edit, ...]]:
+        """The same of several rows, whose sources share passes."""
         return references.fill(
             edits, lambda rows: self.run(rows, [0], gradients=False, cancel=cancel)
         )
@@ -169,11 +173,15 @@ class Hooks:
         with self._running(current), torch.set_grad_enabled(gradients):
             output = self._model(
                 input_ids=ids.to(device),
-                logits_to_keep=torch.tensor(current.positions, device=device),
+                logits_to_keep=torch.tensor(_logit_positions(current), device=device),
                 use_cache=cache is not None,
                 cache=cache,
             )
         current.logits = output.logits
+        if current.logits.dim() != 3:
+            raise FailedPrecondition(
+                "this model cannot give logits at positions that differ between rows of a batch"
+            )
         self._check_captured(current)
         current.forward_ms = (time.perf_counter() - started) * 1e3
 
@@ -217,3 +225,12 @@ class Hooks:
             if not torch.isfinite(neurons[row, :length]).all():
                 return f"mlp.{layer}"
         return f"resid_post.{len(current.neurons) - 1}"
+
+
+def _logit_positions(current: Pass) -> list[int] | list[list[int]]:
+    """Where logits are: [P] where it is the same in every row, else [B, P]."""
+    wanted = [list(current.logits_at(row)) for row in range(len(current.rows))]
+    if all(each == wanted[0] for each in wanted):
+        return wanted[0]
+    most = max(map(len, wanted))
+    return [each + each[-1:] * (most - len(each)) for each in wanted]

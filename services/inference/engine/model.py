@@ -5,7 +5,7 @@ and the facts, which touch no device.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind, Shape
-from services.common.errors import FailedPrecondition
+from services.common.errors import FailedPrecondition, TdbError
 from services.common.settings import DictionarySource
 from services.inference.engine import (
     activations,
-    attribution,
-    baselines,
     estimates,
     integrated,
     loading,
@@ -27,8 +25,16 @@ from services.inference.engine import (
     whole_verification,
 )
 from services.inference.engine.architecture import Architecture, resolve
-from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
+from services.inference.engine.asked import (
+    AskedAttribution,
+    AskedRun,
+    AttributeResult,
+    ReadPoints,
+    RunResult,
+)
+from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.baselines import Reference
+from services.inference.engine.batches import Answer, Batches
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
@@ -37,12 +43,9 @@ from services.inference.engine.forward import Hooks
 from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
-from services.inference.engine.lens import lens_logits
 from services.inference.engine.numerics import precise
 from services.inference.engine.objectives import LogitDiff, OfLogits
 from services.inference.engine.points import Point
-from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
-from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.shelf import Shelf
 from services.inference.engine.shelving import fill_shelf
@@ -50,33 +53,6 @@ from services.inference.engine.sublayers import Sublayer
 from services.inference.engine.text import Vocabulary
 from services.inference.engine.verification import Ablation, Verification
 from services.inference.engine.whole_verification import WholeVerification
-
-
-@dataclass(frozen=True)
-class ReadPoints:
-    """Points read in a run: through the logit lens, and whole."""
-
-    lens: tuple[Point, ...] = ()
-    activations: tuple[Point, ...] = ()
-
-    @property
-    def all(self) -> frozenset[Point]:
-        return frozenset(self.lens + self.activations)
-
-    @property
-    def dictionaries(self) -> tuple[str, ...]:
-        return tuple(each.dictionary for each in self.activations if each.dictionary)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    next_tokens: tuple[NextTokens, ...]
-    receipts: tuple[Receipt, ...]
-    lens: tuple[tuple[NextTokens, ...], ...]
-    """Per point of the lens, in the order asked for: what it predicts at each position."""
-    activations: tuple[Tensor, ...]
-    """Per point, in the order asked for, on the CPU; see `points` for the axes."""
-    forward_ms: float
 
 
 @dataclass(frozen=True)
@@ -100,20 +76,6 @@ class Captured:
 
 
 @dataclass(frozen=True)
-class AttributeResult:
-    """`explanations` has one entry per run; `top_tokens` too, as (token id, logit)."""
-
-    explanations: tuple[Explanation, ...]
-    table: tables.Table
-    top_tokens: tuple[tuple[tuple[int, float], ...], ...]
-    read_outs: dict[Address, ReadOut]
-    """Of the listed nodes in the first run (in the other one where a node is only there)."""
-    times: StageTimes
-    starts: Mapping[Sublayer, Tensor]
-    """x0 of all nodes; empty: 0."""
-
-
-@dataclass(frozen=True)
 class Example:
     """A prompt that shows a behaviour, and how often the model is right on others of its kind."""
 
@@ -124,7 +86,6 @@ class Example:
     accuracy: float | None
 
 
-TOP_TOKENS = 10
 _NOTHING = ReadPoints()
 
 
@@ -204,41 +165,14 @@ class Model:
 
         Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
         """
-        row = Row(tuple(token_ids), edits)
-        everywhere = Point("logits") in read.activations
-        current = self.hooks.run(
-            [row],
-            range(len(token_ids)) if everywhere else positions,
-            gradients=False,
-            cancel=cancel,
-            keep=read.all,
-            dictionaries=read.dictionaries,
-        )
-        logits = current.logits[0, list(positions)] if everywhere else current.logits[0]
-        predicting = Predicting(top_k, tuple(named), self.vocabulary.listed)
+        asked = AskedRun(tuple(token_ids), edits, tuple(positions), top_k, tuple(named), read)
+        return _only(self.run_many([asked], cancel))
 
-        def predicted(logits_of: Callable[[slice], Tensor]) -> tuple[NextTokens, ...]:
-            found: list[NextTokens] = []
-            for start in range(0, len(positions), AT_ONCE):
-                cancel.check()
-                part = slice(start, start + AT_ONCE)
-                found += predicting.read(positions[part], logits_of(part))
-            return tuple(found)
-
-        def through_lens(point: Point) -> tuple[NextTokens, ...]:
-            residual = activations.read(point, self.architecture, current, 0)[list(positions)]
-            residual = residual.to(self.device)
-            return predicted(lambda part: lens_logits(self.architecture, residual[None, part])[0])
-
-        return RunResult(
-            predicted(lambda part: logits[part]),
-            current.receipts(0),
-            tuple(map(through_lens, read.lens)),
-            tuple(
-                activations.read(point, self.architecture, current, 0) for point in read.activations
-            ),
-            current.forward_ms,
-        )
+    def run_many(
+        self, asked: Sequence[AskedRun], cancel: CancelToken
+    ) -> list[RunResult | TdbError]:
+        """Several runs with equal batch keys in one padded pass: the answer or refusal of each."""
+        return self._batches.run(asked, cancel)
 
     def capture(
         self,
@@ -318,37 +252,29 @@ class Model:
     ) -> AttributeResult:
         """The node table of one run, or of a run and the one it is compared with.
 
-        `read_out_tokens` tokens are read out of every listed node; 0: none. The estimates of a
-        single run are measured from `reference`; None: from 0. `dictionaries` names those whose
-        latents stand in the table; with read-outs, `sources` source tokens are listed of those
-        behind attention.
+        Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
         """
-        explanations, times = attribution.explain(
-            self.hooks, self.architecture, runs, norm_mode, cancel, dictionaries
+        asked = AskedAttribution(
+            tuple(runs),
+            norm_mode,
+            ranking,
+            read_out_tokens,
+            reference,
+            tuple(dictionaries),
+            sources,
         )
-        cancel.check()
-        starts = self._starts(explanations[0], reference, cancel) if reference else {}
-        table = tables.build(explanations, ranking)
-        cancel.check()
-        return AttributeResult(
-            explanations,
-            table,
-            tuple(self._top(explanation.logits, TOP_TOKENS) for explanation in explanations),
-            self._read_outs(explanations, table, read_out_tokens, sources),
-            times,
-            starts,
-        )
+        return _only(self.attribute_many([asked], cancel))
 
-    def _starts(
-        self, explanation: Explanation, reference: Reference, cancel: CancelToken
-    ) -> Mapping[Sublayer, Tensor]:
-        """x0 of all nodes, from which their estimates are measured then."""
-        groups = {group.sublayer: group for group in explanation.groups}
-        dictionaries = [each.dictionary for each in groups if each.dictionary]
-        starts = baselines.starts(self.hooks, reference, cancel, dictionaries)
-        for sublayer, group in groups.items():
-            group.measure_from(starts[sublayer])
-        return starts
+    def attribute_many(
+        self, asked: Sequence[AskedAttribution], cancel: CancelToken
+    ) -> list[AttributeResult | TdbError]:
+        """Several tables with equal batch keys from one padded pass: the answer or refusal of
+        each."""
+        return self._batches.attribute(asked, cancel)
+
+    @property
+    def _batches(self) -> Batches:
+        return Batches(self.hooks, self.vocabulary.listed)
 
     def estimate(
         self,
@@ -394,23 +320,6 @@ class Model:
             self.hooks, run, nodes, steps, cancel, starts, along_input, norm_mode
         )
 
-    def _read_outs(
-        self, explanations: Sequence[Explanation], table: tables.Table, tokens: int, sources: int
-    ) -> dict[Address, ReadOut]:
-        found: dict[Address, ReadOut] = {}
-        if not tokens:
-            return found
-        for number, explanation in enumerate(explanations):
-            nodes = [
-                row.node
-                for row in table.rows
-                if row.node not in found and (row.values if number == 0 else row.compare)
-            ]
-            if nodes:
-                listed = self.vocabulary.listed
-                found |= read_out(self.architecture, explanation, nodes, tokens, listed, sources)
-        return found
-
     def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
         """[d]: mean unembedding column of the targets minus that of the distractors."""
         columns = self.architecture.w_u
@@ -424,11 +333,13 @@ class Model:
         assert neuron.layer is not None
         return precise(self.architecture.layers[neuron.layer].w_out[neuron.index])
 
-    def _top(self, logits: Tensor, k: int) -> tuple[tuple[int, float], ...]:
-        """(id, logit) of the k largest; ids the tokenizer cannot decode are never listed."""
-        listed = logits[: self.vocabulary.listed]
-        top = torch.topk(listed, min(k, listed.numel()))
-        return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+def _only(answers: list[Answer | TdbError]) -> Answer:
+    """The answer of a batch of one. Raises its refusal."""
+    (answer,) = answers
+    if isinstance(answer, TdbError):
+        raise answer
+    return answer
 
 
 def _examples(folder: Path) -> tuple[Example, ...]:

@@ -7,6 +7,7 @@ wanted of one run are read in one pass, several runs share a batch, and no gradi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ TOKENS_PER_BATCH = 1024
 """Rows times tokens of a batch of reference runs."""
 
 
-def fill(edits: Sequence[Edit], run: Callable[[Sequence[Row]], Pass]) -> tuple[Edit, ...]:
-    """The edits with every borrowed value in its place. `run` runs rows of a batch."""
+def fill(
+    edits: Sequence[Sequence[Edit]], run: Callable[[Sequence[Row]], Pass]
+) -> list[tuple[Edit, ...]]:
+    """The edits of each of several runs with every borrowed value in its place. `run` runs rows
+    of a batch."""
     wanted: dict[SourceRun, dict[Reading, None]] = {}
-    for edit in edits:
+    for edit in chain.from_iterable(edits):
         if isinstance(edit.operation, Borrow):
             for reading in edit.operation.readings:
                 wanted.setdefault(reading.run, {})[reading] = None
@@ -41,7 +45,7 @@ def fill(edits: Sequence[Edit], run: Callable[[Sequence[Row]], Pass]) -> tuple[E
         for row, source in enumerate(batch):
             for number, reading in enumerate(wanted[source], len(source.edits)):
                 values[reading] = current.read(row, number)
-    return tuple(_filled(edit, values) for edit in edits)
+    return [tuple(_filled(edit, values) for edit in of_run) for of_run in edits]
 
 
 def _batches(sources: list[SourceRun]) -> Iterator[list[SourceRun]]:

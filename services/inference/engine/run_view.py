@@ -31,7 +31,7 @@ class RunView:
 
     def logits(self, position: int) -> Tensor:
         """[V] at a position that the pass was asked for."""
-        return self.captured.logits[self.row, self.captured.positions.index(position)]
+        return self.captured.logits[self.row, self.captured.logits_at(self.row).index(position)]
 
     def residual(self, point: Address) -> Tensor:
         """[B, T, d]: the captured residual stream of the whole batch at a point, after edits."""

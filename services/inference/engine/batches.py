@@ -1,0 +1,212 @@
+"""Batches: calls of several users as rows of one padded pass, each answered as if it were alone.
+
+    one forward, one backward     all rows at once
+    table, read-outs, predictions member by member, of its own rows without their padding
+
+A refusal of one member leaves the others as they are: what goes wrong in its own part is its own
+answer, and where the shared pass itself fails, the members are run one by one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from services.common.addresses import Address
+from services.common.errors import TdbError
+from services.inference.engine import activations, attribution, baselines, tables
+from services.inference.engine.architecture import Architecture
+from services.inference.engine.asked import (
+    AskedAttribution,
+    AskedRun,
+    AttributeResult,
+    RunResult,
+)
+from services.inference.engine.attribution import Explanation, StageTimes
+from services.inference.engine.baselines import Reference
+from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.captured import Pass, Row
+from services.inference.engine.forward import Hooks
+from services.inference.engine.lens import lens_logits
+from services.inference.engine.points import Point
+from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
+from services.inference.engine.readouts import ReadOut, read_out
+from services.inference.engine.sublayers import Sublayer
+
+TOP_TOKENS = 10
+
+Asked = TypeVar("Asked", AskedAttribution, AskedRun)
+Answer = TypeVar("Answer", AttributeResult, RunResult)
+
+
+class Batches:
+    """Runs batches of one model; ids from `listed` on are never among the tokens of an answer."""
+
+    def __init__(self, hooks: Hooks, listed: int) -> None:
+        self._hooks = hooks
+        self._listed = listed
+
+    @property
+    def _architecture(self) -> Architecture:
+        return self._hooks.architecture
+
+    def attribute(
+        self, asked: Sequence[AskedAttribution], cancel: CancelToken
+    ) -> list[AttributeResult | TdbError]:
+        """An answer or a refusal of each, in their order; their `batch_key`s are equal."""
+        if len({frozenset(each.dictionaries) for each in asked}) > 1:
+            raise ValueError("members of a batch have the dictionaries of their tables in common")
+        return _isolated(self._attribute, asked, cancel)
+
+    def run(self, asked: Sequence[AskedRun], cancel: CancelToken) -> list[RunResult | TdbError]:
+        """An answer or a refusal of each, in their order; their `batch_key`s are equal."""
+        return _isolated(self._run, asked, cancel)
+
+    def _attribute(
+        self, asked: Sequence[AskedAttribution], cancel: CancelToken
+    ) -> list[AttributeResult | TdbError]:
+        explanations, times = attribution.explain(
+            self._hooks,
+            self._architecture,
+            [run for each in asked for run in each.runs],
+            [each.norm_mode for each in asked for _ in each.runs],
+            cancel,
+            asked[0].dictionaries,
+        )
+        rows = iter(explanations)
+        own = [tuple(islice(rows, len(each.runs))) for each in asked]
+
+        def answer(member: int) -> AttributeResult:
+            return self._attributed(asked[member], own[member], times, cancel.of_member(member))
+
+        return [_refusable(answer, member) for member in range(len(asked))]
+
+    def _attributed(
+        self,
+        asked: AskedAttribution,
+        explanations: tuple[Explanation, ...],
+        times: StageTimes,
+        cancel: CancelToken,
+    ) -> AttributeResult:
+        cancel.check()
+        starts = self._starts(explanations[0], asked.reference, cancel) if asked.reference else {}
+        table = tables.build(explanations, asked.ranking)
+        cancel.check()
+        return AttributeResult(
+            explanations,
+            table,
+            tuple(self._top(explanation.logits) for explanation in explanations),
+            self._read_outs(explanations, table, asked.read_out_tokens, asked.sources),
+            times,
+            starts,
+        )
+
+    def _starts(
+        self, explanation: Explanation, reference: Reference, cancel: CancelToken
+    ) -> Mapping[Sublayer, Tensor]:
+        """x0 of all nodes, from which their estimates are measured then."""
+        groups = {group.sublayer: group for group in explanation.groups}
+        dictionaries = [each.dictionary for each in groups if each.dictionary]
+        starts = baselines.starts(self._hooks, reference, cancel, dictionaries)
+        for sublayer, group in groups.items():
+            group.measure_from(starts[sublayer])
+        return starts
+
+    def _read_outs(
+        self,
+        explanations: Sequence[Explanation],
+        table: tables.Table,
+        tokens: int,
+        sources: int,
+    ) -> dict[Address, ReadOut]:
+        found: dict[Address, ReadOut] = {}
+        if not tokens:
+            return found
+        for number, explanation in enumerate(explanations):
+            nodes = [
+                row.node
+                for row in table.rows
+                if row.node not in found and (row.values if number == 0 else row.compare)
+            ]
+            if nodes:
+                found |= read_out(
+                    self._architecture, explanation, nodes, tokens, self._listed, sources
+                )
+        return found
+
+    def _top(self, logits: Tensor) -> tuple[tuple[int, float], ...]:
+        """(id, logit) of the largest; ids the tokenizer cannot decode are never listed."""
+        listed = logits[: self._listed]
+        top = torch.topk(listed, min(TOP_TOKENS, listed.numel()))
+        return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+    def _run(self, asked: Sequence[AskedRun], cancel: CancelToken) -> list[RunResult | TdbError]:
+        current = self._hooks.run(
+            [Row(each.token_ids, each.edits, logits_at=each.logits_at) for each in asked],
+            (),
+            gradients=False,
+            cancel=cancel,
+            keep=frozenset().union(*(each.read.all for each in asked)),
+            dictionaries=[name for each in asked for name in each.read.dictionaries],
+        )
+
+        def answer(member: int) -> RunResult:
+            return self._read(asked[member], current, member, cancel.of_member(member))
+
+        return [_refusable(answer, member) for member in range(len(asked))]
+
+    def _read(self, asked: AskedRun, current: Pass, row: int, cancel: CancelToken) -> RunResult:
+        logits = current.logits[row, : len(asked.logits_at)]
+        if asked.logits_at != asked.positions:
+            logits = logits[list(asked.positions)]
+        predicting = Predicting(asked.top_k, asked.named, self._listed)
+
+        def predicted(logits_of: Callable[[slice], Tensor]) -> tuple[NextTokens, ...]:
+            found: list[NextTokens] = []
+            for start in range(0, len(asked.positions), AT_ONCE):
+                cancel.check()
+                part = slice(start, start + AT_ONCE)
+                found += predicting.read(asked.positions[part], logits_of(part))
+            return tuple(found)
+
+        def whole(point: Point) -> Tensor:
+            return activations.read(point, self._architecture, current, row)
+
+        def through_lens(point: Point) -> tuple[NextTokens, ...]:
+            residual = whole(point)[list(asked.positions)].to(logits.device)
+            return predicted(lambda part: lens_logits(self._architecture, residual[None, part])[0])
+
+        return RunResult(
+            predicted(lambda part: logits[part]),
+            current.receipts(row),
+            tuple(map(through_lens, asked.read.lens)),
+            tuple(map(whole, asked.read.activations)),
+            current.forward_ms,
+        )
+
+
+def _isolated(
+    together: Callable[[Sequence[Asked], CancelToken], list[Answer | TdbError]],
+    asked: Sequence[Asked],
+    cancel: CancelToken,
+) -> list[Answer | TdbError]:
+    """Runs a batch; one that fails as a whole member by member."""
+    try:
+        return together(asked, cancel)
+    except TdbError as error:
+        if len(asked) == 1:
+            return [error]
+    return [
+        answer
+        for member, each in enumerate(asked)
+        for answer in _isolated(together, [each], cancel.of_member(member))
+    ]
+
+
+def _refusable(answer: Callable[[int], Answer], member: int) -> Answer | TdbError:
+    try:
+        return answer(member)
+    except TdbError as error:
+        return error
