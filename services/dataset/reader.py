@@ -5,22 +5,23 @@ is at which place, so a damaged shard costs its own records and nothing else. Me
 the open shards: the manifest, and 12 bytes a record for each of at most OPEN_SHARDS.
 """
 
-import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 
+from google.protobuf.message import DecodeError
 from tdb.dataset.v1 import record_pb2
 
 from services.common.errors import NotFound
-from services.dataset import files, manifest, records, shards
+from services.dataset import manifest, records, shards
 from services.dataset.damage import Damaged
 from services.dataset.groups import Group
 from services.dataset.manifest import Manifest, ShardEntry
 from services.dataset.search_file import SearchFile
 from services.dataset.shards import Shard
+from services.dataset.vocabulary import Vocabulary
 
 OPEN_SHARDS = 64
 
@@ -38,7 +39,7 @@ class DatasetReader:
         for number, entry in enumerate(self.manifest.shards):
             self._shards_of.setdefault(entry.group, []).append(number)
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._vocabulary: tuple[str, ...] | None = None
+        self._vocabulary: Vocabulary | None = None
         self._lock = Lock()
 
     @property
@@ -87,13 +88,24 @@ class DatasetReader:
         number = bisect_right(self._first_places, place) - 1
         component = self.component(place)
         try:
-            return self._shard(number).read(place - self._first_places[number], component)
+            shard = self._shard(number)
+            data = shard.read(place - self._first_places[number], component)
         except Damaged as damaged:
             raise damaged.of(component) from None
+        return self.parse(place, data)
 
-    def read_many(self, place: int, count: int, most_bytes: int) -> Iterator[Record | Damaged]:
-        """Records from `place` on, at least one and at most `count`, all of one shard, until they
-        reach `most_bytes` compressed; damage in their place."""
+    def parse(self, place: int, data: bytes) -> Record:
+        """The message of a record as it is stored. Raises Damaged."""
+        try:
+            return Record.FromString(data)
+        except DecodeError:
+            number = bisect_right(self._first_places, place) - 1
+            path = self.folder / (self.manifest.shards[number].name + shards.RECORDS)
+            raise Damaged(path, "holds what is no record", self.component(place)) from None
+
+    def read_many(self, place: int, count: int, most_bytes: int) -> Iterator[bytes | Damaged]:
+        """Records from `place` on, as they are stored and sent: at least one and at most `count`,
+        all of one shard, until they reach `most_bytes` compressed; damage in their place."""
         number = bisect_right(self._first_places, place) - 1
         entry, start = self.manifest.shards[number], place - self._first_places[number]
         stop = min(start + count, entry.count)
@@ -120,31 +132,31 @@ class DatasetReader:
             self._check_there()
             raise
 
-    def vocabulary(self) -> tuple[str, ...] | None:
+    def vocabulary(self) -> Vocabulary | None:
         """The text of each token id; None where the dataset has none. Raises Damaged."""
         stored = self.manifest.vocabulary
-        if stored is None or self._vocabulary is not None:
-            return self._vocabulary
-        path = self.folder / stored.name
-        try:
-            if files.sha256(path) != stored.sha256:
-                raise Damaged(path, "does not match its checksum")
-            self._vocabulary = tuple(json.loads(path.read_bytes()))
-        except OSError as error:
-            self._check_there()
-            raise Damaged(path, f"cannot be read: {error.strerror}") from None
+        if stored is not None and self._vocabulary is None:
+            try:
+                self._vocabulary = Vocabulary(self.folder / stored.name)
+            except Damaged:
+                self._check_there()
+                raise
         return self._vocabulary
 
+    def texts(self, example: record_pb2.Example) -> list[str]:
+        """The text of an example's tokens; empty where it is unknown. Raises Damaged."""
+        if example.token_texts or (vocabulary := self.vocabulary()) is None:
+            return list(example.token_texts)
+        return vocabulary.texts(example.token_ids)
+
     def fill_texts(self, record: Record) -> None:
-        """Puts the text of tokens into a record that has their ids, where the dataset knows it."""
-        vocabulary = self.vocabulary()
-        if vocabulary is None:
-            return
+        """Puts the text of tokens into a record that has their ids, where the dataset knows it.
+
+        Raises Damaged.
+        """
         for example in records.examples(record):
-            example.token_texts.extend(
-                vocabulary[token] if token < len(vocabulary) else f"<{token}>"
-                for token in example.token_ids
-            )
+            if not example.token_texts:
+                example.token_texts.extend(self.texts(example))
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

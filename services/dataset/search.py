@@ -19,7 +19,7 @@ from services.dataset.manifest import ShardEntry
 from services.dataset.reader import DatasetReader, Record
 from services.dataset.search_file import SearchFile
 
-READ_RECORDS = 20_000
+READ_RECORDS = 5_000
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _TokenWanted:
                 f"the dataset {reader.name!r} does not know the text of its tokens: name it by id",
                 field="peak_token.text",
             )
-        ids = [id for id, text in enumerate(vocabulary) if text == token]
+        ids = vocabulary.ids(token)
         if not ids:
             raise InvalidArgument(
                 f"no token of the dataset {reader.name!r} reads {token!r}; a leading space counts",
@@ -161,5 +161,4 @@ def _ordered(
 
 def _contains(reader: DatasetReader, record: Record, text: str) -> bool:
     """Whether a top example contains `text`, which is case-folded."""
-    reader.fill_texts(record)
-    return any(text in "".join(example.token_texts).casefold() for example in record.top)
+    return any(text in "".join(reader.texts(example)).casefold() for example in record.top)

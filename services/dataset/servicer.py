@@ -18,15 +18,12 @@ from tdb.dataset.v1 import (
 )
 
 from services.common.errors import NotFound, TdbError, inside
-from services.dataset import cursors, requests, search, views
-from services.dataset.damage import Damaged
+from services.dataset import batches, cursors, requests, search, views
+from services.dataset.batches import Batch
 from services.dataset.library import Library
 from services.dataset.reader import DatasetReader
 
 THREADS = 4
-BATCH_RECORDS = 64
-BATCH_BYTES = 512 * 1024
-"""As sent. A larger record travels alone, and with what came before it fits one message."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
@@ -135,40 +132,23 @@ def _batches(
     reader: DatasetReader, wanted: requests.Stream, request: read_pb2.StreamRecordsRequest
 ) -> Iterator[read_pb2.RecordBatch]:
     done = 0
-    batch = read_pb2.RecordBatch(total=wanted.total)
-    size = 0
-
-    def finished() -> read_pb2.RecordBatch:
-        batch.done = done
-        batch.cursor = cursors.write(wanted.question, reader.manifest.hash, done)
-        return batch
-
+    batch = Batch(reader, request)
     for start, stop in wanted.ranges:
         place = start + min(max(0, wanted.done - done), stop - start)
         done += place - start
         while place < stop:
-            room = BATCH_RECORDS - len(batch.records) - len(batch.damaged)
-            for item in reader.read_many(place, min(room, stop - place), BATCH_BYTES - size):
-                if isinstance(item, Damaged):
-                    batch.damaged.add(
-                        component=item.component, file=item.path.name, reason=item.message
-                    )
-                else:
-                    if request.token_texts:
-                        reader.fill_texts(item)
-                    views.apply(request.view, item)
-                    batch.records.append(item)
-                    size += item.ByteSize()
+            most = min(batch.room, stop - place)
+            for item in reader.read_many(place, most, batches.MOST_BYTES - batch.size):
+                batch.add(place, item)
                 place += 1
                 done += 1
-                if size >= BATCH_BYTES:
+                if batch.is_full:
                     break
-            if len(batch.records) + len(batch.damaged) >= BATCH_RECORDS or size >= BATCH_BYTES:
-                yield finished()
-                batch = read_pb2.RecordBatch(total=wanted.total)
-                size = 0
-    if batch.records or batch.damaged:
-        yield finished()
+            if batch.is_full:
+                yield batch.message(wanted, done)
+                batch = Batch(reader, request)
+    if batch.count:
+        yield batch.message(wanted, done)
 
 
 def _search(library: Library, request: search_pb2.SearchRequest) -> search_pb2.SearchResponse:

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from google.protobuf.message import DecodeError
 from tdb.dataset.v1 import record_pb2
 
 from services.common.errors import InvalidArgument
@@ -147,25 +146,25 @@ class Shard:
         """Bytes that the records file should hold."""
         return self._offsets[self.count]
 
-    def read(self, row: int, component: str) -> record_pb2.ComponentRecord:
+    def read(self, row: int, component: str) -> bytes:
         """The record at `row`, which must be `component`'s. Raises Damaged."""
         packed = os.pread(self._descriptor, self.record_size(row), self._offsets[row])
         return self._unpack(packed, row, component)
 
     def read_rows(
-        self, start: int, stop: int, component_of: "Iterable[str]"
-    ) -> Iterator[record_pb2.ComponentRecord | Damaged]:
-        """Neighbouring records, with one read."""
+        self, start: int, stop: int, components: Iterable[str]
+    ) -> Iterator[bytes | Damaged]:
+        """Neighbouring records, with one read; damage in their place."""
         begin = self._offsets[start]
         data = os.pread(self._descriptor, self._offsets[stop] - begin, begin)
-        for row, component in zip(range(start, stop), component_of, strict=True):
+        for row, component in zip(range(start, stop), components, strict=True):
             packed = data[self._offsets[row] - begin : self._offsets[row + 1] - begin]
             try:
                 yield self._unpack(packed, row, component)
             except Damaged as damaged:
                 yield damaged
 
-    def _unpack(self, packed: bytes, row: int, component: str) -> record_pb2.ComponentRecord:
+    def _unpack(self, packed: bytes, row: int, component: str) -> bytes:
         if len(packed) != self.record_size(row):
             raise Damaged(self.path, "is shorter than its index says", component)
         if zlib.crc32(packed) != self._checksums[row]:
@@ -173,12 +172,13 @@ class Shard:
         try:
             unpacking = zlib.decompressobj()
             data = unpacking.decompress(packed, records.MAX_RECORD_BYTES)
-            record = record_pb2.ComponentRecord.FromString(data)
-        except (zlib.error, DecodeError):
+        except zlib.error:
             raise Damaged(self.path, "is no compressed record", component) from None
-        if not unpacking.eof or record.component != component:
+        # The component is the message's first field, so it stands at the front.
+        name = component.encode()
+        if not unpacking.eof or not data.startswith(b"\n" + bytes([len(name)]) + name):
             raise Damaged(self.path, "holds another record than its index says", component)
-        return record
+        return data
 
 
 def _read_file(path: Path) -> bytes:

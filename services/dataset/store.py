@@ -4,7 +4,7 @@
         for group, part in ...:
             if not writer.has(group, part):
                 writer.write(group, part, records)
-        writer.finish(vocabulary)
+        writer.finish(texts)
 
 A folder under construction holds `build.json` instead of a manifest: what is being built and how
 (`plan`); a later writer goes on only with an equal one. A shard with a NAME.done beside it is
@@ -24,15 +24,13 @@ from google.protobuf.json_format import MessageToDict
 from tdb.dataset.v1 import dataset_pb2, record_pb2
 
 from services.common.errors import FailedPrecondition, InvalidArgument
-from services.dataset import files, groups, manifest, shards
+from services.dataset import files, groups, manifest, shards, vocabulary
 from services.dataset.groups import Group
 from services.dataset.manifest import Manifest, ShardEntry, StoredFile
 
 BUILD = "build.json"
 LOCK = "build.lock"
 DONE = ".done"
-VOCABULARY = "vocabulary.json"
-MAX_VOCABULARY_BYTES = 64 * 2**20
 
 
 class DatasetWriter:
@@ -117,8 +115,8 @@ class DatasetWriter:
         with files.atomic(self._folder / (shards.name(group, part) + DONE)) as file:
             file.write(json.dumps(done).encode())
 
-    def finish(self, vocabulary: Sequence[str] | None = None) -> Manifest:
-        """Makes the dataset readable. `vocabulary` is the text of each token id, from 0.
+    def finish(self, texts: Sequence[str] | None = None) -> Manifest:
+        """Makes the dataset readable. `texts` are those of each token id, from 0.
 
         Raises InvalidArgument where shards do not fit together.
         """
@@ -133,13 +131,13 @@ class DatasetWriter:
         if len(forms) > 1:
             raise InvalidArgument("some shards have token ids and others only text")
         has_token_ids = forms == {True}
-        if vocabulary is not None and not has_token_ids:
+        if texts is not None and not has_token_ids:
             raise InvalidArgument("a vocabulary is of no use without token ids")
         written = Manifest(
             header=self._header,
             shards=entries,
             has_token_ids=has_token_ids,
-            vocabulary=None if vocabulary is None else self._write_vocabulary(vocabulary),
+            vocabulary=None if texts is None else self._write_vocabulary(texts),
         )
         written.write(self._folder)
         for path in (*self._done(), self._folder / BUILD, self._folder / LOCK):
@@ -166,10 +164,8 @@ class DatasetWriter:
         path = self._folder / name
         return StoredFile(name, path.stat().st_size, files.sha256(path))
 
-    def _write_vocabulary(self, vocabulary: Sequence[str]) -> StoredFile:
-        content = json.dumps(list(vocabulary), ensure_ascii=False).encode()
-        if len(content) > MAX_VOCABULARY_BYTES:
-            raise InvalidArgument(f"a vocabulary has at most {MAX_VOCABULARY_BYTES} bytes")
-        with files.atomic(self._folder / VOCABULARY) as file:
+    def _write_vocabulary(self, texts: Sequence[str]) -> StoredFile:
+        content = vocabulary.encode(texts)
+        with files.atomic(self._folder / vocabulary.NAME) as file:
             file.write(content)
-        return self._stored(VOCABULARY)
+        return self._stored(vocabulary.NAME)

@@ -1,16 +1,17 @@
 """The dataset service over real gRPC: what it sends, where a stream goes on, what it refuses."""
 
 import asyncio
+import zlib
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from tdb.dataset.v1 import dataset_pb2, read_pb2, record_pb2
 
-from services.dataset import servicer
 from services.dataset.reader import DatasetReader
 from tests.dataset import helpers
 
@@ -136,7 +137,7 @@ async def test_ranges_and_lists_are_sent_as_asked(library: Path) -> None:
 async def test_a_stream_goes_on_from_any_cursor_without_loss_or_repetition(
     library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servicer, "BATCH_RECORDS", 3)
+    monkeypatch.setattr("services.dataset.batches.MOST_RECORDS", 3)
     selections = [
         ranged("neuron.0.3", "neuron.10.1"),
         single("head.0.2"),
@@ -164,14 +165,14 @@ async def test_a_stream_goes_on_from_any_cursor_without_loss_or_repetition(
 
 async def test_batches_are_bounded_in_bytes(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = max(record.ByteSize() for record in RECORDS)
-    monkeypatch.setattr(servicer, "BATCH_BYTES", 2 * largest)
+    monkeypatch.setattr("services.dataset.batches.MOST_BYTES", 2 * largest)
     async with helpers.connected(library) as stub:
         records, batches, _ = await collect(stub, dataset="small")
         assert records == RECORDS
         assert len(batches) > 5
         for batch in batches:
             assert sum(record.ByteSize() for record in batch.records) < 3 * largest
-        monkeypatch.setattr(servicer, "BATCH_BYTES", 1)
+        monkeypatch.setattr("services.dataset.batches.MOST_BYTES", 1)
         records, batches, _ = await collect(stub, dataset="small")
         assert records == RECORDS
         assert len(batches) == len(RECORDS)
@@ -236,6 +237,36 @@ async def test_damage_is_reported_and_the_rest_is_sent(tmp_path: Path) -> None:
         assert not listed.datasets
         assert [each.name for each in listed.unreadable] == ["hurt"]
         assert "manifest.json is damaged" in listed.unreadable[0].reason
+
+
+async def test_what_is_no_record_is_damage_whatever_its_checksum_says(tmp_path: Path) -> None:
+    helpers.write(tmp_path / "hurt", RECORDS)
+    path = tmp_path / "hurt" / "neuron.0.00000.index"
+    index = bytearray(path.read_bytes())
+    offsets = np.frombuffer(index, "<u8", 8, 48)
+    data = bytearray(path.with_suffix(".records").read_bytes())
+    start, stop = int(offsets[2]), int(offsets[3])
+    fake = zlib.compress(
+        b"\x0a\x0aneuron.0.2\x12\xff\xff\xff" + RECORDS[2].SerializeToString()[:90]
+    )
+    data[start:stop] = fake.ljust(stop - start, b"\0")[: stop - start]
+    path.with_suffix(".records").write_bytes(data)
+    checksums = 48 + 8 * 8
+    index[checksums + 8 : checksums + 12] = zlib.crc32(data[start:stop]).to_bytes(4, "little")
+    index[-4:] = zlib.crc32(index[:-4]).to_bytes(4, "little")
+    path.write_bytes(index)
+    rest = [record for record in RECORDS if record.component != "neuron.0.2"]
+    async with helpers.connected(tmp_path) as stub:
+        for texts in (False, True):
+            records, batches, _ = await collect(stub, dataset="hurt", token_texts=texts)
+            wanted = [helpers.with_texts(record) for record in rest] if texts else rest
+            assert records == wanted
+            (damaged,) = batches[0].damaged
+            assert (damaged.component, damaged.file) == ("neuron.0.2", "neuron.0.00000.records")
+            assert "what is no record" in damaged.reason
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetRecord(read_pb2.GetRecordRequest(dataset="hurt", component="neuron.0.2"))
+        assert refusal(caught.value)[2] == "DAMAGED"
 
 
 async def test_without_a_dataset_the_way_to_one_is_named(tmp_path: Path) -> None:

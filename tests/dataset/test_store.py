@@ -31,7 +31,8 @@ def read_all(folder: Path) -> list[record_pb2.ComponentRecord | Damaged]:
     reader = DatasetReader(folder)
     found: list[record_pb2.ComponentRecord | Damaged] = []
     while len(found) < reader.records:
-        found += list(reader.read_many(len(found), 3, 10**6))
+        for item in reader.read_many(len(found), 3, 10**6):
+            found.append(item if isinstance(item, Damaged) else reader.parse(len(found), item))
     return found
 
 
