@@ -142,6 +142,19 @@ async def test_the_name_may_be_another_than_the_address(authority: Authority) ->
             await stub.ListModels(LIST)
 
 
+async def test_a_certificate_that_expires_while_it_is_used_is_named(authority: Authority) -> None:
+    pair = authority.pair("service", days=(-10, -1))
+    server = grpc.aio.server()
+    credentials = ServerTls(Path(pair.cert), Path(pair.key), None).credentials()  # unchecked
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    secured = ClientTls.of(settings(**of_client(authority)))
+    assert secured is not None
+    why = await asyncio.to_thread(secured.trouble, f"127.0.0.1:{port}")
+    await server.stop(0)
+    assert why == "its certificate is not accepted: certificate has expired"
+
+
 async def test_the_gateway_connects_by_tls_and_says_why_it_cannot(
     authority: Authority, other: Authority
 ) -> None:
