@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,13 @@ async def tokens(stub: "Stub", seconds: float) -> list[int]:
     """The processes that sent each token of a stream."""
     call = stub.Generate(generate_pb2.GenerateRequest(model=str(seconds)), timeout=30)
     return [each.token.position async for each in call]
+
+
+def test_the_documented_policy_is_the_one_in_use() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    documented = re.search(r"```json\n(\{\s*\"loadBalancingConfig.*?)```", text, re.S)
+    assert documented is not None
+    assert json.loads(documented[1]) == channel.service_config()
 
 
 async def test_calls_go_round_and_a_killed_replica_is_not_seen(
