@@ -15,7 +15,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from services.common.errors import InvalidArgument
 
-MAX_MESSAGES = 100_000
+MAX_MESSAGES = 250_000  # 100,000 selections of a range each are
 
 # Integers, booleans, text and bytes are what they are; long lists of them are not walked.
 _CHECKED = frozenset(

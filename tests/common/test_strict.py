@@ -83,5 +83,5 @@ def test_more_messages_than_can_be_answered_are_refused_without_looking_at_each(
         patch.alignment.add()
     strict.check(request)
     patch.alignment.add()
-    with pytest.raises(InvalidArgument, match="more than 100,000 messages"):
+    with pytest.raises(InvalidArgument, match="more than 250,000 messages"):
         strict.check(request)
