@@ -1,8 +1,10 @@
 """The outermost layer: a request id for everyone, one log line per request, no traceback out.
 
 A line's `code` is how the request ended: a stream whose HTTP status is 200 may have failed after.
+Its `user` is known of calls that were let in.
 """
 
+import asyncio
 import logging
 import re
 import time
@@ -52,6 +54,9 @@ class Access:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server stops, and did not wait any longer
+            connect.note(scope, "canceled")
+            raise
         except Exception:
             error_id = uuid.uuid4().hex[:12]
             _log.exception("unexpected error", extra={"fields": {"error_id": error_id}})
@@ -64,9 +69,11 @@ class Access:
             seconds = time.monotonic() - started
             code = state.get("code") or connect.code_of(http_status)
             self._metrics.ended(route, code, seconds, sent_bytes)
-            span.end(code)
+            user = state.get("user", "")
+            span.end(code, user=user)
             fields = {
                 "request_id": request_id,
+                "user": user,
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": http_status,

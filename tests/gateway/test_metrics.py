@@ -9,10 +9,13 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.types import Message, Receive, Scope, Send
 
+from gateway.access import Access
 from gateway.metrics import OTHER, PAGE, GatewayMetrics
 from services.common import errors
 from services.common.logs import JsonLines
+from services.common.tracing import Untraced
 from tests.gateway import echo
 from tests.gateway.echo import ECHO, ITEMS, ItemsResponse
 from tests.gateway.framings import EVENTS, FRAMINGS, body
@@ -99,6 +102,38 @@ async def test_a_stream_whose_client_left_is_canceled_and_closed(
                 await asyncio.sleep(0.01)
     assert [(line["status"], line["code"]) for line in lines(caplog)] == [(200, "canceled")]
     assert ended(registry, ITEMS, "canceled") == 1
+
+
+async def test_a_request_that_is_cut_off_is_canceled_whatever_was_sent(
+    registry: CollectorRegistry,
+) -> None:
+    async def cut_off(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    async def ignore(message: Message) -> None: ...
+
+    async def nothing() -> Message:
+        return {"type": "http.disconnect"}
+
+    access = Access(cut_off, GatewayMetrics(registry), Untraced())
+    scope = {"type": "http", "method": "POST", "path": ITEMS, "headers": []}
+    with pytest.raises(asyncio.CancelledError):
+        await access(scope, nothing, ignore)
+    assert ended(registry, ITEMS, "canceled") == 1
+    assert open_streams(registry) == 0
+
+
+async def test_the_line_of_a_call_names_its_user(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tdb.gateway"):
+        async with running("127.0.0.1:1", TDB_TOKENS="ann:t0ken") as (_, client):
+            for token in ("t0ken", "wrong"):
+                headers = {"authorization": f"Bearer {token}"}
+                await client.post(ECHO, json={}, headers=headers)
+    assert [(line["user"], line["code"]) for line in lines(caplog)] == [
+        ("ann", "unavailable"),
+        ("", "unauthenticated"),
+    ]
 
 
 async def test_an_error_names_the_request_as_header_log_and_service_do(
