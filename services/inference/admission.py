@@ -1,0 +1,192 @@
+"""What a request takes of the device, known before it is queued; what never fits is refused here.
+
+A request that needs more bytes than all passes together may use would fail however long it waited.
+Its refusal says what it needs and what there is, and what would make it possible: the longest
+prompt, or the most rows, that fit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from services.common.errors import FailedPrecondition
+from services.inference import describe_component, generate, stream_activations, verify
+from services.inference.engine import needs
+from services.inference.engine.attribution import ExplainedRun
+from services.inference.engine.columns import COLUMNS
+from services.inference.engine.model import Model
+from services.inference.engine.needs import Rows
+from services.inference.engine.objectives import OfLogits
+from services.inference.engine.table_memory import Listing
+from services.inference.requests import Attribution, Forward
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a request takes while its largest pass runs."""
+
+    tokens: int
+    """Rows times the longest of them."""
+    bytes: int
+
+
+def of_run(wanted: Forward, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    run, read = wanted.run, wanted.read
+    everywhere = any(point.name == "logits" for point in read.activations)
+    logits = len(run.token_ids) if everywhere else len(wanted.positions)
+    rows = Rows((len(run.token_ids),), run.edits, logits, read.dictionaries)
+
+    def needed(tokens: int) -> int:
+        shorter = replace(rows, lengths=(tokens,))
+        points = (*read.activations, *read.lens)
+        return needs.forward(model.hooks, shorter, points, len(read.lens))
+
+    return _admit(model, needed, len(run.token_ids), "run.prompt", "this run")
+
+
+def of_points(wanted: stream_activations.Wanted, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    run = wanted.run
+    everywhere = any(point.name == "logits" for point in wanted.points)
+    names = tuple(point.dictionary for point in wanted.points if point.dictionary)
+    rows = Rows((len(run.token_ids),), run.edits, len(run.token_ids) if everywhere else 1, names)
+
+    def needed(tokens: int) -> int:
+        return needs.forward(model.hooks, replace(rows, lengths=(tokens,)), wanted.points)
+
+    return _admit(model, needed, len(run.token_ids), "run.prompt", "these activations")
+
+
+def of_attribution(wanted: Attribution, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    lengths = [len(run.token_ids) for run in wanted.runs]
+    longest = lengths.index(max(lengths))
+    field = "compare.prompt" if longest else "run.prompt"
+
+    def needed(tokens: int, top_k: int = wanted.ranking.top_k) -> int:
+        shorter = tuple(min(tokens, length) for length in lengths)
+        table = needs.table(model.hooks, _rows(wanted, shorter), _listing(wanted, top_k))
+        if not wanted.integrated_steps:
+            return table  # which is more than a row with one node ablated
+        rows = _rows(wanted, shorter[:1])
+        return max(table, needs.integration(model.hooks, rows, wanted.reference is not None))
+
+    rows = wanted.ranking.top_k
+    if needed(max(lengths)) > model.hooks.room.budget >= needed(max(lengths), 1):
+        _refuse_rows(model, lambda top_k: needed(max(lengths), top_k), rows)
+    cost = _admit(model, needed, max(lengths), field, "this table")
+    return Cost(wanted.padded_tokens, cost.bytes)
+
+
+def of_verification(wanted: verify.Wanted, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    table, run = wanted.table, wanted.table.runs[0]
+    named = wanted.named
+
+    def needed(tokens: int) -> int:
+        rows = _rows(table, (min(tokens, len(run.token_ids)),))
+        if named is None:
+            first = needs.table(model.hooks, rows, _listing(table, table.ranking.top_k))
+        else:
+            first = needs.estimate(model.hooks, rows, [each.edit for each in named])
+        resumed = isinstance(run.objective, OfLogits)
+        return max(first, needs.verification(model.hooks, rows, from_recording=resumed))
+
+    return _admit(model, needed, len(run.token_ids), "table.run.prompt", "this verification")
+
+
+def of_generation(wanted: generate.Wanted, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    prompt, new = len(wanted.run.token_ids), wanted.ending.max_new_tokens
+
+    def needed(tokens: int) -> int:
+        rows = Rows((min(prompt, tokens),), wanted.run.edits)
+        return needs.generation(model.hooks, rows, tokens, 1 + wanted.twin)
+
+    field, which = "run.prompt", "a prompt"
+    if needed(prompt) <= model.hooks.room.budget:
+        field, which = "max_new_tokens", "a prompt and its continuation"
+    cost = _admit(model, needed, prompt + new, field, "this continuation", which)
+    return Cost(prompt, cost.bytes)
+
+
+def of_description(wanted: describe_component.Wanted, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    needed = needs.description(model.hooks)
+    if needed > model.hooks.room.budget:
+        raise _refusal(model, needed, f"describing {wanted.component}", "component", "")
+    return Cost(1, needed)
+
+
+def _rows(wanted: Attribution, lengths: Sequence[int]) -> Rows:
+    runs: Sequence[ExplainedRun] = wanted.runs[: len(lengths)]
+    edits = tuple(edit for run in runs for edit in run.edits)
+    read = (*wanted.dictionaries, *(name for run in runs for name in run.objective.dictionaries))
+    positions = {each for run in runs for each in run.objective.logit_positions}
+    return Rows(tuple(lengths), edits, len(positions), read)
+
+
+def _listing(wanted: Attribution, top_k: int) -> Listing:
+    ranking, reference = wanted.ranking, wanted.reference
+    columns = 1 if ranking.column else len(COLUMNS)
+    kinds = 3 if ranking.per_kind else 1
+    listed = top_k * columns * kinds * len(wanted.runs)
+    return Listing(
+        top_k,
+        columns,
+        read_out_rows=listed if wanted.read_out_tokens else 0,
+        references=1 if reference else 0,
+        reference_tokens=max((len(ids) for ids, _ in reference.runs), default=0)
+        if reference
+        else 0,
+    )
+
+
+def _admit(
+    model: Model,
+    needed: Callable[[int], int],
+    tokens: int,
+    field: str,
+    what: str,
+    which: str = "a prompt",
+) -> Cost:
+    """The cost where it fits; else the refusal that says how many tokens would."""
+    found = needed(tokens)
+    if found <= model.hooks.room.budget:
+        return Cost(tokens, found)
+    fitting = model.hooks.room.most(needed, tokens)
+    remedy = f"{which} of at most {fitting} tokens fits" if fitting else "not even one token fits"
+    raise _refusal(model, found, what, field, remedy, {"fitting_tokens": str(fitting)})
+
+
+def _refuse_rows(model: Model, needed: Callable[[int], int], top_k: int) -> None:
+    fitting = model.hooks.room.most(needed, top_k)
+    remedy = f"a top_k of at most {fitting} fits"
+    more = {"fitting_top_k": str(fitting)}
+    raise _refusal(model, needed(top_k), "this table", "top_k", remedy, more)
+
+
+def _refusal(
+    model: Model,
+    needed: int,
+    what: str,
+    field: str,
+    remedy: str,
+    more: dict[str, str] | None = None,
+) -> FailedPrecondition:
+    available = model.hooks.room.budget
+    return FailedPrecondition(
+        f"{what} needs up to {-(-needed // MIB):,} MiB of memory while it runs, and "
+        f"{available // MIB:,} MiB are there for it on {model.device}"
+        + (f": {remedy}" if remedy else "")
+        + "; more is possible with a larger TDB_ACTIVATION_MIB, where the device has more memory",
+        field=field,
+        reason="MEMORY",
+        metadata={
+            "needed_bytes": str(needed),
+            "available_bytes": str(available),
+            **(more or {}),
+        },
+    )

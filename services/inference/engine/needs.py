@@ -1,0 +1,121 @@
+"""What whole requests need of the device's memory, in bytes: the most that any of their passes do.
+
+Work that can be cut into chunks counts with its smallest: one row, one node.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from services.inference.engine import activations, memory, table_memory
+from services.inference.engine.forward import Hooks
+from services.inference.engine.interventions import Borrow, Edit
+from services.inference.engine.memory import Batch
+from services.inference.engine.points import Point
+from services.inference.engine.predictions import AT_ONCE
+from services.inference.engine.table_memory import Listing
+
+_DIRECTIONS = 128
+"""Directions scored at a time against the vocabulary (`readouts`)."""
+_LATENTS = 8192
+"""Latents whose writes are compared at a time (`components`)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The runs of a pass: how long each is, and what is done and read in them."""
+
+    lengths: tuple[int, ...]
+    edits: tuple[Edit, ...] = ()
+    """Of all of them."""
+    logits: int = 1
+    """Positions that the run with most wants."""
+    dictionaries: tuple[str, ...] = ()
+    """Ids of those that are read, besides the edited ones."""
+
+    def of(self, hooks: Hooks) -> Batch:
+        tokens = max(self.lengths)
+        batch = hooks.batch(len(self.lengths), tokens, self.edits, self.dictionaries)
+        return replace(batch, logits=min(self.logits, tokens))
+
+
+def forward(hooks: Hooks, rows: Rows, points: Sequence[Point] = (), lens: int = 0) -> int:
+    """A pass, predictions at its positions, and points that are read, some through the lens."""
+    sizes, batch = hooks.room.sizes, rows.of(hooks)
+    whole = [activations.size(point, hooks.architecture, batch.tokens) for point in points]
+    batch = replace(batch, kept=batch.rows * sum(whole))
+    encoded = [each.encoded(batch.tokens, sizes.itemsize) for each in batch.dictionaries]
+    predicted = min(batch.logits, AT_ONCE) * sizes.vocabulary * 4 * sizes.floats
+    answers = batch.rows * sum(whole)
+    read_out = max(3 * max(whole, default=0), max(encoded, default=0), predicted * (1 + (lens > 0)))
+    running = memory.running(sizes, batch)
+    passed = memory.passed(sizes, batch) - running + max(running, read_out + answers)
+    return max(passed, borrowed(hooks, rows.edits))
+
+
+def table(hooks: Hooks, rows: Rows, listing: Listing) -> int:
+    """Node tables of runs that share a pass."""
+    batch = replace(rows.of(hooks), gradients=True)
+    needed = table_memory.table(hooks.room.sizes, batch, listing)
+    return max(needed, borrowed(hooks, rows.edits))
+
+
+def estimate(hooks: Hooks, rows: Rows, targets: Iterable[Edit]) -> int:
+    """Estimates of targets, the costliest by itself."""
+    each = [
+        replace(rows.of(hooks), gradients=True, edits=(*rows.edits, edit))
+        for edit in memory.unlike(targets)
+    ]
+    passed = [memory.passed(hooks.room.sizes, batch) for batch in each]
+    return max([*passed, borrowed(hooks, rows.edits)])
+
+
+def verification(hooks: Hooks, rows: Rows, *, from_recording: bool) -> int:
+    """A run's nodes put at their baselines one at a time."""
+    sizes, batch = hooks.room.sizes, rows.of(hooks)
+    if not from_recording:
+        return memory.passed(sizes, replace(batch, branches=True))
+    recording = memory.recorded(sizes, batch.tokens) + memory.running(sizes, batch)
+    row = memory.resumed(sizes, batch)
+    return memory.recorded(sizes, batch.tokens) + max(row, recording)
+
+
+def integration(hooks: Hooks, rows: Rows, starts: bool) -> int:
+    """Gradients at one point of the way at a time."""
+    sizes, batch = hooks.room.sizes, rows.of(hooks)
+    held = memory.recorded(sizes, batch.tokens, batch.dictionaries)
+    held += memory.summed(sizes, batch.tokens, batch.dictionaries)
+    if starts:
+        held += table_memory.starts(sizes, batch)
+    return held + memory.integrated(sizes, batch)
+
+
+def generation(hooks: Hooks, rows: Rows, total: int, branches: int) -> int:
+    """A prompt, and continuations of it that come to `total` tokens each."""
+    sizes, batch = hooks.room.sizes, rows.of(hooks)
+    cached = branches * memory.cached(sizes, total)
+    step = memory.resumed(sizes, replace(batch, tokens=total), first=total - 1)
+    return cached + max(memory.passed(sizes, batch), step, borrowed(hooks, rows.edits))
+
+
+def description(hooks: Hooks) -> int:
+    """A component without a prompt: scores of all tokens, and the writes it is compared with."""
+    sizes = hooks.room.sizes
+    scores = 3 * _DIRECTIONS * sizes.vocabulary * sizes.floats
+    compared = 4 * max(sizes.neurons, sizes.heads_width, _LATENTS) * sizes.width * sizes.floats
+    return max(scores, compared)
+
+
+def borrowed(hooks: Hooks, edits: Iterable[Edit]) -> int:
+    """The longest run that MEAN and PATCH take from, those that it takes from itself included."""
+    most = 0
+    seen: set[int] = set()
+    for edit in edits:
+        if not isinstance(edit.operation, Borrow):
+            continue
+        for reading in edit.operation.readings:
+            if id(reading.run) not in seen:
+                seen.add(id(reading.run))
+                batch = hooks.batch(1, len(reading.run.token_ids), reading.run.edits)
+                own = memory.passed(hooks.room.sizes, batch)
+                most = max(most, own, borrowed(hooks, reading.run.edits))
+    return most
