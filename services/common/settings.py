@@ -87,6 +87,11 @@ def _mebibytes(text: str) -> int:
     return int(text) * 2**20
 
 
+def _mebibytes_or_auto(text: str) -> int | None:
+    """Bytes; None where they are measured."""
+    return None if text == "auto" else _mebibytes(text)
+
+
 def _mebibytes_or_none(text: str) -> int:
     """Bytes; 0 is a number too."""
     return 0 if text == "0" else _mebibytes(text)
@@ -309,6 +314,15 @@ class Settings:
         "Memory on the device for dictionaries, in MiB. Those used last stay there; one request "
         "cannot use more than fit together.",
         _mebibytes,
+    )
+    activation_bytes: int | None = _setting(
+        "TDB_ACTIVATION_MIB",
+        "auto",
+        "Memory on the device for the passes of a model, in MiB. Batches and chunks are made to "
+        "fit, and a request that never would is refused. auto: of what is free once models and "
+        "dictionaries are loaded, nine tenths on a GPU and half on the CPU, where the limit of a "
+        "container counts. See [operations.md](operations.md#memory).",
+        _mebibytes_or_auto,
     )
     device: str = _setting(
         "TDB_DEVICE",

@@ -5,7 +5,7 @@ Its refusal says what it needs and what there is, and what would make it possibl
 prompt, or the most rows, that fit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from services.common.errors import FailedPrecondition
@@ -13,6 +13,7 @@ from services.inference import describe_component, generate, stream_activations,
 from services.inference.engine import needs
 from services.inference.engine.attribution import ExplainedRun
 from services.inference.engine.columns import COLUMNS
+from services.inference.engine.interventions import Edit
 from services.inference.engine.model import Model
 from services.inference.engine.needs import Rows
 from services.inference.engine.objectives import OfLogits
@@ -43,6 +44,7 @@ def of_run(wanted: Forward, model: Model) -> Cost:
         points = (*read.activations, *read.lens)
         return needs.forward(model.hooks, shorter, points, len(read.lens))
 
+    _admit_sources(model, run.edits, "run")
     return _admit(model, needed, len(run.token_ids), "run.prompt", "this run")
 
 
@@ -56,6 +58,7 @@ def of_points(wanted: stream_activations.Wanted, model: Model) -> Cost:
     def needed(tokens: int) -> int:
         return needs.forward(model.hooks, replace(rows, lengths=(tokens,)), wanted.points)
 
+    _admit_sources(model, run.edits, "run")
     return _admit(model, needed, len(run.token_ids), "run.prompt", "these activations")
 
 
@@ -73,8 +76,10 @@ def of_attribution(wanted: Attribution, model: Model) -> Cost:
         rows = _rows(wanted, shorter[:1])
         return max(table, needs.integration(model.hooks, rows, wanted.reference is not None))
 
+    for name, each in zip(("run", "compare"), wanted.runs, strict=False):
+        _admit_sources(model, each.edits, name)
     rows = wanted.ranking.top_k
-    if needed(max(lengths)) > model.hooks.room.budget >= needed(max(lengths), 1):
+    if needed(max(lengths)) > model.room.budget >= needed(max(lengths), 1):
         _refuse_rows(model, lambda top_k: needed(max(lengths), top_k), rows)
     cost = _admit(model, needed, max(lengths), field, "this table")
     return Cost(wanted.padded_tokens, cost.bytes)
@@ -94,6 +99,7 @@ def of_verification(wanted: verify.Wanted, model: Model) -> Cost:
         resumed = isinstance(run.objective, OfLogits)
         return max(first, needs.verification(model.hooks, rows, from_recording=resumed))
 
+    _admit_sources(model, run.edits, "table.run")
     return _admit(model, needed, len(run.token_ids), "table.run.prompt", "this verification")
 
 
@@ -105,8 +111,9 @@ def of_generation(wanted: generate.Wanted, model: Model) -> Cost:
         rows = Rows((min(prompt, tokens),), wanted.run.edits)
         return needs.generation(model.hooks, rows, tokens, 1 + wanted.twin)
 
+    _admit_sources(model, wanted.run.edits, "run")
     field, which = "run.prompt", "a prompt"
-    if needed(prompt) <= model.hooks.room.budget:
+    if needed(prompt) <= model.room.budget:
         field, which = "max_new_tokens", "a prompt and its continuation"
     cost = _admit(model, needed, prompt + new, field, "this continuation", which)
     return Cost(prompt, cost.bytes)
@@ -115,7 +122,7 @@ def of_generation(wanted: generate.Wanted, model: Model) -> Cost:
 def of_description(wanted: describe_component.Wanted, model: Model) -> Cost:
     """Raises FailedPrecondition (MEMORY)."""
     needed = needs.description(model.hooks)
-    if needed > model.hooks.room.budget:
+    if needed > model.room.budget:
         raise _refusal(model, needed, f"describing {wanted.component}", "component", "")
     return Cost(1, needed)
 
@@ -124,8 +131,8 @@ def _rows(wanted: Attribution, lengths: Sequence[int]) -> Rows:
     runs: Sequence[ExplainedRun] = wanted.runs[: len(lengths)]
     edits = tuple(edit for run in runs for edit in run.edits)
     read = (*wanted.dictionaries, *(name for run in runs for name in run.objective.dictionaries))
-    positions = {each for run in runs for each in run.objective.logit_positions}
-    return Rows(tuple(lengths), edits, len(positions), read)
+    positions = max(len(run.objective.logit_positions) for run in runs)
+    return Rows(tuple(lengths), edits, positions, read)
 
 
 def _listing(wanted: Attribution, top_k: int) -> Listing:
@@ -144,6 +151,13 @@ def _listing(wanted: Attribution, top_k: int) -> Listing:
     )
 
 
+def _admit_sources(model: Model, edits: Iterable[Edit], field: str) -> None:
+    needed = needs.borrowed(model.hooks, edits)
+    if needed > model.room.budget:
+        what = "a run that the interventions take values from"
+        raise _refusal(model, needed, what, f"{field}.interventions", "a shorter one may fit")
+
+
 def _admit(
     model: Model,
     needed: Callable[[int], int],
@@ -154,15 +168,15 @@ def _admit(
 ) -> Cost:
     """The cost where it fits; else the refusal that says how many tokens would."""
     found = needed(tokens)
-    if found <= model.hooks.room.budget:
+    if found <= model.room.budget:
         return Cost(tokens, found)
-    fitting = model.hooks.room.most(needed, tokens)
+    fitting = model.room.most(needed, tokens)
     remedy = f"{which} of at most {fitting} tokens fits" if fitting else "not even one token fits"
     raise _refusal(model, found, what, field, remedy, {"fitting_tokens": str(fitting)})
 
 
 def _refuse_rows(model: Model, needed: Callable[[int], int], top_k: int) -> None:
-    fitting = model.hooks.room.most(needed, top_k)
+    fitting = model.room.most(needed, top_k)
     remedy = f"a top_k of at most {fitting} fits"
     more = {"fitting_top_k": str(fitting)}
     raise _refusal(model, needed(top_k), "this table", "top_k", remedy, more)
@@ -176,7 +190,7 @@ def _refusal(
     remedy: str,
     more: dict[str, str] | None = None,
 ) -> FailedPrecondition:
-    available = model.hooks.room.budget
+    available = model.room.budget
     return FailedPrecondition(
         f"{what} needs up to {-(-needed // MIB):,} MiB of memory while it runs, and "
         f"{available // MIB:,} MiB are there for it on {model.device}"

@@ -33,4 +33,5 @@ def of(model: Model) -> model_pb2.Limits:
         max_stop_texts=generate.MAX_STOPS,
         max_stop_characters=generate.MAX_STOP_CHARACTERS,
         max_message_bytes=MAX_MESSAGE_BYTES,
+        max_activation_bytes=model.room.budget,
     )

@@ -78,6 +78,7 @@ def load_model(
     dictionary_bytes: int = 2**30,
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
+    activation_bytes: int | None = None,
 ) -> Model:
     """Loads and warms up one model, and tests its dictionaries. Raises FailedPrecondition."""
     where = _device(device)
@@ -85,6 +86,7 @@ def load_model(
     model = Model(loaded)
     model.warm_up()
     model.open_dictionaries(dictionaries, dictionary_bytes)
+    model.make_room(activation_bytes)
     return model
 
 
@@ -127,18 +129,26 @@ def main() -> int:
             def load(_: CancelToken, source: ModelSource = source) -> Model:
                 # They belong to the default model, which is the first.
                 dictionaries = () if models else settings.dictionaries
-                return load_model(
+                model = load_model(
                     source,
                     settings.tokenizer,
                     dictionaries,
                     settings.dictionary_bytes,
                     getattr(torch, settings.data_type),
                     settings.device,
+                    settings.activation_bytes,
                 )
+                for earlier in models.values():  # whose room the new one's weights have taken
+                    earlier.make_room(settings.activation_bytes)
+                return model
 
             models[source.name] = (await scheduler.submit(load, Task("Load"))).result
             seconds = round(time.perf_counter() - started, 1)
-            fields = {"model": source.name, "seconds": seconds}
+            fields = {
+                "model": source.name,
+                "seconds": seconds,
+                "activation_mib": models[source.name].room.budget // 2**20,
+            }
             _log.info("model loaded", extra={"fields": fields})
         await server.set_serving()
 

@@ -21,6 +21,7 @@ from tdb.inference.v1 import (
 
 from services.common.errors import InvalidArgument, NotFound, Unavailable, inside
 from services.inference import (
+    admission,
     describe_component,
     generate,
     manifest,
@@ -42,6 +43,8 @@ from services.inference.task import Task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
+Request = TypeVar("Request")
+Wanted = TypeVar("Wanted")
 
 LIVE_WARNING = (
     "norm mode LIVE: a live norm ignores the length of its input, so direct effects rank nodes but "
@@ -99,7 +102,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical = run_pb2.RunRequest()
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
-        wanted = await asyncio.to_thread(requests.read_forward, canonical, model)
+        wanted = await _admitted(requests.read_forward, admission.of_run, canonical, model)
         return await self._answers.one(
             "Run",
             model,
@@ -139,7 +142,9 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical = attribute_pb2.AttributeRequest()
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
-        wanted = await asyncio.to_thread(requests.read_attribution, canonical, model)
+        wanted = await _admitted(
+            requests.read_attribution, admission.of_attribution, canonical, model
+        )
         return await self._answers.one(
             "Attribute",
             model,
@@ -200,7 +205,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         model = self._model(request.table.model)
         canonical = verify_pb2.VerifyRequest()
         canonical.CopyFrom(request)
-        wanted = await asyncio.to_thread(verify.read, canonical, model)
+        wanted = await _admitted(verify.read, admission.of_verification, canonical, model)
         canonical.table.model = model.identity.id
         found = self._answers.stream(
             "Verify",
@@ -219,7 +224,9 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical = component_pb2.DescribeComponentRequest()
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
-        wanted = await asyncio.to_thread(describe_component.read, canonical, model)
+        wanted = await _admitted(
+            describe_component.read, admission.of_description, canonical, model
+        )
         return await self._answers.one(
             "DescribeComponent",
             model,
@@ -236,7 +243,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical = generate_pb2.GenerateRequest()
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
-        wanted = await asyncio.to_thread(generate.read, canonical, model)
+        wanted = await _admitted(generate.read, admission.of_generation, canonical, model)
         compute = partial(generate.stream, canonical, wanted, model, self._on_device)
         found = (
             self._answers.stream(
@@ -255,7 +262,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical = run_pb2.StreamActivationsRequest()
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
-        wanted = await asyncio.to_thread(stream_activations.read, canonical, model)
+        wanted = await _admitted(stream_activations.read, admission.of_points, canonical, model)
         async for response in stream_activations.stream(canonical, wanted, model, self._on_device):
             yield response
 
@@ -294,3 +301,19 @@ def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
     started = time.perf_counter()
     result = work()
     return result, (time.perf_counter() - started) * 1e3
+
+
+async def _admitted(
+    read: Callable[[Request, Model], Wanted],
+    cost: Callable[[Wanted, Model], object],
+    request: Request,
+    model: Model,
+) -> Wanted:
+    """What a request asks for, where the device could ever do it."""
+
+    def work() -> Wanted:
+        wanted = read(request, model)
+        cost(wanted, model)
+        return wanted
+
+    return await asyncio.to_thread(work)

@@ -120,6 +120,8 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_DRAIN_SECONDS", "soon", "must be a number of seconds"),
         ("TDB_DATA_DIR", __file__, "must be a folder"),
         ("TDB_CACHE_MIB", "-1", "must be a number of MiB"),
+        ("TDB_ACTIVATION_MIB", "0", "must be a number of MiB"),
+        ("TDB_ACTIVATION_MIB", "most", "must be a number of MiB"),
         ("TDB_REDIS_URL", "localhost:6379", "must begin with redis:// or, for TLS, rediss://"),
         ("TDB_REDIS_URL", "redis://:6379", "names no host"),
         ("TDB_REDIS_URL", "redis://h/one", "must end in the number of a database"),
@@ -217,6 +219,8 @@ def test_redis_is_a_url_with_or_without_a_password() -> None:
     full = read(TDB_REDIS_URL="rediss://ann:p%40ss%2F@[::1]:7000/3").redis
     assert full == RedisUrl("::1", 7000, 3, True, "ann", "p@ss/")
     assert read(TDB_CACHE_MIB="0").cache_bytes == 0
+    assert read().activation_bytes is None
+    assert read(TDB_ACTIVATION_MIB="3").activation_bytes == 3 * 2**20
     assert read(TDB_CACHE_MIB="2").cache_bytes == 2 * 2**20
 
 

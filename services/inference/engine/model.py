@@ -17,6 +17,7 @@ from services.common.errors import FailedPrecondition, TdbError
 from services.common.settings import DictionarySource
 from services.inference.engine import (
     activations,
+    budget,
     estimates,
     integrated,
     loading,
@@ -46,6 +47,7 @@ from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.numerics import precise
 from services.inference.engine.objectives import LogitDiff, OfLogits
 from services.inference.engine.points import Point
+from services.inference.engine.room import Room
 from services.inference.engine.sampling import Sampling
 from services.inference.engine.shelf import Shelf
 from services.inference.engine.shelving import fill_shelf
@@ -113,8 +115,8 @@ class Model:
         """What addresses may name."""
         return replace(self.architecture.shape, dictionaries=self.shelf.shapes)
 
-    def open_dictionaries(self, sources: Sequence[DictionarySource], budget: int) -> None:
-        """Serves dictionaries, `budget` bytes of weights at a time.
+    def open_dictionaries(self, sources: Sequence[DictionarySource], most: int) -> None:
+        """Serves dictionaries, `most` bytes of weights at a time.
 
         Raises FailedPrecondition for one that cannot be read or does not fit the model.
         """
@@ -124,9 +126,18 @@ class Model:
             self.architecture,
             self.vocabulary,
             self._own_sequences,
-            budget,
+            most,
             CancelToken(),
         )
+
+    @property
+    def room(self) -> Room:
+        """What its passes may use of the device's memory."""
+        return self.hooks.room
+
+    def make_room(self, activation_bytes: int | None) -> None:
+        """Sets how many bytes its passes may use; None: most of what the device has now."""
+        self.room.budget = activation_bytes or budget.automatic(self.device, self.shelf.awaited)
 
     def _own_sequences(self, rows: int, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Sequences sampled from the model, each from another first token."""

@@ -14,7 +14,7 @@ class Room:
 
     sizes: Sizes
     budget: int = UNLIMITED
-    """Bytes."""
+    """Bytes; no more than there are, once the model is loaded."""
 
     def rows(self, most: int, row: int, held: int = 0) -> int:
         """How many rows of `row` bytes fit beside what is `held`: 1 to `most`.

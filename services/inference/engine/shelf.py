@@ -44,6 +44,11 @@ class Shelf:
             for name, each in self.served.items()
         }
 
+    @property
+    def awaited(self) -> int:
+        """Bytes of the device that dictionaries may still take."""
+        return self._store.awaited if self._store else 0
+
     def site_of(self, name: str) -> Site:
         """Where a dictionary writes."""
         return canonical(self.served[name].header.site_out)

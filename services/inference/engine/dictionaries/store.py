@@ -71,6 +71,13 @@ class Store:
             self._uses.subtract(wanted)
             self._uses += Counter()
 
+    @property
+    def awaited(self) -> int:
+        """Bytes of the device that dictionaries may still take: all that are served, up to the
+        budget."""
+        wanted = min(self._budget, sum(map(self._size, self.registered)))
+        return max(0, wanted - sum(self.resident().values()))
+
     def get(self, id: str) -> Dictionary:
         """One dictionary on the device. The next call may take it off again."""
         with self.using([id]) as (dictionary,):
