@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from services.common.calls import Call
 from services.common.metrics import FirstNames
 from services.common.tracing import Tracing, Untraced
+from services.inference.engine import out_of_memory
 from services.inference.observer import PRIORITIES
 
 WAIT_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -128,6 +129,7 @@ class DeviceMetrics:
             with (
                 self._running.labels(kind).track_inprogress(),
                 self._tracing.working(kind, calls, rows=rows, padded_tokens=padded_tokens),
+                out_of_memory.telling(lambda retried: self.out_of_memory(kind, retried=retried)),
             ):
                 yield
         finally:

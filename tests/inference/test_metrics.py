@@ -1,12 +1,16 @@
 """What is counted of the device, told by hand as the scheduler tells it."""
 
 import logging
+from collections.abc import Sequence
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from services.common.calls import Call
+from services.common.errors import ResourceExhausted
 from services.common.server import ServiceServer
+from services.inference.engine.out_of_memory import in_halves
 from services.inference.metrics import DeviceMetrics
 from services.inference.observer import SchedulerObserver, Unobserved
 from tools import metrics_page
@@ -95,6 +99,29 @@ def test_lines_of_the_device_name_the_requests_that_it_works_for(
         "rows": 2,
         "padded_tokens": 8,
     }
+
+
+def test_memory_that_runs_out_within_a_piece_of_work_is_counted(
+    metrics: DeviceMetrics, registry: CollectorRegistry
+) -> None:
+    def work(items: Sequence[int]) -> list[int]:
+        if sum(items) > 3:
+            raise torch.OutOfMemoryError("full")
+        return list(items)
+
+    def count(retried: str) -> float | None:
+        labels = {"kind": "Verify.chunk", "retried": retried}
+        return registry.get_sample_value("tdb_out_of_memory_total", labels)
+
+    with metrics.running("Verify.chunk", [], 1, 3, 3):
+        assert in_halves(work, [1, 2, 3]) == [1, 2, 3]
+        assert (count("1"), count("0")) == (1, None)
+        with pytest.raises(ResourceExhausted):
+            in_halves(work, [4])
+    assert (count("1"), count("0")) == (2, 1)
+    with pytest.raises(ResourceExhausted):
+        in_halves(work, [4])  # nobody's: told to nobody
+    assert (count("1"), count("0")) == (2, 1)
 
 
 def test_memory_is_what_the_process_holds_when_it_is_asked(registry: CollectorRegistry) -> None:

@@ -1,7 +1,9 @@
 """Out of memory: how it is told, and work in parts that frees, halves and tries once more."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -10,6 +12,9 @@ from services.common.errors import ResourceExhausted
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Listener = Callable[[bool], None]
+
+_listener: ContextVar[Listener | None] = ContextVar("out_of_memory_listener", default=None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,6 +37,22 @@ def refusal() -> ResourceExhausted:
     )
 
 
+@contextmanager
+def telling(listener: Listener) -> Iterator[None]:
+    """Within, `listener` is told of each time that `in_halves` runs out of memory, and whether it
+    tries again."""
+    before = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
+
+
+def _tell(retried: bool) -> None:
+    if listener := _listener.get():
+        listener(retried)
+
+
 def in_halves(work: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item]) -> list[Found]:
     """`work` of the items together; where memory runs out for them, of each half by itself.
 
@@ -44,6 +65,7 @@ def in_halves(work: Callable[[Sequence[Item]], list[Found]], items: Sequence[Ite
         if not is_out_of_memory(error):
             raise
     # Not in the handler: the error's traceback keeps the tensors of the pass alive.
+    _tell(True)
     free()
     half = (len(items) + 1) // 2
     found: list[Found] = []
@@ -53,5 +75,6 @@ def in_halves(work: Callable[[Sequence[Item]], list[Found]], items: Sequence[Ite
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            _tell(False)
             raise refusal() from None
     return found
