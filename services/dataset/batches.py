@@ -7,7 +7,7 @@ as a whole: parsing each record only to copy and write it again would take most 
 from google.protobuf.message import DecodeError
 from tdb.dataset.v1 import read_pb2
 
-from services.dataset import cursors, views
+from services.dataset import cursors, views, wire
 from services.dataset.damage import Damaged
 from services.dataset.reader import DatasetReader
 from services.dataset.requests import Stream
@@ -16,7 +16,7 @@ MOST_RECORDS = 64
 MOST_BYTES = 512 * 1024
 """As sent. A larger record travels alone, and with what came before it fits one message."""
 
-_RECORDS_TAG = bytes([read_pb2.RecordBatch.RECORDS_FIELD_NUMBER << 3 | 2])
+_RECORDS = read_pb2.RecordBatch.RECORDS_FIELD_NUMBER
 
 
 class Batch:
@@ -57,12 +57,12 @@ class Batch:
     def message(self, wanted: Stream, done: int) -> read_pb2.RecordBatch:
         """`done` components of the stream are dealt with after this batch."""
         try:
-            fields = (_RECORDS_TAG + _length(data) + data for _, data in self._records)
+            fields = (wire.field(_RECORDS, data) for _, data in self._records)
             batch = read_pb2.RecordBatch.FromString(b"".join(fields))
         except DecodeError:
             batch = self._one_by_one()
         for each in self._damaged:
-            batch.damaged.add(component=each.component, file=each.path.name, reason=each.message)
+            batch.damaged.add(component=each.component, file=each.file, reason=each.message)
         batch.cursor = cursors.write(wanted.question, self._reader.manifest.hash, done)
         batch.done, batch.total = done, wanted.total
         return batch
@@ -87,13 +87,3 @@ class Batch:
             except Damaged as damaged:
                 self._damaged.append(damaged)
         return batch
-
-
-def _length(data: bytes) -> bytes:
-    """A length as protobuf writes it."""
-    left, found = len(data), bytearray()
-    while left > 127:
-        found.append(left & 127 | 128)
-        left >>= 7
-    found.append(left)
-    return bytes(found)

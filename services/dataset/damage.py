@@ -1,7 +1,5 @@
 """What is wrong with a file of a dataset, and for which component it matters."""
 
-from pathlib import Path
-
 from services.common.errors import FailedPrecondition
 
 
@@ -10,16 +8,16 @@ class Damaged(FailedPrecondition):
 
     default_reason = "DAMAGED"
 
-    def __init__(self, path: Path, what: str, component: str = "") -> None:
+    def __init__(self, file: str, what: str, component: str = "") -> None:
         whose = f"the record of {component} in " if component else ""
         super().__init__(
-            f"{whose}{path.name} {what}; build or import the dataset again to replace it",
-            metadata={"file": path.name, "component": component},
+            f"{whose}{file} {what}; build or import the dataset again to replace it",
+            metadata={"file": file, "component": component},
         )
-        self.path = path
+        self.file = file
         self.what = what
         self.component = component
 
     def of(self, component: str) -> "Damaged":
         """The same damage, as far as it concerns `component`."""
-        return Damaged(self.path, self.what, component)
+        return Damaged(self.file, self.what, component)

@@ -14,6 +14,7 @@ from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.dataset import manifest
 from services.dataset.manifest import ManifestError
 from services.dataset.reader import DatasetReader
+from services.dataset.storage import LocalStorage
 from services.dataset.store import BUILD
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -65,7 +66,7 @@ class Library:
         if known is not None and known[0] == identity:
             return known[1]
         try:
-            reader = DatasetReader(folder)
+            reader = DatasetReader(LocalStorage(folder))
         except FileNotFoundError:
             raise self._not_found(name) from None
         except ManifestError as error:

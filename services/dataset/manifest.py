@@ -25,6 +25,8 @@ from services.dataset.groups import Group
 NAME = "manifest.json"
 FORMAT = "tdb-dataset"
 FORMAT_VERSION = 1
+SUFFIXES = (".records", ".index", ".search")
+VOCABULARY = "vocabulary"
 
 
 class ManifestError(Exception):
@@ -46,6 +48,19 @@ class ShardEntry:
     runs: tuple[tuple[int, int], ...]
     """Component indices held, as (first, last) runs, ascending."""
     files: tuple[StoredFile, ...]
+    """Its records, index and search file."""
+
+    @property
+    def records(self) -> StoredFile:
+        return self.files[0]
+
+    @property
+    def index(self) -> StoredFile:
+        return self.files[1]
+
+    @property
+    def search(self) -> StoredFile:
+        return self.files[2]
 
     @cached_property
     def _rows(self) -> list[int]:
@@ -122,8 +137,12 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises ManifestError; FileNotFoundError where there is none."""
-        content = (folder / NAME).read_bytes()
+        """Raises ManifestError, and FileNotFoundError where there is none."""
+        return cls.parse((folder / NAME).read_bytes())
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Manifest":
+        """Raises ManifestError."""
         try:
             document = json.loads(content)
             return cls._parse(document, hashlib.sha256(content).hexdigest())
@@ -154,7 +173,11 @@ class Manifest:
         for shard in shards:
             if shard.name != f"{shard.group}.{shard.part:05d}":
                 raise ValueError(f"shard {shard.name!r} is not named for its group and part")
+            if [file.name for file in shard.files] != [shard.name + end for end in SUFFIXES]:
+                raise ValueError(f"shard {shard.name!r} has other files than a shard has")
         vocabulary = document["vocabulary"]
+        if vocabulary and vocabulary["name"] != VOCABULARY:
+            raise ValueError(f"its vocabulary is not called {VOCABULARY}")
         manifest = cls(
             header=header,
             shards=shards,

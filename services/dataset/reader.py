@@ -8,19 +8,20 @@ the open shards: the manifest, and 12 bytes a record for each of at most OPEN_SH
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from itertools import islice
 from threading import Lock
 
 from google.protobuf.message import DecodeError
 from tdb.dataset.v1 import record_pb2
 
-from services.common.errors import NotFound
-from services.dataset import manifest, records, shards
+from services.dataset import records
 from services.dataset.damage import Damaged
 from services.dataset.groups import Group
 from services.dataset.manifest import Manifest, ShardEntry
 from services.dataset.search_file import SearchFile
 from services.dataset.shards import Shard
+from services.dataset.storage import Storage
 from services.dataset.vocabulary import Vocabulary
 
 OPEN_SHARDS = 64
@@ -29,11 +30,11 @@ Record = record_pb2.ComponentRecord
 
 
 class DatasetReader:
-    """Raises ManifestError where `folder` holds no dataset that can be served."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = Manifest.read(folder)
+    def __init__(self, storage: Storage) -> None:
+        """Raises ManifestError where this is no dataset that can be served, FileNotFoundError where
+        it is none at all."""
+        self._storage = storage
+        self.manifest = Manifest.parse(storage.manifest())
         self._first_places = _starts(self.manifest.shards)
         self._shards_of: dict[Group, list[int]] = {}
         for number, entry in enumerate(self.manifest.shards):
@@ -44,7 +45,7 @@ class DatasetReader:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self._storage.name
 
     @property
     def records(self) -> int:
@@ -99,9 +100,9 @@ class DatasetReader:
         try:
             return Record.FromString(data)
         except DecodeError:
-            number = bisect_right(self._first_places, place) - 1
-            path = self.folder / (self.manifest.shards[number].name + shards.RECORDS)
-            raise Damaged(path, "holds what is no record", self.component(place)) from None
+            entry = self.manifest.shards[bisect_right(self._first_places, place) - 1]
+            what, component = "holds what is no record", self.component(place)
+            raise Damaged(entry.records.name, what, component) from None
 
     def read_many(self, place: int, count: int, most_bytes: int) -> Iterator[bytes | Damaged]:
         """Records from `place` on, as they are stored and sent: at least one and at most `count`,
@@ -109,38 +110,32 @@ class DatasetReader:
         number = bisect_right(self._first_places, place) - 1
         entry, start = self.manifest.shards[number], place - self._first_places[number]
         stop = min(start + count, entry.count)
-        components = entry.components(start)
         try:
             shard = self._shard(number)
+            size = 0
+            for row in range(start, stop):
+                size += shard.record_size(row)
+                if size > most_bytes:
+                    stop = max(row, start + 1)
+                    break
+            yield from shard.read_rows(start, stop, islice(entry.components(start), stop - start))
         except Damaged as damaged:
-            yield from (damaged.of(next(components)) for _ in range(start, stop))
-            return
-        size = 0
-        for row in range(start, stop):
-            size += shard.record_size(row)
-            if size > most_bytes:
-                stop = max(row, start + 1)
-                break
-        yield from shard.read_rows(start, stop, (next(components) for _ in range(start, stop)))
+            components = islice(entry.components(start), stop - start)
+            yield from (damaged.of(component) for component in components)
 
     def search_file(self, entry: ShardEntry) -> SearchFile:
         """Raises Damaged."""
-        path = self.folder / (entry.name + shards.SEARCH)
-        try:
-            return SearchFile.read(path, entry.count)
-        except Damaged:
-            self._check_there()
-            raise
+        with self._unless_deleted():
+            content = self._storage.whole(entry.search)
+        return SearchFile.parse(entry.search.name, content, entry.count)
 
     def vocabulary(self) -> Vocabulary | None:
         """The text of each token id; None where the dataset has none. Raises Damaged."""
         stored = self.manifest.vocabulary
         if stored is not None and self._vocabulary is None:
-            try:
-                self._vocabulary = Vocabulary(self.folder / stored.name)
-            except Damaged:
-                self._check_there()
-                raise
+            with self._unless_deleted():
+                content = self._storage.whole(stored)
+            self._vocabulary = Vocabulary(content)
         return self._vocabulary
 
     def texts(self, example: record_pb2.Example) -> list[str]:
@@ -164,23 +159,26 @@ class DatasetReader:
                 self._open.move_to_end(number)
                 return shard
         entry = self.manifest.shards[number]
-        try:
-            shard = Shard.open(self.folder, entry.name)
-            if shard.count != entry.count:
-                path = self.folder / (entry.name + shards.INDEX)
-                raise Damaged(path, "holds another count of records than the manifest says")
-        except Damaged:
-            self._check_there()
-            raise
+        with self._unless_deleted():
+            index, file = self._storage.whole(entry.index), self._storage.parts(entry.records)
+        shard = Shard(entry.name, index, file)
+        if shard.count != entry.count:
+            what = "holds another count of records than the manifest says"
+            raise Damaged(entry.index.name, what)
         with self._lock:
             self._open[number] = shard
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return shard
 
-    def _check_there(self) -> None:
-        if not (self.folder / manifest.NAME).exists():
-            raise NotFound(f"the dataset {self.name!r} was deleted", field="dataset")
+    @contextmanager
+    def _unless_deleted(self) -> Iterator[None]:
+        """A file that is missing is no damage where the whole dataset is gone."""
+        try:
+            yield
+        except Damaged:
+            self._storage.check_there()
+            raise
 
 
 def _starts(entries: tuple[ShardEntry, ...]) -> list[int]:

@@ -19,7 +19,6 @@ import struct
 import zlib
 from array import array
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +83,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class SearchFile:
-    """Read as a whole: about 130 bytes per record."""
+    """Parsed as a whole: about 130 bytes per record."""
 
     columns: dict[str, NDArray[np.float64]]
     """[count] for each of COLUMNS."""
@@ -93,24 +92,18 @@ class SearchFile:
     texts: tuple[str, ...] | None
 
     @classmethod
-    def read(cls, path: Path, count: int) -> "SearchFile":
-        """Raises Damaged."""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise Damaged(path, "is missing") from None
-        except OSError as error:
-            raise Damaged(path, f"cannot be read: {error.strerror}") from None
+    def parse(cls, name: str, content: bytes, count: int) -> "SearchFile":
+        """`name` is the file's, `count` that of the shard's records. Raises Damaged."""
         if len(content) < _HEAD.size + _CRC.size or not content.startswith(_MAGIC):
-            raise Damaged(path, "is no search file")
+            raise Damaged(name, "is no search file")
         _, version, records_in, peaks, text_bytes = _HEAD.unpack_from(content)
         if version != FORMAT_VERSION:
-            raise Damaged(path, f"has format version {version}, not {FORMAT_VERSION}")
+            raise Damaged(name, f"has format version {version}, not {FORMAT_VERSION}")
         sizes = (8 * count * len(COLUMNS), 4 * (count + 1), 4 * peaks, text_bytes)
         whole = records_in == count and len(content) == _HEAD.size + sum(sizes) + _CRC.size
         checksum = _CRC.unpack_from(content, len(content) - _CRC.size)[0]
         if not whole or zlib.crc32(memoryview(content)[: -_CRC.size]) != checksum:
-            raise Damaged(path, "does not match its checksum")
+            raise Damaged(name, "does not match its checksum")
         places = np.cumsum((_HEAD.size, *sizes))
         table = np.frombuffer(content, "<f8", count * len(COLUMNS), int(places[0]))
         texts = json.loads(content[places[3] : places[4]]) if text_bytes else None

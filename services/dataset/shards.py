@@ -19,7 +19,6 @@ A record is read by its place in the shard with one positional read.
 """
 
 import hashlib
-import os
 import struct
 import sys
 import zlib
@@ -27,18 +26,18 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from tdb.dataset.v1 import record_pb2
 
 from services.common.errors import InvalidArgument
-from services.dataset import files, records, search_file
+from services.dataset import files, manifest, records, search_file, wire
 from services.dataset.damage import Damaged
 from services.dataset.groups import Group
+from services.dataset.storage import PartlyRead
 
 FORMAT_VERSION = 1
 MAX_RECORDS = 2**16
-RECORDS, INDEX, SEARCH = ".records", ".index", ".search"
+RECORDS, INDEX, SEARCH = manifest.SUFFIXES
 
 _MAGIC = b"TDBINDEX"
 _HEAD = struct.Struct("<8sII32s")
@@ -110,32 +109,17 @@ def _next_index(record: record_pb2.ComponentRecord, group: Group, last: int) -> 
 
 
 class Shard:
-    """A shard open for reading; safe to use from several threads. Closed when nobody holds it."""
+    """A shard open for reading; safe to use from several threads."""
 
-    def __init__(self, path: Path, descriptor: int, count: int, content: bytes) -> None:
-        self.path = path
-        self.count = count
-        self._descriptor = descriptor
-        tables = memoryview(content)[_HEAD.size : -_CRC.size]
-        self.records_hash = _HEAD.unpack_from(content)[3].hex()
-        self._offsets = tables[: 8 * (count + 1)].cast("Q")
-        self._checksums = tables[8 * (count + 1) :].cast("I")
-
-    @classmethod
-    def open(cls, folder: Path, shard: str) -> Self:
-        """Raises Damaged when the index or the records cannot be read as a whole."""
-        index = folder / (shard + INDEX)
-        content = _read_file(index)
-        count = _check_index(index, content)
-        path = folder / (shard + RECORDS)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise Damaged(path, f"cannot be opened: {error.strerror}") from None
-        return cls(path, descriptor, count, content)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __init__(self, name: str, index: bytes, file: PartlyRead) -> None:
+        """`index` is the content of NAME.index. Raises Damaged where it is none."""
+        self._name = name + RECORDS
+        self._file = file
+        self.count = _check_index(name + INDEX, index)
+        self.records_hash = _HEAD.unpack_from(index)[3].hex()
+        tables = memoryview(index)[_HEAD.size : -_CRC.size]
+        self._offsets = tables[: 8 * (self.count + 1)].cast("Q")
+        self._checksums = tables[8 * (self.count + 1) :].cast("I")
 
     def record_size(self, row: int) -> int:
         """Compressed bytes of a record."""
@@ -148,57 +132,53 @@ class Shard:
 
     def read(self, row: int, component: str) -> bytes:
         """The record at `row`, which must be `component`'s. Raises Damaged."""
-        packed = os.pread(self._descriptor, self.record_size(row), self._offsets[row])
+        packed = self._file.read(self._offsets[row], self.record_size(row))
         return self._unpack(packed, row, component)
 
     def read_rows(
         self, start: int, stop: int, components: Iterable[str]
     ) -> Iterator[bytes | Damaged]:
-        """Neighbouring records, with one read; damage in their place."""
+        """Neighbouring records, with one read; damage in their place. Raises Damaged where the
+        file cannot be read at all."""
         begin = self._offsets[start]
-        data = os.pread(self._descriptor, self._offsets[stop] - begin, begin)
+        data = self._file.read(begin, self._offsets[stop] - begin)
         for row, component in zip(range(start, stop), components, strict=True):
             packed = data[self._offsets[row] - begin : self._offsets[row + 1] - begin]
             try:
                 yield self._unpack(packed, row, component)
             except Damaged as damaged:
-                yield damaged
+                yield damaged.of(component)
 
     def _unpack(self, packed: bytes, row: int, component: str) -> bytes:
+        if not self._is_right(packed, row):
+            packed = self._file.read_again(self._offsets[row], self.record_size(row))
         if len(packed) != self.record_size(row):
-            raise Damaged(self.path, "is shorter than its index says", component)
-        if zlib.crc32(packed) != self._checksums[row]:
-            raise Damaged(self.path, "does not match its checksum", component)
+            raise Damaged(self._name, "is shorter than its index says", component)
+        if not self._is_right(packed, row):
+            raise Damaged(self._name, "does not match its checksum", component)
         try:
             unpacking = zlib.decompressobj()
             data = unpacking.decompress(packed, records.MAX_RECORD_BYTES)
         except zlib.error:
-            raise Damaged(self.path, "is no compressed record", component) from None
+            raise Damaged(self._name, "is no compressed record", component) from None
         # The component is the message's first field, so it stands at the front.
-        name = component.encode()
-        if not unpacking.eof or not data.startswith(b"\n" + bytes([len(name)]) + name):
-            raise Damaged(self.path, "holds another record than its index says", component)
+        if not unpacking.eof or not data.startswith(wire.field(1, component.encode())):
+            raise Damaged(self._name, "holds another record than its index says", component)
         return data
 
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise Damaged(path, "is missing") from None
-    except OSError as error:
-        raise Damaged(path, f"cannot be read: {error.strerror}") from None
+    def _is_right(self, packed: bytes, row: int) -> bool:
+        return len(packed) == self.record_size(row) and zlib.crc32(packed) == self._checksums[row]
 
 
-def _check_index(path: Path, content: bytes) -> int:
+def _check_index(name: str, content: bytes) -> int:
     """The count of records. Raises Damaged."""
     if len(content) < _HEAD.size + _CRC.size or not content.startswith(_MAGIC):
-        raise Damaged(path, "is no index")
+        raise Damaged(name, "is no index")
     _, version, count, _ = _HEAD.unpack_from(content)
     if version != FORMAT_VERSION:
-        raise Damaged(path, f"has format version {version}, this version reads {FORMAT_VERSION}")
+        raise Damaged(name, f"has format version {version}, this version reads {FORMAT_VERSION}")
     whole = len(content) == _HEAD.size + 8 * (count + 1) + 4 * count + _CRC.size
     body, stated = content[: -_CRC.size], content[-_CRC.size :]
     if not whole or zlib.crc32(body) != _CRC.unpack(stated)[0]:
-        raise Damaged(path, "does not match its checksum")
+        raise Damaged(name, "does not match its checksum")
     return int(count)

@@ -27,6 +27,7 @@ from services.common.errors import FailedPrecondition, InvalidArgument
 from services.dataset import files, groups, manifest, shards, vocabulary
 from services.dataset.groups import Group
 from services.dataset.manifest import Manifest, ShardEntry, StoredFile
+from services.dataset.storage import LocalFile
 
 BUILD = "build.json"
 LOCK = "build.lock"
@@ -150,7 +151,8 @@ class DatasetWriter:
     def _entry(self, name: str) -> tuple[ShardEntry, bool | None]:
         done = json.loads((self._folder / (name + DONE)).read_bytes())
         group, _, part = name.rpartition(".")
-        opened = shards.Shard.open(self._folder, name)
+        index = (self._folder / (name + shards.INDEX)).read_bytes()
+        opened = shards.Shard(name, index, LocalFile(self._folder / (name + shards.RECORDS)))
         stored = [
             StoredFile(name + shards.RECORDS, opened.size, opened.records_hash),
             self._stored(name + shards.INDEX),
@@ -166,6 +168,6 @@ class DatasetWriter:
 
     def _write_vocabulary(self, texts: Sequence[str]) -> StoredFile:
         content = vocabulary.encode(texts)
-        with files.atomic(self._folder / vocabulary.NAME) as file:
+        with files.atomic(self._folder / manifest.VOCABULARY) as file:
             file.write(content)
-        return self._stored(vocabulary.NAME)
+        return self._stored(manifest.VOCABULARY)

@@ -14,12 +14,11 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from services.common.errors import InvalidArgument
+from services.dataset import manifest
 from services.dataset.damage import Damaged
 
-NAME = "vocabulary"
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20
 
@@ -44,23 +43,19 @@ def encode(texts: Sequence[str]) -> bytes:
 class Vocabulary:
     """Safe to use from several threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, content: bytes) -> None:
         """Raises Damaged."""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise Damaged(path, "is missing") from None
-        except OSError as error:
-            raise Damaged(path, f"cannot be read: {error.strerror}") from None
         if len(content) < _HEAD.size + _CRC.size or not content.startswith(_MAGIC):
-            raise Damaged(path, "is no vocabulary")
+            raise Damaged(manifest.VOCABULARY, "is no vocabulary")
         _, version, count = _HEAD.unpack_from(content)
         if version != FORMAT_VERSION:
-            raise Damaged(path, f"has format version {version}, not {FORMAT_VERSION}")
+            raise Damaged(
+                manifest.VOCABULARY, f"has format version {version}, not {FORMAT_VERSION}"
+            )
         begin = _HEAD.size + 4 * (count + 1)
         checked = memoryview(content)[: -_CRC.size]
         if len(checked) < begin or zlib.crc32(checked) != _CRC.unpack(content[-_CRC.size :])[0]:
-            raise Damaged(path, "does not match its checksum")
+            raise Damaged(manifest.VOCABULARY, "does not match its checksum")
         self._offsets = checked[_HEAD.size : begin].cast("I")
         self._encoded = checked[begin:]
         self._texts: list[str | None] = [None] * count

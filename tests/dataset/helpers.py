@@ -10,8 +10,10 @@ from tdb.dataset.v1 import dataset_pb2, record_pb2, service_pb2_grpc
 from services.common.server import ServiceServer
 from services.dataset import groups, records
 from services.dataset.library import Library
+from services.dataset.reader import DatasetReader
 from services.dataset.server import build_server
 from services.dataset.servicer import DatasetServicer
+from services.dataset.storage import LocalStorage
 from services.dataset.store import DatasetWriter
 from tests.common.backend import channel_to, settings
 
@@ -117,6 +119,10 @@ async def connected(
 ) -> AsyncIterator["service_pb2_grpc.DatasetServiceAsyncStub"]:
     async with serving(folder, **variables) as server, channel_to(server) as channel:
         yield service_pb2_grpc.DatasetServiceStub(channel)
+
+
+def opened(folder: Path) -> DatasetReader:
+    return DatasetReader(LocalStorage(folder))
 
 
 def with_texts(item: record_pb2.ComponentRecord) -> record_pb2.ComponentRecord:

@@ -16,7 +16,8 @@ from services.dataset import groups, records
 from services.dataset.groups import Group
 from services.dataset.importers import importing, openai_records
 from services.dataset.importers.neuronpedia_batch import Batch
-from services.dataset.reader import DatasetReader, Record
+from services.dataset.reader import Record
+from tests.dataset import helpers
 
 NEURON = groups.parse("neuron.4")
 HEAD = groups.parse("head.4")
@@ -162,7 +163,7 @@ def test_openai_s_records_import(shared_data: Path, tmp_path: Path, name: str, k
     paths = sorted(source.glob("*/*.json"))
     assert manifest.records == len(paths) > 0
     assert not manifest.has_token_ids
-    reader = DatasetReader(tmp_path / "d")
+    reader = helpers.opened(tmp_path / "d")
     for path in paths:
         document = json.loads(path.read_bytes())
         group = Group(kind, int(path.parent.name))
@@ -186,7 +187,7 @@ def test_neuronpedia_s_batches_import(shared_data: Path, tmp_path: Path) -> None
     manifest = importing.import_neuronpedia(source, tmp_path / "d")
     assert manifest.header.model.id == "gpt2-small"
     assert manifest.header.corpus.name == "Skylion007/openwebtext"
-    reader = DatasetReader(tmp_path / "d")
+    reader = helpers.opened(tmp_path / "d")
     assert [str(group) for group in reader.groups] == ["latent.0-res-jb"]
     found = [reader.read(place) for place in range(reader.records)]
     assert [record.component for record in found] == [f"latent.0-res-jb.{n}" for n in range(4)]
@@ -285,7 +286,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_layers_and_indices_are_numbers(source: Path, tmp_path: Path) -> None:
     importing.import_openai(source, tmp_path / "d", Kind.NEURON, "m")
-    reader = DatasetReader(tmp_path / "d")
+    reader = helpers.opened(tmp_path / "d")
     names = [reader.component(place) for place in range(reader.records)]
     assert names == ["neuron.4.2", "neuron.4.7", "neuron.4.12", "neuron.10.0"]
 
@@ -294,7 +295,7 @@ def test_dictionaries_are_named_by_layer(source: Path, tmp_path: Path) -> None:
     def run(name: str) -> list[str]:
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
         importing.import_openai(source, tmp_path / "d", Kind.LATENT, "m", name)
-        return [str(group) for group in DatasetReader(tmp_path / "d").groups]
+        return [str(group) for group in helpers.opened(tmp_path / "d").groups]
 
     assert run("ae-{layer}") == ["latent.ae-10", "latent.ae-4"]
     with pytest.raises(InvalidArgument, match=r"must hold \{layer\}"):
@@ -358,7 +359,7 @@ def test_batches_of_several_dictionaries_keep_their_names(tmp_path: Path) -> Non
         document["layer"] = layer
         (tmp_path / f"batch-{number}.json").write_text(json.dumps(document))
     importing.import_neuronpedia(tmp_path, tmp_path / "d")
-    assert [str(group) for group in DatasetReader(tmp_path / "d").groups] == [
+    assert [str(group) for group in helpers.opened(tmp_path / "d").groups] == [
         "latent.0-a-b",
         "latent.1-a-b",
     ]
@@ -368,6 +369,6 @@ def test_batches_of_several_dictionaries_keep_their_names(tmp_path: Path) -> Non
 
 def test_records_that_were_imported_are_whole(source: Path, tmp_path: Path) -> None:
     importing.import_openai(source, tmp_path / "d", Kind.NEURON, "m")
-    reader = DatasetReader(tmp_path / "d")
+    reader = helpers.opened(tmp_path / "d")
     for place in range(reader.records):
         records.check(reader.read(place))

@@ -14,7 +14,7 @@ from services.dataset import groups, shards
 from services.dataset.damage import Damaged
 from services.dataset.library import Library
 from services.dataset.manifest import Manifest, ManifestError
-from services.dataset.reader import DatasetReader
+from services.dataset.storage import LocalFile
 from services.dataset.store import DatasetWriter
 from tests.dataset import helpers
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read_all(folder: Path) -> list[record_pb2.ComponentRecord | Damaged]:
-    reader = DatasetReader(folder)
+    reader = helpers.opened(folder)
     found: list[record_pb2.ComponentRecord | Damaged] = []
     while len(found) < reader.records:
         for item in reader.read_many(len(found), 3, 10**6):
@@ -37,7 +37,7 @@ def read_all(folder: Path) -> list[record_pb2.ComponentRecord | Damaged]:
 
 
 def test_every_record_comes_back_by_place_by_name_and_in_runs(folder: Path) -> None:
-    reader = DatasetReader(folder)
+    reader = helpers.opened(folder)
     assert reader.records == len(RECORDS)
     assert [reader.component(place) for place in range(reader.records)] == [*helpers.COMPONENTS]
     for place, record in enumerate(RECORDS):
@@ -83,7 +83,7 @@ def test_equal_records_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
 def test_a_byte_that_flipped_costs_one_record(folder: Path) -> None:
     path = folder / "neuron.0.00001.records"
     place = 7 + 3
-    reader = DatasetReader(folder)
+    reader = helpers.opened(folder)
     content = bytearray(path.read_bytes())
     offsets = np.frombuffer((folder / "neuron.0.00001.index").read_bytes(), "<u8", 8, 48)
     content[int(offsets[3]) + 20] ^= 1
@@ -127,7 +127,7 @@ def test_a_damaged_index_is_noticed_wherever_it_is_hit(folder: Path, position: i
     content = bytearray(path.read_bytes())
     content[position] ^= 4
     path.write_bytes(content)
-    reader = DatasetReader(folder)
+    reader = helpers.opened(folder)
     place = next(n for n, each in enumerate(RECORDS) if each.component == "neuron.10.1")
     with pytest.raises(Damaged, match=r"neuron.10.1 in neuron.10.00000.index"):
         reader.read(place)
@@ -139,7 +139,7 @@ def test_records_of_another_shard_are_not_taken_for_its_own(folder: Path) -> Non
         other = (folder / f"neuron.0.00001{suffix}").read_bytes()
         (folder / f"neuron.0.00000{suffix}").write_bytes(other)
     with pytest.raises(Damaged, match="another record than its index says"):
-        DatasetReader(folder).read(0)
+        helpers.opened(folder).read(0)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,8 @@ def test_records_of_another_shard_are_not_taken_for_its_own(folder: Path) -> Non
         (lambda text: text.replace('"records": 43', '"records": 44'), "do not add up"),
         (lambda text: "[]", "is damaged"),
         (lambda text: text.replace('"neuron.0.00001"', '"../../x"'), "not named for its group"),
+        (lambda text: text.replace('"head.0.00000.records"', '"/etc/x"'), "other files than"),
+        (lambda text: text.replace('"vocabulary"\n', '"../x"\n'), "not called vocabulary"),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_said(folder: Path, change: object, says: str) -> None:
@@ -267,6 +269,14 @@ def test_heads_have_the_triangle_or_its_band() -> None:
         assert list(zip(query.tolist(), key.tolist(), strict=True)) == pairs
 
 
+def test_long_addresses_are_read_as_others(tmp_path: Path) -> None:
+    names = [f"latent.{'d' * length}.7" for length in (1, 119, 120, 130, 190)]
+    made = helpers.random_records(3, names)
+    assert max(len(name) for name in names) > 128
+    helpers.write(tmp_path / "d", made)
+    assert read_all(tmp_path / "d") == made
+
+
 def test_order_and_groups_are_held(tmp_path: Path) -> None:
     group = groups.parse("neuron.0")
     with DatasetWriter(tmp_path / "d", helpers.header()) as writer:
@@ -321,7 +331,7 @@ def test_open_shards_are_bounded_and_closed(folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("services.dataset.reader.OPEN_SHARDS", 2)
     before = psutil.Process().num_fds()
-    reader = DatasetReader(folder)
+    reader = helpers.opened(folder)
     for place in range(reader.records):
         reader.read(place)
     assert psutil.Process().num_fds() <= before + 2
@@ -337,7 +347,8 @@ def test_a_bomb_is_not_unpacked(folder: Path) -> None:
     index[112:116] = zlib.crc32(bomb).to_bytes(4, "little")
     index[-4:] = zlib.crc32(bytes(index[:-4])).to_bytes(4, "little")
     (folder / "neuron.0.00000.index").write_bytes(index)
-    shard = shards.Shard.open(folder, "neuron.0.00000")
+    file = LocalFile(folder / "neuron.0.00000.records")
+    shard = shards.Shard("neuron.0.00000", bytes(index), file)
     with pytest.raises(Damaged):
         shard.read(0, "neuron.0.0")
 
