@@ -19,6 +19,8 @@ export class ConnectError extends Error {
     readonly code: string,
     message: string,
     readonly violations: Violation[] = [],
+    /** What the logs of gateway and services have the request under; "" where no server answered. */
+    readonly requestId = "",
   ) {
     super(message);
   }
@@ -171,7 +173,12 @@ export function failure(status: number, body: unknown): ConnectError {
   }
   const details = Array.isArray(body["details"]) ? body["details"] : [];
   const message = typeof body["message"] === "string" ? body["message"] : "";
-  return new ConnectError(body["code"], message || body["code"], details.flatMap(violations));
+  return new ConnectError(
+    body["code"],
+    message || body["code"],
+    details.flatMap(violations),
+    details.map(requestId).find((id) => id !== "") ?? "",
+  );
 }
 
 const CODES: Record<number, string> = {
@@ -193,6 +200,12 @@ function violations(detail: unknown): Violation[] {
     field: String(v["field"] ?? ""),
     description: String(v["description"] ?? ""),
   }));
+}
+
+function requestId(detail: unknown): string {
+  if (!isObject(detail) || !String(detail["type"]).endsWith("google.rpc.RequestInfo")) return "";
+  const debug = detail["debug"];
+  return isObject(debug) ? String(debug["requestId"] ?? "") : "";
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {

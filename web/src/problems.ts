@@ -46,6 +46,8 @@ const AGAIN = new Set([
   "unknown",
 ]);
 
+const FAULTS = new Set(["internal", "unknown", "data_loss"]);
+
 /** The sentences of an error, each with its place. */
 export function problems(error: unknown): Problem[] {
   if (!(error instanceof ConnectError)) {
@@ -63,7 +65,10 @@ export function problems(error: unknown): Problem[] {
     }
     return { place: "page", text: sentence(`${field}: ${description}`), retry };
   });
-  return placed.length > 0 ? placed : [{ place: "page", text: sentence(error.message), retry }];
+  if (placed.length > 0) return placed;
+  // Of a fault of ours nobody can make anything but whoever reads the logs: they need its id.
+  const id = FAULTS.has(error.code) && error.requestId ? ` Request ${error.requestId}.` : "";
+  return [{ place: "page", text: sentence(error.message) + id, retry }];
 }
 
 /** The text as a sentence: it begins with a capital, unless it begins with an address, and ends in a stop. */

@@ -62,3 +62,15 @@ test("a sentence begins with a capital unless it begins with an address", () => 
   );
   expect(sentence("Why?")).toBe("Why?");
 });
+
+test.each([
+  ["internal", "internal error 3f2; the gateway's log has more", " Request click-1."],
+  ["unavailable", "the inference service cannot be reached", ""],
+])("of %s the logs know by its id, and nobody else asks", (code, message, id) => {
+  const details = [
+    { type: "google.rpc.RequestInfo", value: "CgA", debug: { requestId: "click-1" } },
+  ];
+  const error = failure(500, { code, message, details });
+  expect(error.requestId).toBe("click-1");
+  expect(problems(error)[0]?.text).toBe(sentence(message) + id);
+});
