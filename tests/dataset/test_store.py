@@ -152,7 +152,10 @@ def test_records_of_another_shard_are_not_taken_for_its_own(folder: Path) -> Non
         (lambda text: "[]", "is damaged"),
         (lambda text: text.replace('"neuron.0.00001"', '"../../x"'), "not named for its group"),
         (lambda text: text.replace('"head.0.00000.records"', '"/etc/x"'), "other files than"),
-        (lambda text: text.replace('"vocabulary"\n', '"../x"\n'), "not called vocabulary"),
+        (
+            lambda text: text.replace('"name": "vocabulary"', '"name": "../x"'),
+            "not called vocabulary",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_said(folder: Path, change: object, says: str) -> None:
