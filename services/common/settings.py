@@ -8,14 +8,17 @@ default. A value that cannot be right is refused in one sentence that names the 
 
 import difflib
 import ipaddress
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from services.common import setting_values as values
 from services.common.cache.redis_url import RedisUrl
 from services.common.networks import Networks
+from services.common.setting_values import LOG_LEVELS
+from services.common.setting_values import DictionarySource as DictionarySource
+from services.common.setting_values import ModelSource as ModelSource
 from services.common.tokens import Tokens
 
 
@@ -23,32 +26,10 @@ class SettingsError(Exception):
     """A setting that cannot be right, in one sentence."""
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model to serve: the id it is served under, and the folder or Hub id it comes from."""
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True)
-class DictionarySource:
-    """A dictionary, or a set of them, for the default model."""
-
-    name: str
-    uri: str
-    """A path, `hf://org/repo/path[@revision]` or `org/repo/path`; `#site=` may end it."""
-    unchecked: bool
-    """Serve it even if its self-test says that it does not fit the model."""
-
-
 # Named in the design, read by nothing yet: setting one is refused rather than ignored.
 NOT_BUILT = {
     "TDB_EXPLAINER_PORT": "the explainer service",
 }
-
-DATA_TYPES = ("float32", "bfloat16", "float16")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # Of TLS: what means nothing without the other.
 _NEEDS = (
@@ -60,196 +41,6 @@ _NEEDS = (
     ("tls_client_cert", "tls_ca"),
     ("tls_name", "tls_ca"),
 )
-
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
-_HUB_PATH = re.compile(
-    r"(hf://)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.+-]+)*(@[\w./-]+)?\Z", re.A
-)
-_DICTIONARY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise ValueError(f"must be a port from 0 to 65535, not {text!r}")
-    return int(text)
-
-
-def _port_or_none(text: str) -> int | None:
-    return _port(text) if text else None
-
-
-def _mebibytes(text: str) -> int:
-    """Bytes."""
-    if not re.fullmatch(r"[1-9]\d{0,7}", text):
-        raise ValueError(f"must be a number of MiB from 1 to 99999999, not {text!r}")
-    return int(text) * 2**20
-
-
-def _mebibytes_or_auto(text: str) -> int | None:
-    """Bytes; None where they are measured."""
-    return None if text == "auto" else _mebibytes(text)
-
-
-def _mebibytes_or_none(text: str) -> int:
-    """Bytes; 0 is a number too."""
-    return 0 if text == "0" else _mebibytes(text)
-
-
-def _redis(text: str) -> RedisUrl | None:
-    return RedisUrl.parse(text) if text else None
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise ValueError(f"must be a number from 1 to 999999, not {text!r}")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", text):
-        raise ValueError(f"must be auto, cpu, cuda, cuda:N or mps, not {text!r}")
-    return text
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"\d{1,4}(\.\d+)?", text):
-        raise ValueError(f"must be a number of seconds from 0 to 9999, not {text!r}")
-    return float(text)
-
-
-def _switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError(f"must be 0 or 1, not {text!r}")
-    return text == "1"
-
-
-def _log_level(text: str) -> str:
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {text!r}")
-    return text.lower()
-
-
-def _data_type(text: str) -> str:
-    if text not in DATA_TYPES:
-        raise ValueError(f"must be one of {', '.join(DATA_TYPES)}, not {text!r}")
-    return text
-
-
-def _host(text: str) -> str:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        if not _HOST_NAME.match(text):
-            raise ValueError(f"must be a host name or address, not {text!r}") from None
-    return text
-
-
-def _hosts(text: str) -> tuple[str, ...]:
-    return tuple(_host(entry.strip().lower()) for entry in text.split(",") if entry.strip())
-
-
-def _header(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", text.lower()):
-        raise ValueError(f"must be the name of a header, not {text!r}")
-    return text.lower()
-
-
-def _address(text: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if text and not (colon and host and _port(port)):
-        raise ValueError(f"must be host:port, not {text!r}")
-    return text
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"must be a folder, but {path} is a file")
-    return path
-
-
-def _file(text: str) -> Path | None:
-    if not text:
-        return None
-    path = Path(text).expanduser().absolute()
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise ValueError(f"names {path}, which cannot be read: {error.strerror}") from None
-    return path
-
-
-def _tls_name(text: str) -> str:
-    return _host(text) if text else ""
-
-
-def _source(text: str) -> str:
-    """A folder as its absolute path, or a Hub id as it is."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return str(path.absolute())
-    if text.startswith(("/", ".", "~")):
-        raise ValueError(f"names a folder that does not exist: {text}")
-    if not _HUB_ID.match(text):
-        raise ValueError(f"must be a Hub id or an existing folder, not {text!r}")
-    return text
-
-
-def _tokenizer(text: str) -> str | None:
-    return _source(text) if text else None
-
-
-def _models(text: str) -> tuple[ModelSource, ...]:
-    models: list[ModelSource] = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, given = entry.partition("=")
-        if not (equals and _MODEL_NAME.match(name)):
-            name, given = "", entry
-        source = _source(given)
-        folder = source.startswith("/")
-        name = name or (Path(source).name if folder else source)
-        if any(name == other.name for other in models):
-            raise ValueError(f"serves two models as {name!r}: name one of them, NAME=ID_OR_FOLDER")
-        models.append(ModelSource(name, source))
-    return tuple(models)
-
-
-def _dictionaries(text: str) -> tuple[DictionarySource, ...]:
-    sources: list[DictionarySource] = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        if entry == "unchecked" and sources and not sources[-1].unchecked:
-            sources[-1] = replace(sources[-1], unchecked=True)
-            continue
-        name, equals, uri = entry.partition("=")
-        if not (equals and _DICTIONARY_NAME.match(name)):
-            raise ValueError(f"must be NAME=URI or NAME=URI,unchecked entries, not {entry!r}")
-        if any(name == other.name for other in sources):
-            raise ValueError(f"names two dictionaries {name!r}")
-        sources.append(DictionarySource(name, _dictionary_uri(uri), unchecked=False))
-    return tuple(sources)
-
-
-def _dictionary_uri(text: str) -> str:
-    """A path as its absolute path, or a Hub URI as it is; `#site=` stays at the end."""
-    location, hash_, site = text.partition("#")
-    path = Path(location).expanduser()
-    if location and not location.startswith("hf://") and path.exists():
-        return f"{path.absolute()}{hash_}{site}"
-    if location.startswith(("/", ".", "~")):
-        raise ValueError(f"names a path that does not exist: {location}")
-    if not _HUB_PATH.match(location):
-        raise ValueError(
-            f"must name existing paths or hf://org/repo/path[@revision], not {location!r}"
-        )
-    return text
-
-
-def _limit(text: str) -> int:
-    if not re.fullmatch(r"\d{1,7}", text, re.A):
-        raise ValueError(f"must be a whole number from 0, which is no limit, not {text!r}")
-    return int(text)
 
 
 def _tells_users_apart(env: Mapping[str, str]) -> bool:
@@ -289,13 +80,13 @@ class Settings:
         "",
         "The models to serve, separated by commas; the first is the default. Each is a Hub id or "
         "a folder, or `NAME=ID_OR_FOLDER` to serve it under another name.",
-        _models,
+        values.models,
     )
     tokenizer: str | None = _setting(
         "TDB_TOKENIZER",
         "",
         "The tokenizer's Hub id or folder, for models that come without one.",
-        _tokenizer,
+        values.tokenizer,
     )
     dictionaries: tuple[DictionarySource, ...] = _setting(
         "TDB_DICTIONARIES",
@@ -306,14 +97,14 @@ class Settings:
         "`NAME=URI,unchecked` serves one that fails its self-test, and marks results with a "
         "warning. "
         "See [dictionaries.md](dictionaries.md).",
-        _dictionaries,
+        values.dictionaries,
     )
     dictionary_bytes: int = _setting(
         "TDB_DICTIONARY_MIB",
         "8192",
         "Memory on the device for dictionaries, in MiB. Those used last stay there; one request "
         "cannot use more than fit together.",
-        _mebibytes,
+        values.mebibytes,
     )
     activation_bytes: int | None = _setting(
         "TDB_ACTIVATION_MIB",
@@ -322,49 +113,49 @@ class Settings:
         "fit, and a request that never would is refused. auto: of what is free once models and "
         "dictionaries are loaded, nine tenths on a GPU and half on the CPU, where the limit of a "
         "container counts. See [operations.md](operations.md#memory).",
-        _mebibytes_or_auto,
+        values.mebibytes_or_auto,
     )
     device: str = _setting(
         "TDB_DEVICE",
         "auto",
         "Where the model runs: cpu, cuda, cuda:N or mps. auto takes the first CUDA device, else "
         "the CPU. mps is there but has not been tested.",
-        _device,
+        values.device,
     )
     data_type: str = _setting(
         "TDB_DTYPE",
         "float32",
         "The data type of weights and activations: float32, bfloat16 or float16. In half precision "
         "the effects of nodes are rough, which their results say, and dictionaries are refused.",
-        _data_type,
+        values.data_type,
     )
     queue_per_user: int = _setting(
         "TDB_QUEUE_PER_USER",
         "256",
         "Pieces of work that may wait for the device, per user; more are refused for now.",
-        _count,
+        values.count,
     )
     queue_total: int = _setting(
-        "TDB_QUEUE_TOTAL", "2048", "The same for all users together.", _count
+        "TDB_QUEUE_TOTAL", "2048", "The same for all users together.", values.count
     )
     host: str = _setting(
         "TDB_HOST",
         "127.0.0.1",
         "The address to listen on. Anything but loopback needs `TDB_TOKENS` or "
         "`TDB_TRUSTED_PROXIES`; a service that runs alone may have `TDB_TLS_CLIENT_CA` instead.",
-        _host,
+        values.host,
     )
     gateway_port: int = _setting(
         "TDB_GATEWAY_PORT",
         "8080",
         "The port of the page and of the JSON API; 0 takes any free port, which is printed.",
-        _port,
+        values.port,
     )
     inference_port: int = _setting(
         "TDB_INFERENCE_PORT",
         "50051",
         "The port of the inference service's gRPC API; 0 takes any free port, which is printed.",
-        _port,
+        values.port,
     )
     gateway_metrics_port: int | None = _setting(
         "TDB_GATEWAY_METRICS_PORT",
@@ -372,13 +163,13 @@ class Settings:
         "The port of the gateway's Prometheus metrics; 0 takes any free port, which is printed. "
         "Empty: none. Metrics name users: reading them needs one of `TDB_TOKENS`, and without "
         "tokens they are on loopback only, whatever `TDB_HOST` is.",
-        _port_or_none,
+        values.port_or_none,
     )
     inference_metrics_port: int | None = _setting(
         "TDB_INFERENCE_METRICS_PORT",
         "",
         "The port of the inference service's Prometheus metrics, as `TDB_GATEWAY_METRICS_PORT`.",
-        _port_or_none,
+        values.port_or_none,
     )
     inference_address: str = _setting(
         "TDB_INFERENCE_ADDRESS",
@@ -386,32 +177,32 @@ class Settings:
         "`host:port` of an inference service on another machine, for a gateway that is run alone. "
         "A name with several addresses, or `ipv4:HOST:PORT,HOST:PORT`, is several replicas, and "
         "calls go round those that are SERVING. Empty: `TDB_INFERENCE_PORT` on this machine.",
-        _address,
+        values.address,
     )
     dataset_port: int = _setting(
         "TDB_DATASET_PORT",
         "50052",
         "The port of the dataset service's gRPC API; 0 takes any free port, which is printed.",
-        _port,
+        values.port,
     )
     dataset_metrics_port: int | None = _setting(
         "TDB_DATASET_METRICS_PORT",
         "",
         "The port of the dataset service's Prometheus metrics, as `TDB_GATEWAY_METRICS_PORT`.",
-        _port_or_none,
+        values.port_or_none,
     )
     dataset_address: str = _setting(
         "TDB_DATASET_ADDRESS",
         "",
         "`host:port` of a dataset service on another machine, for a gateway that is run alone. "
         "Empty: `TDB_DATASET_PORT` on this machine.",
-        _address,
+        values.address,
     )
     data_dir: Path = _setting(  # noqa: RUF009  # a Field, not a value
         "TDB_DATA_DIR",
         _default_data_dir,
         "Where everything that is kept is written, logs included; created with mode 0700.",
-        _folder,
+        values.folder,
         shown_default="$XDG_DATA_HOME/tdb, else ~/.local/share/tdb",
     )
     tokens: Tokens = _setting(  # noqa: RUF009
@@ -426,39 +217,39 @@ class Settings:
         "",
         "The certificate, in PEM with those between it and its authority, that services show: "
         "their gRPC is TLS then. `TDB_TLS_KEY` holds its key.",
-        _file,
+        values.file,
     )
     tls_key: Path | None = _setting(  # noqa: RUF009
-        "TDB_TLS_KEY", "", "The key of `TDB_TLS_CERT`, in PEM without a password.", _file
+        "TDB_TLS_KEY", "", "The key of `TDB_TLS_CERT`, in PEM without a password.", values.file
     )
     tls_client_ca: Path | None = _setting(  # noqa: RUF009
         "TDB_TLS_CLIENT_CA",
         "",
         "The authority whose certificates services ask of everybody who connects (mutual TLS). "
         "Without `TDB_TOKENS` the certificate's common name is the user.",
-        _file,
+        values.file,
     )
     tls_ca: Path | None = _setting(  # noqa: RUF009
         "TDB_TLS_CA",
         "",
         "The authority of the services' certificates, for the gateway and other clients: they "
         "connect by TLS then.",
-        _file,
+        values.file,
     )
     tls_client_cert: Path | None = _setting(  # noqa: RUF009
         "TDB_TLS_CLIENT_CERT",
         "",
         "The certificate that the gateway shows to services that ask for one.",
-        _file,
+        values.file,
     )
     tls_client_key: Path | None = _setting(  # noqa: RUF009
-        "TDB_TLS_CLIENT_KEY", "", "The key of `TDB_TLS_CLIENT_CERT`.", _file
+        "TDB_TLS_CLIENT_KEY", "", "The key of `TDB_TLS_CLIENT_CERT`.", values.file
     )
     tls_name: str = _setting(
         "TDB_TLS_NAME",
         "",
         "The name in the services' certificate, where the gateway connects to them by another.",
-        _tls_name,
+        values.tls_name,
     )
     trusted_proxies: Networks = _setting(  # noqa: RUF009
         "TDB_TRUSTED_PROXIES",
@@ -472,7 +263,7 @@ class Settings:
         "TDB_USER_HEADER",
         "x-forwarded-user",
         "The header in which a trusted proxy names the user.",
-        _header,
+        values.header,
     )
     trusted_gateways: Networks = _setting(  # noqa: RUF009
         "TDB_TRUSTED_GATEWAYS",
@@ -486,7 +277,7 @@ class Settings:
         lambda env: "6000" if _tells_users_apart(env) else "0",
         "Requests that one user may send per minute to each service, a quarter of them at once; 0: "
         "as many as they like.",
-        _limit,
+        values.limit,
         shown_default="6000 where users are told apart (tokens, proxy, certificates), else 0",
     )
     concurrent_requests: int = _setting(
@@ -494,7 +285,7 @@ class Settings:
         lambda env: "256" if _tells_users_apart(env) else "0",
         "Requests of one user that each service serves at once, those in its queue included; 0: "
         "as many as come.",
-        _limit,
+        values.limit,
         shown_default="256 where users are told apart (tokens, proxy, certificates), else 0",
     )
     allowed_hosts: tuple[str, ...] = _setting(
@@ -502,7 +293,7 @@ class Settings:
         "",
         "Further host names that browsers may use for the gateway, separated by commas; loopback "
         "names and `TDB_HOST` always work.",
-        _hosts,
+        values.hosts,
     )
     redis: RedisUrl | None = _setting(  # noqa: RUF009
         "TDB_REDIS_URL",
@@ -511,40 +302,46 @@ class Settings:
         "`redis://[user:password@]host[:port][/database]`, or `rediss://` for TLS. It is never "
         "needed: while it does not answer, results are computed. Empty: `TDB_CACHE_MIB` of this "
         "process. See [operations.md](operations.md).",
-        _redis,
+        values.redis,
     )
     cache_bytes: int = _setting(
         "TDB_CACHE_MIB",
         "256",
         "Memory for results that were computed before, in MiB, where `TDB_REDIS_URL` is empty; 0 "
         "keeps none.",
-        _mebibytes_or_none,
+        values.mebibytes_or_none,
     )
     reflection: bool = _setting(
         "TDB_REFLECTION",
         "0",
         "1: gRPC services describe themselves (server reflection). `tdb up --demo` sets 1 unless "
         "it is set.",
-        _switch,
+        values.switch,
     )
     drain_s: float = _setting(
-        "TDB_DRAIN_SECONDS", "10", "How long calls in flight may take to finish at stop.", _seconds
+        "TDB_DRAIN_SECONDS",
+        "10",
+        "How long calls in flight may take to finish at stop.",
+        values.seconds,
     )
     max_connection_age_s: float = _setting(
         "TDB_MAX_CONNECTION_AGE_SECONDS",
         "0",
         "After how long a gRPC connection is asked to be made anew, so that clients find replicas "
         "that were added meanwhile; calls in flight go on. 0: never.",
-        _seconds,
+        values.seconds,
     )
     log_level: str = _setting(
-        "TDB_LOG_LEVEL", "info", f"The least that is logged: {', '.join(LOG_LEVELS)}.", _log_level
+        "TDB_LOG_LEVEL",
+        "info",
+        f"The least that is logged: {', '.join(LOG_LEVELS)}.",
+        values.log_level,
     )
     log_prompts: bool = _setting(
         "TDB_LOG_PROMPTS",
         "0",
         "1: requests and the text of unexpected errors are logged too. Otherwise no prompt is.",
-        _switch,
+        values.switch,
     )
 
     otel: bool = _setting(
@@ -552,7 +349,7 @@ class Settings:
         lambda env: "1" if env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip() else "0",
         "1: traces by OpenTelemetry, from the gateway to the work on the device, sent by OTLP over "
         "gRPC to `OTEL_EXPORTER_OTLP_ENDPOINT`. Needs the extra `otel`.",
-        _switch,
+        values.switch,
         shown_default="1 where OTEL_EXPORTER_OTLP_ENDPOINT is set, else 0",
     )
 
@@ -560,15 +357,15 @@ class Settings:
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Reads all settings; an empty variable counts as absent. Raises SettingsError."""
         _refuse_strangers(env)
-        values: dict[str, object] = {}
+        found: dict[str, object] = {}
         for each in fields(cls):
             variable = each.metadata["variable"]
             text = env.get(variable, "").strip() or each.metadata["default"](env)
             try:
-                values[each.name] = each.metadata["parse"](text)
+                found[each.name] = each.metadata["parse"](text)
             except (ValueError, OSError) as error:
                 raise SettingsError(f"{variable} {error}.") from None
-        settings = cls(**values)  # type: ignore[arg-type]  # checked by the parsers
+        settings = cls(**found)  # type: ignore[arg-type]  # checked by the parsers
         if not is_loopback(settings.host) and not (
             settings.tokens
             or settings.trusted_proxies
