@@ -12,12 +12,13 @@ from tests.deploy.dockerfile import ROOT, TARGETS, VERSION, Dockerfile, module_p
 
 PROFILES = ("cpu", "gpu")
 TOKENS = "me:t0ken"
-# Read by others than our settings.
-FOREIGN = {"HF_TOKEN", "HF_HUB_OFFLINE", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+# Read by others than our settings, and by compose itself.
+FOREIGN = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+OF_COMPOSE = {"COMPOSE_PROFILES", "MODELS_FOLDER", "TORCH_INDEX"}
 # A process that has drained still closes and exits.
 MARGIN_S = 5.0
 
-PORTS = {each.metadata["variable"]: each.metadata["default"]({}) for each in setting_fields()}
+DEFAULTS = {each.metadata["variable"]: each.metadata["default"]({}) for each in setting_fields()}
 
 Compose = dict[str, Any]
 Service = dict[str, Any]
@@ -83,12 +84,17 @@ def names_of(name: str, service: Service) -> set[str]:
     return {name, *(alias for each in aliases for alias in (each or {}).get("aliases", []))}
 
 
-def settings_of(service: Service, image: Mapping[str, str]) -> Settings:
+def environment(service: Service, dockerfile: Dockerfile) -> dict[str, str]:
+    """The variables of a service's container, after `make compose-env`."""
+    of_file = {**template(), "TDB_TOKENS": TOKENS} if service.get("env_file") == [".env"] else {}
+    own = {key: str(value) for key, value in service["environment"].items()}
+    return {**dockerfile.environment(service["build"]["target"]), **of_file, **own}
+
+
+def settings_of(service: Service, dockerfile: Dockerfile) -> Settings:
     """The settings that a service would read in its container. Raises SettingsError."""
-    env = {**image, **{key: str(value) for key, value in service["environment"].items()}}
-    # Only the folders are elsewhere: the demo stands in this repository.
-    env = {key: value.replace("/opt/tdb/demo", str(ROOT / "demo")) for key, value in env.items()}
-    return Settings.from_env(env)
+    env = environment(service, dockerfile)
+    return Settings.from_env(dockerfile.found(service["build"]["target"], env))
 
 
 def problems(compose: Compose, dockerfile: Dockerfile) -> list[str]:
@@ -102,6 +108,8 @@ def problems(compose: Compose, dockerfile: Dockerfile) -> list[str]:
     filled = interpolated(compose, {**template(), "TDB_TOKENS": TOKENS})
     for profile in PROFILES:
         found += [f"{profile}: {each}" for each in _of_profile(filled, profile, dockerfile)]
+    known = {*DEFAULTS, *FOREIGN, *OF_COMPOSE}
+    found += [f"{name} is not a setting" for name in sorted(set(template()) - known)]
     used = {volume for volume, _, _ in _volumes(filled["services"])}
     declared = set(filled.get("volumes", {}))
     found += [f"volume {name} is not used" for name in declared - used]
@@ -175,16 +183,20 @@ def _of_ours(
         yield "does not run its image's command"
     if service.get("user"):
         yield "does not run as its image's user"
+    fixed = {"TDB_HOST", "TDB_DATA_DIR", "TDB_DRAIN_SECONDS", TARGETS[target][1]}
+    for variable in sorted(fixed - {*service["environment"]}):
+        yield f"lets .env change {variable}"
     port_variable = TARGETS[target][1]
-    known = {each.metadata["variable"] for each in setting_fields()}
-    for variable in sorted(set(service["environment"]) - known - FOREIGN):
+    if service.get("env_file") != [".env"]:
+        yield "does not read .env, so that what is set there would be ignored"
+    for variable in sorted({*service["environment"]} - {*DEFAULTS} - FOREIGN):
         yield f"sets {variable}, which is not a setting"
     try:
-        settings = settings_of(service, dockerfile.environment(target))
+        settings = settings_of(service, dockerfile)
     except SettingsError as error:
         yield f"would not start: {error}"
         return
-    port = PORTS[port_variable]
+    port = DEFAULTS[port_variable]
     check = service.get("healthcheck", {}).get("test") or [""]
     if check[0] != "CMD" or module_problem(check[1:]) or f"127.0.0.1:{port}" not in check[-1]:
         yield f"is not asked for its health at {port}"
@@ -193,7 +205,7 @@ def _of_ours(
     if target == "gateway":
         for backend in ("inference", "dataset"):
             address = getattr(settings, f"{backend}_address")
-            if address != f"{backend}:{PORTS[TARGETS[backend][1]]}" or backend not in named:
+            if address != f"{backend}:{DEFAULTS[TARGETS[backend][1]]}" or backend not in named:
                 yield f"does not find {backend} at {address or 'no address'}"
         if service.get("ports") != [f"127.0.0.1:{port}:{port}"]:
             yield f"does not publish {port}"

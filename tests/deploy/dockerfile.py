@@ -4,11 +4,15 @@ import importlib.util
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+# Where an image with the demo has it, without versions in the path.
+DEMO = "/opt/tdb/demo"
 
 # Target -> the module that it runs and the port that it listens on by default.
 TARGETS = {
@@ -63,6 +67,13 @@ class Dockerfile:
     def environment(self, target: str) -> dict[str, str]:
         pairs = [rest for name, rest in self.chain(target) if name == "ENV"]
         return dict(pair.partition("=")[::2] for each in pairs for pair in each.split())
+
+    def found(self, target: str, environment: Mapping[str, str]) -> dict[str, str]:
+        """The environment with the demo's folders, if the image has them, as they are here."""
+        chain = self.chain(f"{target}-environment")
+        if not any(name == "RUN" and rest.endswith(f" {DEMO}") for name, rest in chain):
+            return dict(environment)
+        return {key: each.replace(DEMO, str(ROOT / "demo")) for key, each in environment.items()}
 
     def images(self) -> list[str]:
         """The images that are built on."""

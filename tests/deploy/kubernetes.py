@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from services.common.settings import Settings, SettingsError, setting_fields
-from tests.deploy.compose import FOREIGN, MARGIN_S, PORTS, TOKENS
+from tests.deploy.compose import DEFAULTS, FOREIGN, MARGIN_S, TOKENS
 from tests.deploy.dockerfile import ROOT, TARGETS, VERSION, Dockerfile, tag_problem
 
 BASE = ROOT / "deploy/kubernetes/base"
@@ -44,7 +44,7 @@ def problems(objects: list[Object], dockerfile: Dockerfile) -> list[str]:
         (container,) = pod["containers"]
         found += [f"{name} {each}" for each in _of_pod(workload, pod, container)]
         if name in TARGETS:
-            settings = _settings(container, objects, dockerfile.environment(name))
+            settings = _settings(name, container, objects, dockerfile)
             if isinstance(settings, str):
                 found.append(f"{name} {settings}")
             else:
@@ -56,9 +56,8 @@ def problems(objects: list[Object], dockerfile: Dockerfile) -> list[str]:
     for name, service in services.items():
         found += [f"service {name} {each}" for each in _of_service(service, workloads)]
     known = {each.metadata["variable"] for each in setting_fields()}
-    for variable in of_kind(objects, "ConfigMap")["settings"]["data"]:
-        if variable not in known | FOREIGN:
-            found.append(f"{variable} is not a setting")
+    for each in of_kind(objects, "ConfigMap").values():
+        found += [f"{name} is not a setting" for name in set(each["data"]) - known - FOREIGN]
     found += [f"a {each['kind']} lies in the manifests" for each in objects if _secret(each)]
     return found
 
@@ -107,7 +106,7 @@ def _of_ours(
     name: str, settings: Settings, pod: Object, container: Object, services: Mapping[str, Object]
 ) -> Iterator[str]:
     """What a workload of this repository must have."""
-    port = int(PORTS[TARGETS[name][1]])
+    port = int(DEFAULTS[TARGETS[name][1]])
     if "command" in container or "args" in container:
         yield "does not run its image's command"
     if container["image"] != f"transformer-debugger-{name}:{VERSION}":
@@ -127,7 +126,7 @@ def _of_ours(
         if not slept:
             yield "stops while its Service still sends requests"
         for backend in ("inference", "dataset"):
-            expected = f"{backend}.{NAMESPACE}.svc.cluster.local:{PORTS[TARGETS[backend][1]]}"
+            expected = f"{backend}.{NAMESPACE}.svc.cluster.local:{DEFAULTS[TARGETS[backend][1]]}"
             address = getattr(settings, f"{backend}_address")
             if address != f"dns:///{expected}":
                 yield f"does not find every {backend} at {address or 'no address'}"
@@ -158,18 +157,19 @@ def _of_service(service: Object, workloads: Mapping[str, Object]) -> Iterator[st
     yield "selects nothing"
 
 
-def _settings(container: Object, objects: list[Object], image: Mapping[str, str]) -> Settings | str:
+def _settings(
+    name: str, container: Object, objects: list[Object], dockerfile: Dockerfile
+) -> Settings | str:
     """The settings that a container would read, or why it would not start."""
-    env = dict(image)
+    env = dockerfile.environment(name)
     for source in container.get("envFrom", []):
         if "configMapRef" in source:
             env |= of_kind(objects, "ConfigMap")[source["configMapRef"]["name"]]["data"]
         elif source["secretRef"]["name"] == SECRET:
             env["TDB_TOKENS"] = TOKENS
     env |= {each["name"]: each["value"] for each in container.get("env", [])}
-    env = {key: value.replace("/opt/tdb/demo", str(ROOT / "demo")) for key, value in env.items()}
     try:
-        return Settings.from_env(env)
+        return Settings.from_env(dockerfile.found(name, env))
     except SettingsError as error:
         return f"would not start: {error}"
 

@@ -74,8 +74,14 @@ def environment(service: str, **values: str) -> Change:
         (within("gateway", "ports", value=["0.0.0.0:8080:8080"]), "beyond this machine"),
         (within("gateway", "ports", value=["127.0.0.1:80:8000"]), "does not publish 8080"),
         (within("inference", "ports", value=["127.0.0.1:50051:50051"]), "is published"),
+        (within("dataset", drop="env_file"), "does not read .env"),
+        (within("gateway", "environment", drop="TDB_GATEWAY_PORT"), "change TDB_GATEWAY_PORT"),
         (environment("inference", TDB_MODLE="gpt2"), "sets TDB_MODLE, which is not a setting"),
         (environment("inference", TDB_DTYPE="float8"), "would not start: TDB_DTYPE"),
+        (
+            within("gateway", "environment", drop="TDB_MODEL"),
+            "gateway would not start: TDB_MODEL names a folder that does not exist",
+        ),
         (environment("dataset", TDB_TOKENS=""), "would not start: TDB_HOST is 0.0.0.0"),
         (environment("gateway", TDB_INFERENCE_ADDRESS="inference:50050"), "does not find"),
         (environment("gateway", TDB_DATASET_ADDRESS="data:50052"), "does not find dataset"),
@@ -123,7 +129,7 @@ def test_a_profile_serves_the_demo_on_its_device(profile: str) -> None:
         for name, service in active(filled, profile).items()
         if "inference" in names_of(name, service)
     ]
-    settings = settings_of(service, dockerfile.read().environment("inference"))
+    settings = settings_of(service, dockerfile.read())
     assert [model.name for model in settings.models] == ["demo-gpt2"]
     assert [each.name for each in settings.dictionaries] == ["demo"]
     assert settings.device == {"cpu": "cpu", "gpu": "cuda"}[profile]

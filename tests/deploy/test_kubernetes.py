@@ -98,7 +98,11 @@ CONTAINER = f"{POD}/containers/0"
             of("ConfigMap", "settings", "data/TDB_INFERENCE_ADDRESS", "inference:50051"),
             "does not find every inference",
         ),
-        (of("StatefulSet", "inference", f"{CONTAINER}/envFrom/1"), "TDB_HOST is 0.0.0.0"),
+        (of("StatefulSet", "inference", f"{CONTAINER}/envFrom/2"), "TDB_HOST is 0.0.0.0"),
+        (
+            of("ConfigMap", "settings", "data/TDB_MODEL", "demo=/opt/tdb/demo/model"),
+            "gateway would not start: TDB_MODEL names a folder",
+        ),
         (of("PodDisruptionBudget", "inference", "spec/minAvailable"), "has no disruption budget"),
         (of("Deployment", "redis", "metadata/name", "valkey"), "nothing runs redis"),
     ],

@@ -69,7 +69,7 @@ class Stack:
             )
 
     def healthy(self, name: str) -> bool:
-        port = compose.PORTS[TARGETS[name][1]]
+        port = compose.DEFAULTS[TARGETS[name][1]]
         check = [each.replace(port, self.ports[name]) for each in self._check(name)]
         command = [str(self.python), *check[2:]]
         return subprocess.run(command, env=self._env(name), capture_output=True).returncode == 0
@@ -80,7 +80,7 @@ class Stack:
 
     def _env(self, name: str) -> dict[str, str]:
         (demo,) = self.python.parents[1].glob("lib/python*/site-packages/demo")
-        settings = {**self._image.environment(name), **self._services[name]["environment"]}
+        settings = compose.environment(self._services[name], self._image)
         here = {
             **{key: value.replace("/opt/tdb/demo", str(demo)) for key, value in settings.items()},
             "PATH": os.environ["PATH"],

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from services.common.settings import Settings, SettingsError, setting_fields
-from tests.deploy.compose import FOREIGN, MARGIN_S, PORTS, variables
+from tests.deploy.compose import DEFAULTS, FOREIGN, MARGIN_S, variables
 from tests.deploy.dockerfile import ROOT, TARGETS
 
 FOLDER = ROOT / "deploy/systemd"
@@ -112,5 +112,5 @@ def _of_ours(name: str, unit: Unit, environment: Mapping[str, str]) -> Iterator[
     if float(_last(unit, "Service", "TimeoutStopSec") or 0) < settings.drain_s + MARGIN_S:
         yield f"is killed before it has drained for {settings.drain_s:g} s"
     for variable in ("TDB_GATEWAY_PORT", "TDB_INFERENCE_PORT", "TDB_DATASET_PORT"):
-        if environment.get(variable, PORTS[variable]) != PORTS[variable]:
-            yield f"does not listen at {PORTS[variable]}"
+        if environment.get(variable, DEFAULTS[variable]) != DEFAULTS[variable]:
+            yield f"does not listen at {DEFAULTS[variable]}"
