@@ -5,6 +5,9 @@ current in the task that serves the call, where the device's thread cannot find 
 context that statuses are written to.
 """
 
+import logging
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -23,14 +26,36 @@ from services.common.tracing import Span, Value
 # Codes that are the server's fault: what OpenTelemetry's conventions call errors of a server.
 FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
 
+CLOSE_S = 2.0
+NEWS_EVERY_S = 60.0
+_EXPORTER_LOG = "opentelemetry.exporter.otlp.proto.grpc.exporter"
+
 _W3C = TraceContextTextMapPropagator()
 
 
 def exporting(service: str, exporter: SpanExporter | None = None) -> "OtelTracing":
     """Traces of one process, named `tdb-SERVICE`, sent in batches from a thread of its own."""
-    provider = TracerProvider(resource=Resource.create({"service.name": f"tdb-{service}"}))
+    logging.getLogger(_EXPORTER_LOG).addFilter(_News())
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": f"tdb-{service}"}), shutdown_on_exit=False
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
     return OtelTracing(provider)
+
+
+class _News(logging.Filter):
+    """That a collector is not there is news once a minute, not with every try."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = -NEWS_EVERY_S
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now - self._last < NEWS_EVERY_S:
+            return False
+        self._last = now
+        return True
 
 
 class OtelTracing:
@@ -57,7 +82,10 @@ class OtelTracing:
             yield
 
     def close(self) -> None:
-        self._provider.shutdown()
+        # Left alone where it takes longer: a collector that is gone shall not hold up the end.
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
 
 class _OtelSpan:
