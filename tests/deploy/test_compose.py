@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,26 @@ def test_a_profile_serves_the_demo_on_its_device(profile: str) -> None:
     reserved = service["deploy"]["resources"].get("reservations", {}).get("devices", [])
     assert [each["capabilities"] for each in reserved] == ([["gpu"]] if profile == "gpu" else [])
     assert settings.redis is not None
+
+
+def has_compose() -> bool:
+    """Whether `docker compose` is there; it needs no engine to read a file."""
+    if not shutil.which("docker"):
+        return False
+    return subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(
+    not has_compose(), reason="no docker compose here: the file is read by us alone"
+)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_compose_itself_reads_it(profile: str, tmp_path: Path) -> None:
+    written = {**template(), "TDB_TOKENS": TOKENS}
+    (tmp_path / ".env").write_text("".join(f"{key}={value}\n" for key, value in written.items()))
+    shutil.copy(ROOT / "docker-compose.yml", tmp_path)
+    command = ["docker", "compose", "--profile", profile, "config", "--services"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == set(active(read(), profile))
 
 
 def test_redis_keeps_a_bounded_cache_and_nothing_else() -> None:

@@ -25,6 +25,7 @@ def test_nothing_is_wrong() -> None:
     [
         ("inference", "-m services.inference", "-m services.infer", "does not run services.infer"),
         ("inference", "/opt/tdb/bin/python -P", "/usr/bin/python3", "does not run"),
+        ("inference", "PrivateTmp=yes", "PrivateTmp=yes\nProtectClock=yes", "cannot open the GPU"),
         ("gateway", "EnvironmentFile=/etc/tdb/tdb.env", "", "does not read /etc/tdb/tdb.env"),
         ("dataset", "User=tdb", "User=root", "runs as root"),
         ("redis", "DynamicUser=yes", "", "runs as root"),

@@ -94,6 +94,10 @@ def _of_ours(name: str, unit: Unit, environment: Mapping[str, str]) -> Iterator[
         yield f"runs {module}, which cannot be run"
     if _last(unit, "Service", "EnvironmentFile") != "/etc/tdb/tdb.env":
         yield "does not read /etc/tdb/tdb.env"
+    # ProtectClock allows clocks, and therefore no other device.
+    closed = [key for key in ("PrivateDevices", "ProtectClock") if _last(unit, "Service", key)]
+    if name == "tdb-inference.service" and closed:
+        yield f"cannot open the GPU: {closed[0]}"
     own = dict(
         pair.partition("=")[::2]
         for line in unit["Service"].get("Environment", [])
