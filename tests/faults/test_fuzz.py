@@ -7,6 +7,7 @@ descriptors (`random_messages`), so a new RPC or field is among them without a w
 import math
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from tests.faults.random_messages import requests, spoiled
 from tests.faults.served import service
 
 FEW, MANY = 1_500, 20_000
+AT_ONCE = 6
 HANG_S = 60.0
 RPCS = [
     method
@@ -50,6 +52,7 @@ class Caller:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._channel = channel
+        self.clients = ThreadPoolExecutor(AT_ONCE)
         self.ends: Counter[tuple[str, str]] = Counter()
 
     def call(self, rpc: MethodDescriptor, data: bytes) -> tuple[list[Message], Refusal | None]:
@@ -80,7 +83,9 @@ def caller(models: dict[str, Model]) -> Iterator[Caller]:
             f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]
         ) as channel,
     ):
-        yield Caller(channel)
+        caller = Caller(channel)
+        with caller.clients:
+            yield caller
 
 
 def not_finite(message: Message, path: str = "") -> Iterator[str]:
@@ -96,25 +101,30 @@ def not_finite(message: Message, path: str = "") -> Iterator[str]:
 
 
 def check(caller: Caller, data: st.DataObject) -> None:
-    rpc = data.draw(st.sampled_from(WEIGHTED))
-    request = data.draw(requests(rpc.input_type, WORLD))
-    sent = request.SerializeToString()
-    if data.draw(st.integers(0, 19)) == 13:
-        sent = data.draw(spoiled(sent))
-    answers, refusal = caller.call(rpc, sent)
-    if refusal is not None:
-        code, sentence = refusal
-        assert code in REFUSALS, f"{rpc.name}: {code} {sentence}\n{request}"
-        assert sentence, f"{rpc.name}: {code}\n{request}"
-    for answer in answers:
-        assert not list(not_finite(answer)), f"{rpc.name}\n{request}"
+    """Sends a few requests at once, so that some share a pass."""
+    sent = []
+    for _ in range(data.draw(st.sampled_from((1, 2, 4, AT_ONCE)))):
+        rpc = data.draw(st.sampled_from(WEIGHTED))
+        request = data.draw(requests(rpc.input_type, WORLD))
+        raw = request.SerializeToString()
+        if data.draw(st.integers(0, 19)) == 13:
+            raw = data.draw(spoiled(raw))
+        sent.append((rpc, request, raw))
+    ends = caller.clients.map(lambda each: caller.call(each[0], each[2]), sent)
+    for (rpc, request, _), (answers, refusal) in zip(sent, ends, strict=True):
+        if refusal is not None:
+            code, sentence = refusal
+            assert code in REFUSALS, f"{rpc.name}: {code} {sentence}\n{request}"
+            assert sentence, f"{rpc.name}: {code}\n{request}"
+        for answer in answers:
+            assert not list(not_finite(answer)), f"{rpc.name}\n{request}"
 
 
 def fuzz(caller: Caller, examples: int) -> None:
     caller.ends.clear()
 
     @settings(
-        max_examples=examples,
+        max_examples=examples // 3,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
