@@ -6,8 +6,9 @@ ValueError with the rest of the sentence that begins with the variable's name.
 
 import ipaddress
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from services.common.cache.redis_url import RedisUrl
 
@@ -34,12 +35,25 @@ class DictionarySource:
     """Serve it even if its self-test says that it does not fit the model."""
 
 
+@dataclass(frozen=True)
+class RemoteDataset:
+    """A dataset that lies behind a URL, whose query may hold a signature and is not shown."""
+
+    name: str
+    url: str = field(repr=False)
+
+    @property
+    def shown(self) -> str:
+        return self.url.partition("?")[0]
+
+
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 _HUB_PATH = re.compile(
     r"(hf://)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.+-]+)*(@[\w./-]+)?\Z", re.A
 )
 _DICTIONARY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+_DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
 
 
@@ -223,3 +237,28 @@ def limit(text: str) -> int:
     if not re.fullmatch(r"\d{1,7}", text, re.A):
         raise ValueError(f"must be a whole number from 0, which is no limit, not {text!r}")
     return int(text)
+
+
+def remote_datasets(text: str) -> tuple[RemoteDataset, ...]:
+    found: list[RemoteDataset] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, _, url = entry.partition("=")
+        if not _DATASET_NAME.match(name):
+            raise ValueError(f"must be NAME=URL entries, not {entry.partition('?')[0]!r}")
+        if any(name == other.name for other in found):
+            raise ValueError(f"names two datasets {name!r}")
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if not host or parts.username or parts.password or parts.fragment:
+            raise ValueError(f"must give {name} a URL of a host and a path, nothing else")
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+            raise ValueError(f"must give {name} an https URL (http only on this machine)")
+        found.append(RemoteDataset(name, url))
+    return tuple(found)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -7,7 +7,6 @@ default. A value that cannot be right is refused in one sentence that names the 
 """
 
 import difflib
-import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,8 @@ from services.common.networks import Networks
 from services.common.setting_values import LOG_LEVELS
 from services.common.setting_values import DictionarySource as DictionarySource
 from services.common.setting_values import ModelSource as ModelSource
+from services.common.setting_values import RemoteDataset as RemoteDataset
+from services.common.setting_values import is_loopback as is_loopback
 from services.common.tokens import Tokens
 
 
@@ -197,6 +198,21 @@ class Settings:
         "`host:port` of a dataset service on another machine, for a gateway that is run alone. "
         "Empty: `TDB_DATASET_PORT` on this machine.",
         values.address,
+    )
+    remote_datasets: tuple[RemoteDataset, ...] = _setting(
+        "TDB_REMOTE_DATASETS",
+        "",
+        "Datasets that lie elsewhere, separated by commas, each `NAME=URL`: the https URL of a "
+        "dataset's folder. Its query, where a signature may stand, is sent along and never shown. "
+        "See [datasets.md](datasets.md).",
+        values.remote_datasets,
+    )
+    dataset_cache_bytes: int = _setting(
+        "TDB_DATASET_CACHE_MIB",
+        "1024",
+        "Disk for what was read of remote datasets, in MiB, in `cache/datasets` in "
+        "`TDB_DATA_DIR`. What was used last stays.",
+        values.mebibytes,
     )
     data_dir: Path = _setting(  # noqa: RUF009  # a Field, not a value
         "TDB_DATA_DIR",
@@ -427,13 +443,6 @@ class Settings:
 def setting_fields() -> tuple[Field[Any], ...]:
     """The declarations, in the order in which they are shown."""
     return fields(Settings)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def reachable(host: str) -> str:

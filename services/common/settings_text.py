@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from services.common.settings import DictionarySource, ModelSource, Settings, setting_fields
+from services.common.settings import (
+    DictionarySource,
+    ModelSource,
+    RemoteDataset,
+    Settings,
+    setting_fields,
+)
 from services.common.tokens import Tokens
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -60,6 +66,8 @@ def _shown(value: Any) -> str:
         return f"{value.name}={value.source}"
     if isinstance(value, DictionarySource):
         return f"{value.name}={value.uri}" + (",unchecked" if value.unchecked else "")
+    if isinstance(value, RemoteDataset):
+        return f"{value.name}={value.shown}"
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)

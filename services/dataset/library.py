@@ -1,26 +1,38 @@
-"""The datasets of a folder, one folder each, opened when first asked for.
+"""The datasets that are served: those of a folder, one folder each, and those behind URLs that the
+operator named. Each is opened when first asked for.
 
 What is on disk counts: a dataset that another process has just finished is served at once, and one
-that was replaced is opened anew. A folder without a manifest is no dataset yet.
+that was replaced is opened anew. A folder without a manifest is no dataset yet. Of a remote one the
+manifest is asked for again after REFRESH_S; while the other side is away, the last one stands.
 """
 
+import logging
 import re
 import shutil
+import time
 import uuid
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, TdbError
 from services.dataset import manifest
 from services.dataset.manifest import ManifestError
 from services.dataset.reader import DatasetReader
-from services.dataset.storage import LocalStorage
+from services.dataset.remote import RemoteStorage
+from services.dataset.storage import LocalStorage, Storage
 from services.dataset.store import BUILD
+
+HOW_TO_GET_ONE = "`tdb dataset import` makes one from OpenAI's or Neuronpedia's records"
+REFRESH_S = 60.0
+RETRY_S = 5.0
+"""How long a remote dataset that could not be opened is not asked for again."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DELETED = ".deleted-"
-
-HOW_TO_GET_ONE = "`tdb dataset import` makes one from OpenAI's or Neuronpedia's records"
+_log = logging.getLogger("tdb.dataset")
 
 
 def check_name(name: str) -> str:
@@ -35,27 +47,58 @@ def check_name(name: str) -> str:
     return name
 
 
+@dataclass
+class _Remote:
+    """A remote dataset; the time is one of the library's clock."""
+
+    storage: RemoteStorage
+    lock: Lock
+    reader: DatasetReader | None = None
+    error: TdbError | None = None
+    ask_after: float = 0.0
+
+
 class Library:
     """Safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        remotes: Sequence[RemoteStorage] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` gives seconds."""
         self._folder = folder
+        self._clock = clock
+        self._remotes = {each.name: _Remote(each, Lock()) for each in remotes}
         self._opened: dict[str, tuple[tuple[int, ...], DatasetReader]] = {}
         self._lock = Lock()
         for left in folder.glob(_DELETED + "*"):
             shutil.rmtree(left, ignore_errors=True)
 
+    def close(self) -> None:
+        """Ends connections to remote datasets."""
+        for remote in self._remotes.values():
+            remote.storage.close()
+
     def names(self) -> list[str]:
-        """All folders with a manifest, readable or not."""
-        return sorted(
-            path.parent.name
-            for path in self._folder.glob(f"*/{manifest.NAME}")
-            if _NAME.fullmatch(path.parent.name)
-        )
+        """All remote datasets and all folders with a manifest, readable or not."""
+        local = (path.parent.name for path in self._folder.glob(f"*/{manifest.NAME}"))
+        return sorted({*self._remotes, *(name for name in local if _NAME.fullmatch(name))})
+
+    def is_remote(self, name: str) -> bool:
+        return name in self._remotes
 
     def open(self, name: str) -> DatasetReader:
-        """Raises InvalidArgument, NotFound, FailedPrecondition (damaged)."""
-        folder = self._folder / check_name(name)
+        """Raises InvalidArgument, NotFound, FailedPrecondition (damaged); for a remote one also
+        Unavailable and ResourceExhausted."""
+        check_name(name)
+        if (remote := self._remotes.get(name)) is not None:
+            return self._open_remote(remote)
+        return self._open_local(name)
+
+    def _open_local(self, name: str) -> DatasetReader:
+        folder = self._folder / name
         try:
             stat = (folder / manifest.NAME).stat()
         except OSError:
@@ -66,23 +109,50 @@ class Library:
         if known is not None and known[0] == identity:
             return known[1]
         try:
-            reader = DatasetReader(LocalStorage(folder))
+            reader = _reader(LocalStorage(folder))
         except FileNotFoundError:
             raise self._not_found(name) from None
-        except ManifestError as error:
-            raise FailedPrecondition(
-                f"the dataset {name!r} cannot be served: {error}", reason="DAMAGED"
-            ) from None
         with self._lock:
             self._opened[name] = (identity, reader)
         return reader
 
+    def _open_remote(self, remote: _Remote) -> DatasetReader:
+        """One thread asks; others wait for its answer."""
+        with remote.lock:
+            if self._clock() >= remote.ask_after:
+                self._ask(remote)
+            if remote.reader is not None:
+                return remote.reader
+            assert remote.error is not None
+            raise copy(remote.error)  # whoever passes it on puts its own field in front
+
+    def _ask(self, remote: _Remote) -> None:
+        try:
+            reader = _reader(remote.storage)
+        except TdbError as error:
+            remote.error, remote.ask_after = error, self._clock() + RETRY_S
+            if remote.reader is not None:
+                _log.warning(
+                    "a remote dataset does not answer; what is known of it is served",
+                    extra={"fields": {"dataset": remote.storage.name, "why": error.message}},
+                )
+            return
+        known = remote.reader
+        if known is None or known.manifest.hash != reader.manifest.hash:
+            remote.reader = reader
+        remote.ask_after = self._clock() + REFRESH_S
+
     def delete(self, name: str) -> int:
         """Deletes a dataset, readable or not, finished or not; the bytes freed.
 
-        Raises InvalidArgument, NotFound, FailedPrecondition (the disk refuses).
+        Raises InvalidArgument, NotFound, FailedPrecondition (it is remote, or the disk refuses).
         """
         folder = self._folder / check_name(name)
+        if name in self._remotes:
+            raise FailedPrecondition(
+                f"the dataset {name!r} is remote: TDB_REMOTE_DATASETS no longer naming it is all "
+                "that can be done here"
+            )
         if not any((folder / mark).exists() for mark in (manifest.NAME, BUILD)):
             raise self._not_found(name)
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -103,3 +173,12 @@ class Library:
         there = ", ".join(self.names()[:10])
         what = f"there are: {there}" if there else f"there is none yet; {HOW_TO_GET_ONE}"
         return NotFound(f"there is no dataset {name!r} here; {what}")
+
+
+def _reader(storage: Storage) -> DatasetReader:
+    try:
+        return DatasetReader(storage)
+    except ManifestError as error:
+        raise FailedPrecondition(
+            f"the dataset {storage.name!r} cannot be served: {error}", reason="DAMAGED"
+        ) from None

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from pathlib import Path
+from threading import BoundedSemaphore
 
 from tdb.dataset.v1 import service_pb2_grpc
 
@@ -11,7 +11,11 @@ from services.common import tracing
 from services.common.server import ServiceServer, run_service
 from services.common.settings import Settings, SettingsError
 from services.common.tracing import Tracing
+from services.dataset import http_files
+from services.dataset.block_cache import BlockCache
+from services.dataset.http_files import HttpFiles
 from services.dataset.library import Library
+from services.dataset.remote import RemoteStorage
 from services.dataset.servicer import DatasetServicer
 
 SERVICE = "tdb.dataset.v1.DatasetService"
@@ -19,9 +23,22 @@ SERVICE = "tdb.dataset.v1.DatasetService"
 _log = logging.getLogger("tdb.dataset")
 
 
-def folder(settings: Settings) -> Path:
-    """Where datasets are kept. Raises SettingsError where it cannot be made."""
-    return settings.folder("datasets")
+def open_library(settings: Settings) -> Library:
+    """The datasets of this deployment. Raises SettingsError where a folder cannot be made, or a
+    remote dataset has the name of one here."""
+    folder = settings.folder("datasets")
+    if not settings.remote_datasets:
+        return Library(folder)
+    cache = BlockCache(settings.folder("cache", "datasets"), settings.dataset_cache_bytes)
+    at_once = BoundedSemaphore(http_files.AT_ONCE)
+    remotes = []
+    for each in settings.remote_datasets:
+        if (folder / each.name).exists():
+            raise SettingsError(
+                f"TDB_REMOTE_DATASETS names {each.name}, but {folder / each.name} is here already."
+            )
+        remotes.append(RemoteStorage(each.name, HttpFiles(each.url, at_once), cache))
+    return Library(folder, remotes)
 
 
 def build_server(
@@ -44,7 +61,7 @@ def main() -> int:
     """Serves until told to stop; the exit code."""
     try:
         settings = Settings.from_env(os.environ)
-        library = Library(folder(settings))
+        library = open_library(settings)
         traces = tracing.start(settings, "dataset")
     except SettingsError as error:
         print(error, file=sys.stderr)

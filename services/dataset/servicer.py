@@ -23,7 +23,8 @@ from services.dataset.batches import Batch
 from services.dataset.library import Library
 from services.dataset.reader import DatasetReader
 
-THREADS = 4
+THREADS = 16
+"""More than remote reads at once, so that a remote side that hangs leaves some for the others."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
@@ -38,6 +39,7 @@ class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._library.close()
 
     async def ListDatasets(
         self, request: dataset_pb2.ListDatasetsRequest, context: Context
@@ -87,15 +89,15 @@ def _list(library: Library) -> dataset_pb2.ListDatasetsResponse:
     response = dataset_pb2.ListDatasetsResponse()
     for name in library.names():
         try:
-            response.datasets.append(_describe(library.open(name)))
-        except NotFound:
-            continue  # deleted this moment
+            response.datasets.append(_describe(library.open(name), library.is_remote(name)))
         except TdbError as error:
-            response.unreadable.add(name=name, reason=error.message)
+            deleted_meanwhile = isinstance(error, NotFound) and not library.is_remote(name)
+            if not deleted_meanwhile:
+                response.unreadable.add(name=name, reason=error.message)
     return response
 
 
-def _describe(reader: DatasetReader) -> dataset_pb2.Dataset:
+def _describe(reader: DatasetReader, is_remote: bool) -> dataset_pb2.Dataset:
     manifest = reader.manifest
     described = dataset_pb2.Dataset(
         name=reader.name,
@@ -105,6 +107,7 @@ def _describe(reader: DatasetReader) -> dataset_pb2.Dataset:
         bytes=manifest.size,
         has_token_ids=manifest.has_token_ids,
         has_vocabulary=manifest.vocabulary is not None,
+        is_remote=is_remote,
     )
     for group in reader.groups:
         entries = [entry for entry, _ in reader.shards_of(group)]

@@ -128,6 +128,13 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_REDIS_URL", "redis://h?socket_timeout=9", "has a ? or # part, which is not read"),
         ("TDB_REDIS_URL", "redis://h:port", "is not a URL"),
         ("TDB_DATASET_ADDRESS", "gpu-box", "must be host:port"),
+        ("TDB_REMOTE_DATASETS", "far", "must give far a URL"),
+        ("TDB_REMOTE_DATASETS", "a b=https://h/x", "must be NAME=URL entries, not 'a b=https"),
+        ("TDB_REMOTE_DATASETS", "a=https://h/x,a=https://h/y", "names two datasets 'a'"),
+        ("TDB_REMOTE_DATASETS", "a=http://h/x", "must give a an https URL"),
+        ("TDB_REMOTE_DATASETS", "a=https://me:pw@h/x", "a URL of a host and a path"),
+        ("TDB_REMOTE_DATASETS", "a=https://h/x#y", "a URL of a host and a path"),
+        ("TDB_DATASET_CACHE_MIB", "0", "must be a number of MiB"),
         ("TDB_TOKEN", "ann:x", "TDB_TOKEN is not a setting: did you mean TDB_TOKENS?"),
     ],
 )
@@ -257,6 +264,20 @@ def test_mebibytes_are_printed_as_they_are_set() -> None:
     lines = settings_text.as_lines(Settings.from_env(env), env)
     assert "TDB_DICTIONARY_MIB=7  # environment" in lines
     assert "TDB_CACHE_MIB=256  # default" in lines
+
+
+def test_the_query_of_a_remote_dataset_is_not_shown() -> None:
+    env = {"TDB_REMOTE_DATASETS": "far=https://host/far?sig=hush,near=http://127.0.0.1:1/x"}
+    settings = Settings.from_env(env)
+    assert [each.url for each in settings.remote_datasets] == [
+        "https://host/far?sig=hush",
+        "http://127.0.0.1:1/x",
+    ]
+    assert "hush" not in repr(settings)
+    lines = settings_text.as_lines(settings, env)
+    assert (
+        "TDB_REMOTE_DATASETS=far=https://host/far,near=http://127.0.0.1:1/x  # environment" in lines
+    )
 
 
 def test_the_data_folder_is_private(tmp_path: Path) -> None:

@@ -114,6 +114,19 @@ async def serving(folder: Path, **variables: str) -> AsyncIterator[ServiceServer
 
 
 @asynccontextmanager
+async def connected_to(
+    library: Library,
+) -> AsyncIterator["service_pb2_grpc.DatasetServiceAsyncStub"]:
+    """A stub to a service over `library`."""
+    servicer = DatasetServicer(library)
+    try:
+        async with build_server(settings(), servicer, 0) as server, channel_to(server) as channel:
+            yield service_pb2_grpc.DatasetServiceStub(channel)
+    finally:
+        servicer.close()
+
+
+@asynccontextmanager
 async def connected(
     folder: Path, **variables: str
 ) -> AsyncIterator["service_pb2_grpc.DatasetServiceAsyncStub"]:
