@@ -18,7 +18,7 @@ from services.inference import (
     request_tokens,
 )
 from services.inference.engine import resolution, tables
-from services.inference.engine.asked import ReadPoints
+from services.inference.engine.asked import AskedAttribution, AskedRun, ReadPoints
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.baselines import Baseline, Reference
 from services.inference.engine.columns import Column
@@ -69,6 +69,18 @@ class Forward:
     named: tuple[int, ...]
     read: ReadPoints
 
+    @property
+    def asked(self) -> AskedRun:
+        """What is asked of the model."""
+        return AskedRun(
+            self.run.token_ids,
+            self.run.edits,
+            self.positions,
+            self.top_k,
+            self.named,
+            self.read,
+        )
+
 
 @dataclass(frozen=True)
 class Attribution:
@@ -91,6 +103,21 @@ class Attribution:
     """Ids of those whose latents stand in the table."""
     sources: int = 0
     """Source tokens listed per latent of an attention dictionary."""
+    deterministic: bool = False
+    """Whether it shares no pass with other requests."""
+
+    @property
+    def asked(self) -> AskedAttribution:
+        """What is asked of the model first; measured columns take passes of their own."""
+        return AskedAttribution(
+            self.runs,
+            self.norm_mode,
+            self.ranking,
+            self.read_out_tokens,
+            self.reference,
+            self.dictionaries,
+            self.sources,
+        )
 
     @property
     def padded_tokens(self) -> int:
@@ -178,6 +205,7 @@ def read_attribution(
         _baseline(request, model, len(run.token_ids), whole_table),
         dictionaries,
         request.read_outs.sources,
+        request.deterministic,
     )
 
 

@@ -87,6 +87,7 @@ def load_model(
     model.warm_up()
     model.open_dictionaries(dictionaries, dictionary_bytes)
     model.make_room(activation_bytes)
+    model.measure_batches()
     return model
 
 

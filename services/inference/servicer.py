@@ -31,6 +31,7 @@ from services.inference import (
     request_tokens,
     requests,
     responses,
+    sharing,
     stream_activations,
     verify,
 )
@@ -39,7 +40,6 @@ from services.inference.engine.attribution import NormMode
 from services.inference.engine.model import Model
 from services.inference.metrics import device_memory
 from services.inference.scheduler import ForCall, Scheduler
-from services.inference.task import Task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
@@ -115,16 +115,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, canonical: run_pb2.RunRequest, wanted: requests.Forward, model: Model
     ) -> run_pb2.RunResponse:
         finished = await self._on_device(
-            lambda cancel: model.run(
-                wanted.run.token_ids,
-                wanted.run.edits,
-                wanted.positions,
-                wanted.top_k,
-                wanted.named,
-                cancel,
-                wanted.read,
-            ),
-            Task("Run", len(wanted.run.token_ids)),
+            partial(model.run, wanted.asked), sharing.of_run(wanted, model)
         )
         response = run_pb2.RunResponse()
         responses.fill_run(
@@ -157,21 +148,9 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, canonical: attribute_pb2.AttributeRequest, wanted: requests.Attribution, model: Model
     ) -> attribute_pb2.AttributeResponse:
         finished = await self._on_device(
-            lambda cancel: _timed(
-                lambda: model.attribute(
-                    wanted.runs,
-                    wanted.norm_mode,
-                    wanted.ranking,
-                    cancel,
-                    wanted.read_out_tokens,
-                    wanted.reference,
-                    wanted.dictionaries,
-                    wanted.sources,
-                )
-            ),
-            Task("Attribute", wanted.padded_tokens),
+            partial(model.attribute, wanted.asked), sharing.of_attribution(wanted, model)
         )
-        result, device_ms = finished.result
+        result = finished.result
         effects = await measured.measure(wanted, result, model, self._on_device)
         ids = [run.token_ids for run in wanted.runs]
 
@@ -184,7 +163,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
                 finished,
                 forward_ms=times.forward,
                 backward_ms=times.backward,
-                read_out_ms=device_ms - times.forward - times.backward,
+                read_out_ms=result.own_ms,
             )
             norms = [run.objective.reading_norms(model.architecture) for run in wanted.runs]
             live = wanted.norm_mode is NormMode.LIVE and any(norms)
@@ -295,12 +274,6 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         if model is None:
             raise Unavailable(f"the model {name!r} is still loading", retry_after_s=2.0)
         return model
-
-
-def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    started = time.perf_counter()
-    result = work()
-    return result, (time.perf_counter() - started) * 1e3
 
 
 async def _admitted(

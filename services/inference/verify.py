@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -176,14 +176,7 @@ def _steps(
     targets: Sequence[Ablation]
     if wanted.named is None:
         result = yield piece(
-            lambda cancel: model.attribute(
-                [run],
-                table.norm_mode,
-                table.ranking,
-                cancel,
-                reference=table.reference,
-                dictionaries=table.dictionaries,
-            ),
+            partial(model.attribute, replace(table.asked, read_out_tokens=0)),
             "Attribute",
         )
         timings.forward_ms = result.times.forward

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from services.common.errors import FailedPrecondition
 from services.common.settings import ModelSource
 from services.inference.engine import hub, loading
+from services.inference.engine.asked import AskedAttribution, AskedRun
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.columns import Column
@@ -172,11 +173,12 @@ def test_tiny_vocabularies_and_contexts_are_served(tmp_path: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "tiny")
     model = Model(load(tmp_path / "tiny"))
     model.warm_up()
-    run = model.run((0, 2), (), (0, 1), 10, (1,), CancelToken())
+    run = model.run(AskedRun((0, 2), (), (0, 1), 10, (1,)), CancelToken())
     assert [len(each.top) for each in run.next_tokens] == [3, 3]
     explained = ExplainedRun((2, 1), (), LogitMinusMean((0,), 1))
     ranking = Ranking(Column.TOTAL_EFFECT, 100)
-    result = model.attribute([explained], NormMode.LIVE, ranking, CancelToken(), 10)
+    asked = AskedAttribution((explained,), NormMode.LIVE, ranking, 10)
+    result = model.attribute(asked, CancelToken())
     assert len(result.table.rows) == 2 + 3 + 2 * 16
     assert all(len(read.output) == 3 for read in result.read_outs.values())
 

@@ -129,6 +129,8 @@ class AttributeResult:
     """Of the batch that it was computed in."""
     starts: Mapping[Sublayer, Tensor]
     """x0 of all nodes; empty: 0."""
+    own_ms: float = 0.0
+    """What its own part took: table and read-outs."""
 
 
 def length_bucket(tokens: int) -> int:

@@ -7,6 +7,7 @@ A refusal of one member leaves the others as they are: what goes wrong in its ow
 answer, and where the shared pass itself fails, the members are run one by one.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -91,16 +92,19 @@ class Batches:
         cancel: CancelToken,
     ) -> AttributeResult:
         cancel.check()
+        started = time.perf_counter()
         starts = self._starts(explanations[0], asked.reference, cancel) if asked.reference else {}
         table = tables.build(explanations, asked.ranking)
         cancel.check()
+        read_outs = self._read_outs(explanations, table, asked.read_out_tokens, asked.sources)
         return AttributeResult(
             explanations,
             table,
             tuple(self._top(explanation.logits) for explanation in explanations),
-            self._read_outs(explanations, table, asked.read_out_tokens, asked.sources),
+            read_outs,
             times,
             starts,
+            (time.perf_counter() - started) * 1e3,
         )
 
     def _starts(

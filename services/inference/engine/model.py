@@ -17,6 +17,7 @@ from services.common.errors import FailedPrecondition, TdbError
 from services.common.settings import DictionarySource
 from services.inference.engine import (
     activations,
+    batch_budget,
     budget,
     estimates,
     integrated,
@@ -34,7 +35,6 @@ from services.inference.engine.asked import (
     RunResult,
 )
 from services.inference.engine.attribution import ExplainedRun, NormMode
-from services.inference.engine.baselines import Reference
 from services.inference.engine.batches import Answer, Batches
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
@@ -103,6 +103,8 @@ class Model:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         self.hooks = Hooks(loaded.model, self.architecture)
+        self.batch_tokens = batch_budget.LEAST
+        """How many tokens a shared pass may have, padding counted; set by `measure_batches`."""
         self._module = loaded.model
 
     @property
@@ -139,6 +141,10 @@ class Model:
         """Sets how many bytes its passes may use; None: most of what the device has now."""
         self.room.budget = activation_bytes or budget.automatic(self.device, self.shelf.awaited)
 
+    def measure_batches(self) -> None:
+        """Measures how large shared passes should be on this device."""
+        self.batch_tokens = batch_budget.measure(self.hooks, self.architecture.context)
+
     def _own_sequences(self, rows: int, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Sequences sampled from the model, each from another first token."""
         generator = torch.Generator().manual_seed(0)
@@ -160,23 +166,14 @@ class Model:
         ids = (0,) * min(8, self.architecture.context)
         run = ExplainedRun(ids, (), LogitDiff((0,), (), len(ids) - 1))
         ranking = tables.Ranking(Column.TOTAL_EFFECT, 1)
-        self.attribute([run], NormMode.FINAL_NORM_FROZEN, ranking, CancelToken())
+        asked = AskedAttribution((run,), NormMode.FINAL_NORM_FROZEN, ranking)
+        self.attribute(asked, CancelToken())
 
-    def run(
-        self,
-        token_ids: Sequence[int],
-        edits: tuple[Edit, ...],
-        positions: Sequence[int],
-        top_k: int,
-        named: Sequence[int],
-        cancel: CancelToken,
-        read: ReadPoints = _NOTHING,
-    ) -> RunResult:
-        """Forward with interventions; predictions at `positions`, ascending.
+    def run(self, asked: AskedRun, cancel: CancelToken) -> RunResult:
+        """Forward with interventions, and predictions.
 
         Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
         """
-        asked = AskedRun(tuple(token_ids), edits, tuple(positions), top_k, tuple(named), read)
         return _only(self.run_many([asked], cancel))
 
     def run_many(
@@ -250,30 +247,11 @@ class Model:
     def _describer(self) -> Describer:
         return Describer(self.architecture, self.vocabulary.listed)
 
-    def attribute(
-        self,
-        runs: Sequence[ExplainedRun],
-        norm_mode: NormMode,
-        ranking: tables.Ranking,
-        cancel: CancelToken,
-        read_out_tokens: int = 0,
-        reference: Reference | None = None,
-        dictionaries: Sequence[str] = (),
-        sources: int = 0,
-    ) -> AttributeResult:
+    def attribute(self, asked: AskedAttribution, cancel: CancelToken) -> AttributeResult:
         """The node table of one run, or of a run and the one it is compared with.
 
         Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
         """
-        asked = AskedAttribution(
-            tuple(runs),
-            norm_mode,
-            ranking,
-            read_out_tokens,
-            reference,
-            tuple(dictionaries),
-            sources,
-        )
         return _only(self.attribute_many([asked], cancel))
 
     def attribute_many(
