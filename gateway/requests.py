@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -14,6 +15,9 @@ from services.common.identity import USER_METADATA
 MAX_BODY_BYTES = 4 * 1024 * 1024
 # After a refused body, this much more is read and dropped, so that the client hears the refusal.
 MAX_DRAINED_BYTES = 64 * 1024 * 1024
+
+# What a header of gRPC may hold: it fails every call that has another. No token is otherwise.
+_TEXT = re.compile(r"[\x20-\x7e]+\Z")
 
 _T = TypeVar("_T")
 
@@ -57,8 +61,8 @@ def metadata(scope: Scope, headers: Headers) -> list[tuple[str, str]]:
     found = [("x-request-id", str(state["request_id"])), *state["trace_headers"]]
     if state["user_named"]:
         found.append((USER_METADATA, state["user"]))
-    elif "authorization" in headers:
-        found.append(("authorization", headers["authorization"]))
+    elif _TEXT.match(authorization := headers.get("authorization", "")):
+        found.append(("authorization", authorization))
     return found
 
 

@@ -124,7 +124,7 @@ def fuzz(caller: Caller, examples: int) -> None:
     caller.ends.clear()
 
     @settings(
-        max_examples=examples // 3,
+        max_examples=examples // 3 + 100,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
