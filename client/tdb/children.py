@@ -7,6 +7,7 @@ errors are shown as they come. The child watches a pipe from us (TDB_PARENT_FD) 
 
 import asyncio
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -34,27 +35,42 @@ def say(text: str) -> None:
 
 
 class Log:
-    """A file that is set aside as NAME.1 when it is full, so that two of them bound the disk."""
+    """A file that is set aside as NAME.1 when it is full, so that two of them bound the disk.
+
+    A full disk, or a file that cannot be opened, costs the log, not the service.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab")
+        self._file: io.FileIO | None = None
+
+    @classmethod
+    def of(cls, service: Service, folder: Path) -> "Log":
+        return cls(folder / f"{service.name}.log")
+
+    def open(self) -> None:
+        """Raises OSError where it cannot be opened; `write` tries again each time."""
+        # Unbuffered: what a full disk did not take must not wait to fail again at the end.
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, line: bytes) -> None:
-        """Keeps a line. A full disk costs the log, not the service."""
+        """Keeps a line, if it can."""
         with contextlib.suppress(OSError):
             self._write(line)
 
     def _write(self, line: bytes) -> None:
-        if self._file.tell() > LOG_BYTES:
-            self._file.close()
+        if self._file is not None and self._file.tell() > LOG_BYTES:
+            self.close()
             self.path.replace(self.path.with_name(self.path.name + ".1"))
-            self._file = self.path.open("ab")
+        if self._file is None:
+            self.open()
+        assert self._file is not None
         self._file.write(line)
-        self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
 
 class Child:
@@ -84,7 +100,7 @@ class Child:
             limit=LINE_BYTES,
             start_new_session=True,  # Ctrl-C is for us; the children are told in order
         )
-        return cls(service, process, Log(log_folder / f"{service.name}.log"))
+        return cls(service, process, Log.of(service, log_folder))
 
     def failure(self) -> str:
         """Why it ended, in one sentence: its own where it left one."""

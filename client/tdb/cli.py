@@ -255,7 +255,7 @@ def _where(options: argparse.Namespace, env: dict[str, str]) -> "Where":
 def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
     from services.common import tls
     from services.common.settings import Settings, SettingsError, reachable
-    from tdb.children import Service
+    from tdb.children import Log, Service
     from tdb.supervisor import Plan, Supervisor, SupervisorError
 
     if options.demo and not _demo_folder().is_dir():
@@ -276,8 +276,6 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
         log_folder = settings.folder("logs")
     except SettingsError as error:
         raise CliError(str(error)) from None
-    if not os.access(log_folder, os.W_OK):
-        raise CliError(f"{log_folder} cannot be written.")
     # -P: a folder called `services` where the user happens to be must not be taken for ours.
     python = (sys.executable, "-P", "-m")
     plan = Plan(
@@ -292,6 +290,13 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
         stop_grace_s=settings.drain_s + 5,
         loading=f"Loading {', '.join(model.name for model in settings.models)} ...",
     )
+    for service in plan.services:
+        log = Log.of(service, log_folder)
+        try:
+            log.open()
+        except OSError as error:
+            raise CliError(f"{log.path} cannot be written: {error.strerror}.") from None
+        log.close()
 
     async def supervise() -> None:
         await Supervisor(plan).run()

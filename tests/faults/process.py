@@ -15,7 +15,15 @@ import grpc
 import psutil
 from tdb.inference.v1 import model_pb2, service_pb2_grpc
 
+from tests.cli.helpers import Up
+
 START_S = 90.0
+
+
+def child(up: Up, name: str) -> int:
+    """The process of a service that `tdb up` runs."""
+    module = name if name == "gateway" else f"services.{name}"
+    return next(pid for pid in up.children() if module in psutil.Process(pid).cmdline())
 
 
 class Process:

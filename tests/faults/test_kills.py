@@ -15,6 +15,7 @@ from tdb.inference.v1 import attribute_pb2, service_pb2_grpc, verify_pb2
 from tests.cli.helpers import Up, alive, tdb, until
 from tests.cli.test_up import ATTRIBUTE, REQUEST, model, post, ready
 from tests.faults.load import OK, Load, over_grpc, over_http
+from tests.faults.process import child
 
 __all__ = ["model"]
 
@@ -76,35 +77,51 @@ def ends_of(load: Load, name: str) -> set[str]:
     return {end for each, end in load.ends if each == name}
 
 
+def seen_killed(up: Up, name: str) -> None:
+    """kill -9, and until the supervisor says so."""
+    before = sum("SIGKILL" in line for line in up.errors)
+    os.kill(child(up, name), signal.SIGKILL)
+    until("the crash to show", lambda: sum("SIGKILL" in line for line in up.errors) > before)
+
+
+@pytest.mark.long
 def test_processes_killed_under_load_come_back(up: Up) -> None:
     url = up.url()
     with grpc.insecure_channel(f"127.0.0.1:{grpc_port(up)}") as channel:
         clients = Clients(url, channel)
+        everybody = [*clients.over_grpc, *clients.over_http] * 2
         before = counts(up.process.pid)
-        inference, gateway = up.children()
+        first = set(up.children())
 
-        with Load([*clients.over_grpc, *clients.over_http] * 2) as load:
+        with Load(everybody) as load:
             load.until_answered()
-            os.kill(inference, signal.SIGKILL)
-            until("the crash to show", lambda: any("SIGKILL" in line for line in up.errors))
+            seen_killed(up, "inference")
             load.until_answered()
         assert ends_of(load, "gRPC") <= {OK, "UNAVAILABLE"}
         assert ends_of(load, "gRPC stream") <= {OK, "UNAVAILABLE"}
         assert ends_of(load, "HTTP") == {OK, "503 unavailable"}
-        assert gateway in up.children()
         assert ready(url)
 
-        with Load([*clients.over_grpc, *clients.over_http] * 2) as load:
+        with Load(everybody) as load:
             load.until_answered()
-            os.kill(gateway, signal.SIGKILL)
-            until("both crashes", lambda: sum("SIGKILL" in line for line in up.errors) == 2)
+            seen_killed(up, "gateway")
             load.until_answered()
         # Who calls the service itself notices nothing.
         assert ends_of(load, "gRPC") == ends_of(load, "gRPC stream") == {OK}
         assert ends_of(load, "HTTP") == {OK, "BROKEN"}
 
-        children = up.children()
-        assert len(children) == 2
+        with Load(everybody) as load:
+            load.until_answered()
+            for other in sorted(first & set(up.children())):
+                os.kill(other, signal.SIGKILL)
+            until("all of them are back", lambda: not first & set(up.children()))
+            until("readiness", lambda: ready(url), within_s=60)
+            load.until_answered()
+        # What they need is up: nobody notices.
+        assert {end for _, end in load.ends} == {OK}
+
+        second = set(up.children())
+        assert len(second) == len(first)
         until("as many descriptors as before", lambda: counts(up.process.pid) == before)
     assert up.stop() == 0
-    assert not any(alive(pid) for pid in (inference, gateway, *children))
+    assert not any(alive(pid) for pid in first | second)
