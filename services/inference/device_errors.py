@@ -3,9 +3,9 @@
 Told by name and text, so that this needs no device.
 """
 
-from services.inference.engine.out_of_memory import free, is_out_of_memory, refusal
+from services.inference.engine.out_of_memory import OUT_OF_MEMORY, free, is_out_of_memory, refusal
 
-__all__ = ["free", "is_lost", "is_out_of_memory", "refusal"]
+__all__ = ["OUT_OF_MEMORY", "free", "is_lost", "is_out_of_memory", "refusal"]
 
 _LOST = (
     "device-side assert",

@@ -141,6 +141,8 @@ class Scheduler:
         self._observer = observer or Unobserved()
         self.on_lost: Callable[[], object] | None = None
         """Called on the torch thread once the device can no longer be used."""
+        self.on_trouble: Callable[[], object] | None = None
+        """Called on the torch thread when memory ran out for good."""
         self._times = DeviceTimes()
         self._changed = threading.Condition()
         self._running: list[_Job] = []
@@ -282,6 +284,8 @@ class Scheduler:
                 waited_ms = (started - job.queued_at) * 1e3
                 outcome = Finished(outcome, waited_ms, job.arrived, len(live))
             _deliver(job, outcome)
+        if self.on_trouble and any(map(_ran_out, outcomes)):
+            self.on_trouble()
 
     def _observed(self, jobs: Sequence[_Job], started: float) -> list[Any]:
         """`_perform`, with everything about it told to the observer."""
@@ -356,6 +360,10 @@ class Scheduler:
             _deliver(job, Unavailable(**self._refusal))
         if self.on_lost:
             self.on_lost()
+
+
+def _ran_out(outcome: object) -> bool:
+    return isinstance(outcome, ResourceExhausted) and outcome.reason == device_errors.OUT_OF_MEMORY
 
 
 def _padded_tokens(jobs: Sequence[_Job]) -> int:

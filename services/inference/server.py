@@ -30,6 +30,7 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.model import Model
 from services.inference.manifest import SERVICE
 from services.inference.metrics import DeviceMetrics
+from services.inference.readiness import Readiness
 from services.inference.scheduler import QueueLimits, Scheduler
 from services.inference.servicer import InferenceServicer
 from services.inference.task import Task
@@ -151,6 +152,8 @@ def main() -> int:
                 "activation_mib": models[source.name].room.budget // 2**20,
             }
             _log.info("model loaded", extra={"fields": fields})
+        readiness = Readiness(server, scheduler, models)
+        scheduler.on_trouble = lambda: loop.call_soon_threadsafe(readiness.doubt)
         await server.set_serving()
 
     try:

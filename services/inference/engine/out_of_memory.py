@@ -13,6 +13,8 @@ from services.common.errors import ResourceExhausted
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Listener = Callable[[bool], None]
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
+"""The reason of the refusal."""
 
 _listener: ContextVar[Listener | None] = ContextVar("out_of_memory_listener", default=None)
 
@@ -32,7 +34,7 @@ def free() -> None:
 def refusal() -> ResourceExhausted:
     return ResourceExhausted(
         "the device ran out of memory; try a shorter prompt, or again later",
-        reason="OUT_OF_MEMORY",
+        reason=OUT_OF_MEMORY,
         retry_after_s=5.0,
     )
 
