@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import grpc.aio
 from tdb.dataset.v1 import (
+    build_pb2,
     dataset_pb2,
     read_pb2,
     search_pb2,
     service_pb2_grpc,
 )
 
-from services.common.errors import NotFound, TdbError, inside
+from services.common.errors import NotFound, TdbError, Unimplemented, inside
 from services.dataset import batches, cursors, requests, search, views
 from services.dataset.batches import Batch
 from services.dataset.library import Library
@@ -80,6 +81,17 @@ class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
                 return self._library.delete(request.dataset)
 
         return dataset_pb2.DeleteDatasetResponse(bytes=await self._in_thread(delete))
+
+    async def BuildDataset(
+        self, request: build_pb2.BuildDatasetRequest, context: Context
+    ) -> AsyncIterator[build_pb2.BuildDatasetResponse]:
+        raise Unimplemented("BuildDataset is not built yet")
+        yield
+
+    async def CancelBuild(
+        self, request: build_pb2.CancelBuildRequest, context: Context
+    ) -> build_pb2.CancelBuildResponse:
+        raise Unimplemented("CancelBuild is not built yet")
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tdb.inference.v1 import intervention_pb2
+from tdb.inference.v1 import intervention_pb2, model_pb2
 from tdb.type.v1 import token_pb2
 
 from services.common.errors import InvalidArgument, inside
@@ -76,6 +76,15 @@ def _chat_ids(chat: token_pb2.Chat, model: Model) -> tuple[int, ...]:
     answer_follows = not chat.HasField("add_generation_prompt") or chat.add_generation_prompt
     with inside("chat"):
         return model.vocabulary.encode_chat(messages, answer_follows)
+
+
+def documents(request: model_pb2.TokenizeRequest, model: Model) -> model_pb2.TokenizeResponse:
+    """The ids of each text of a request; a document may be empty and of any length."""
+    if request.HasField("prompt"):
+        raise InvalidArgument("is refused with documents: send two calls", field="prompt")
+    with inside("documents"):
+        found = model.vocabulary.encode_documents(request.documents)
+    return model_pb2.TokenizeResponse(documents=[token_pb2.TokenIds(ids=ids) for ids in found])
 
 
 def positions(

@@ -59,6 +59,7 @@ def describe(model: Model, limits: model_pb2.Limits) -> model_pb2.GetModelRespon
                 bos_id=facts.bos_id,
                 eos_id=facts.eos_id,
                 has_chat_template=facts.has_chat_template,
+                hash=model.vocabulary.files_hash,
             )
         )
     return response

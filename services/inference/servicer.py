@@ -86,6 +86,8 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         model = self._model(request.model)
 
         def tokenize() -> model_pb2.TokenizeResponse:
+            if request.documents:
+                return request_tokens.documents(request, model)
             with inside("prompt"):
                 if not request.HasField("prompt"):
                     raise InvalidArgument("a prompt is required", reason="REQUIRED")

@@ -109,6 +109,12 @@ class Vocabulary:
             raise InvalidArgument("this tokenizer has no beginning-of-sequence token to prepend")
         return (tokenizer.bos_token_id, *ids)
 
+    def encode_documents(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Ids of each text by itself, of any number; nothing is put first."""
+        self._require()
+        _check_characters(sum(map(len, texts)))
+        return [self._ids(text, special=False) for text in texts]
+
     def encode_chat(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool
     ) -> tuple[int, ...]:
@@ -193,7 +199,8 @@ class Vocabulary:
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
         tokenizer = self._require()
         with self._lock:
-            return tuple(tokenizer(text, add_special_tokens=special).input_ids)
+            # Not verbose: documents may well be longer than the model's context.
+            return tuple(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
     def _bytes_of(self, token_id: int, piece: str) -> bytes:
         assert self._tokenizer is not None
