@@ -2,9 +2,9 @@
 
     python -m benchmarks.dataset [--layers 12] [--neurons 3072] [--folder DIR]
 
-Random records of GPT-2-small's neurons: for each 20 top, 10 random and 10 examples by quantile, of
-64 tokens with GELU-like activations. The service runs in a process of its own. Cold is the first
-call to a service that has just become ready, with the dataset's files out of the page cache.
+Random records of GPT-2-small's neurons: for each 10 top, 5 random and 5 examples by quantile, of 64
+tokens with GELU-like activations. The service runs in a process of its own. Cold is the first call
+to a service that has just become ready, with the dataset's files out of the page cache.
 """
 
 import argparse
@@ -46,13 +46,13 @@ def example(numbers: np.random.Generator) -> record_pb2.Example:
 
 
 def record(
-    component: str, pool: list[record_pb2.Example], numbers: random.Random
+    component: str, examples: int, pool: list[record_pb2.Example], numbers: random.Random
 ) -> record_pb2.ComponentRecord:
-    """Examples are drawn from a pool, as making them would take longer than all else."""
-    drawn = numbers.sample(pool, 40)
-    made = record_pb2.ComponentRecord(component=component, random=drawn[20:30])
-    made.top.extend(sorted(drawn[:20], key=records.peak, reverse=True))
-    made.quantiles.add(lower=0, upper=1, examples=drawn[30:])
+    """Examples are drawn from a pool: making them takes longer than all else."""
+    drawn, part = numbers.sample(pool, examples), examples // 4
+    made = record_pb2.ComponentRecord(component=component, random=drawn[:part])
+    made.quantiles.add(lower=0, upper=1, examples=drawn[part : 2 * part])
+    made.top.extend(sorted(drawn[2 * part :], key=records.peak, reverse=True))
     made.statistics.max = records.peak(made.top[0])
     made.statistics.mean, made.statistics.variance = numbers.random(), numbers.random()
     made.statistics.skewness, made.statistics.kurtosis = numbers.random(), 3 + numbers.random()
@@ -60,7 +60,7 @@ def record(
     return made
 
 
-def build(folder: Path, layers: int, neurons: int) -> None:
+def build(folder: Path, layers: int, neurons: int, examples: int) -> None:
     numbers, drawing = np.random.default_rng(0), random.Random(0)
     pool = [example(numbers) for _ in range(2_000)]
     header = dataset_pb2.DatasetHeader(source=dataset_pb2.SOURCE_BUILT)
@@ -68,7 +68,7 @@ def build(folder: Path, layers: int, neurons: int) -> None:
         for layer in range(layers):
             group = Group(Kind.NEURON, layer)
             components = map(group.component, range(neurons))
-            writer.write(group, 0, (record(each, pool, drawing) for each in components))
+            writer.write(group, 0, (record(each, examples, pool, drawing) for each in components))
         writer.finish([f" token{number}" for number in range(VOCABULARY)])
 
 
@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--neurons", type=int, default=3072)
+    parser.add_argument("--examples", type=int, default=20, help="in each record")
     parser.add_argument("--cold", type=int, default=10, help="services started for the cold figure")
     parser.add_argument("--warm", type=int, default=2000)
     parser.add_argument("--folder", type=Path, help="where to put (and find again) the dataset")
@@ -143,7 +144,7 @@ def main() -> None:
         folder = data / "datasets" / "bench"
         if not (folder / "manifest.json").exists():
             started = time.perf_counter()
-            build(folder, arguments.layers, arguments.neurons)
+            build(folder, arguments.layers, arguments.neurons, arguments.examples)
             print(f"built in {time.perf_counter() - started:.0f} s")
         total = arguments.layers * arguments.neurons
         on_disk = sum(path.stat().st_size for path in folder.iterdir())

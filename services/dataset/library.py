@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,17 @@ class Library:
         self._lock = Lock()
         for left in folder.glob(_DELETED + "*"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def warm_up(self) -> int:
+        """Opens the local datasets, so that the first call need not; how many can be served. What
+        is wrong with one is said when it is asked for."""
+        served = 0
+        for name in self.names():
+            if name not in self._remotes:
+                with suppress(TdbError):
+                    self.open(name).vocabulary()
+                    served += 1
+        return served
 
     def close(self) -> None:
         """Ends connections to remote datasets."""

@@ -1,5 +1,6 @@
 """The dataset service as a process: `python -m services.dataset`."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -69,7 +70,8 @@ def main() -> int:
     servicer = DatasetServicer(library)
 
     async def prepare(server: ServiceServer) -> None:
-        _log.info("datasets found", extra={"fields": {"datasets": len(library.names())}})
+        served = await asyncio.to_thread(library.warm_up)
+        _log.info("local datasets opened", extra={"fields": {"datasets": served}})
         await server.set_serving()
 
     try:

@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from tdb.dataset.v1 import dataset_pb2, read_pb2, record_pb2
 
+from services.dataset.library import Library
 from services.dataset.reader import DatasetReader
 from tests.dataset import helpers
 
@@ -302,6 +303,14 @@ async def test_a_dataset_written_meanwhile_is_served_and_a_deleted_one_is_gone(
         other = helpers.random_records(9, [f"neuron.0.{index}" for index in range(5)])
         helpers.write(tmp_path / "new", other)
         assert (await stub.GetRecord(request)).record == helpers.with_texts(other[0])
+
+
+def test_what_cannot_be_opened_does_not_keep_a_service_from_starting(tmp_path: Path) -> None:
+    for name in ("good", "bad", "worse"):
+        helpers.write(tmp_path / name, RECORDS[:10])
+    (tmp_path / "bad" / "manifest.json").write_text("{}")
+    (tmp_path / "worse" / "vocabulary").unlink()
+    assert Library(tmp_path).warm_up() == 1
 
 
 async def test_a_cursor_of_a_dataset_that_was_replaced_is_refused(tmp_path: Path) -> None:
