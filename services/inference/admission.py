@@ -12,12 +12,10 @@ from services.common.errors import FailedPrecondition
 from services.inference import describe_component, generate, stream_activations, verify
 from services.inference.engine import needs
 from services.inference.engine.attribution import ExplainedRun
-from services.inference.engine.columns import COLUMNS
 from services.inference.engine.interventions import Edit
 from services.inference.engine.model import Model
 from services.inference.engine.needs import Rows
 from services.inference.engine.objectives import OfLogits
-from services.inference.engine.table_memory import Listing
 from services.inference.requests import Attribution, Forward
 
 MIB = 2**20
@@ -66,23 +64,28 @@ def of_attribution(wanted: Attribution, model: Model) -> Cost:
     """Raises FailedPrecondition (MEMORY)."""
     lengths = [len(run.token_ids) for run in wanted.runs]
     longest = lengths.index(max(lengths))
-    field = "compare.prompt" if longest else "run.prompt"
+    field = ("run", "compare")[longest]
 
     def needed(tokens: int, top_k: int = wanted.ranking.top_k) -> int:
-        shorter = tuple(min(tokens, length) for length in lengths)
-        table = needs.table(model.hooks, _rows(wanted, shorter), _listing(wanted, top_k))
+        """Of the costliest run: two that do not fit together run one after the other."""
+        listing = needs.listing(wanted.asked, top_k)
+        each = [_rows(wanted, [run], tokens) for run in wanted.runs]
+        table = max(needs.table(model.hooks, rows, listing) for rows in each)
         if not wanted.integrated_steps:
             return table  # which is more than a row with one node ablated
-        rows = _rows(wanted, shorter[:1])
-        return max(table, needs.integration(model.hooks, rows, wanted.reference is not None))
+        starts = wanted.reference is not None
+        return max(table, needs.integration(model.hooks, each[0], starts))
 
-    for name, each in zip(("run", "compare"), wanted.runs, strict=False):
-        _admit_sources(model, each.edits, name)
-    rows = wanted.ranking.top_k
-    if needed(max(lengths)) > model.room.budget >= needed(max(lengths), 1):
-        _refuse_rows(model, lambda top_k: needed(max(lengths), top_k), rows)
-    cost = _admit(model, needed, max(lengths), field, "this table")
-    return Cost(wanted.padded_tokens, cost.bytes)
+    for name, run in zip(("run", "compare"), wanted.runs, strict=False):
+        _admit_sources(model, run.edits, name)
+    tokens, top_k = max(lengths), wanted.ranking.top_k
+    if needed(tokens) > model.room.budget >= needed(tokens, 1):
+        _refuse_rows(model, lambda rows: needed(tokens, rows), top_k)
+    cost = _admit(model, needed, tokens, f"{field}.prompt", "this table")
+    together = needs.of_attributions(model.hooks, [wanted.asked])
+    if together > model.room.budget:
+        return cost
+    return Cost(wanted.padded_tokens, max(cost.bytes, together))
 
 
 def of_verification(wanted: verify.Wanted, model: Model) -> Cost:
@@ -91,9 +94,9 @@ def of_verification(wanted: verify.Wanted, model: Model) -> Cost:
     named = wanted.named
 
     def needed(tokens: int) -> int:
-        rows = _rows(table, (min(tokens, len(run.token_ids)),))
+        rows = _rows(table, [run], tokens)
         if named is None:
-            first = needs.table(model.hooks, rows, _listing(table, table.ranking.top_k))
+            first = needs.table(model.hooks, rows, needs.listing(table.asked))
         else:
             first = needs.estimate(model.hooks, rows, [each.edit for each in named])
         resumed = isinstance(run.objective, OfLogits)
@@ -127,27 +130,13 @@ def of_description(wanted: describe_component.Wanted, model: Model) -> Cost:
     return Cost(1, needed)
 
 
-def _rows(wanted: Attribution, lengths: Sequence[int]) -> Rows:
-    runs: Sequence[ExplainedRun] = wanted.runs[: len(lengths)]
-    edits = tuple(edit for run in runs for edit in run.edits)
-    read = (*wanted.dictionaries, *(name for run in runs for name in run.objective.dictionaries))
-    positions = max(len(run.objective.logit_positions) for run in runs)
-    return Rows(tuple(lengths), edits, positions, read)
-
-
-def _listing(wanted: Attribution, top_k: int) -> Listing:
-    ranking, reference = wanted.ranking, wanted.reference
-    columns = 1 if ranking.column else len(COLUMNS)
-    kinds = 3 if ranking.per_kind else 1
-    listed = top_k * columns * kinds * len(wanted.runs)
-    return Listing(
-        top_k,
-        columns,
-        read_out_rows=listed if wanted.read_out_tokens else 0,
-        references=1 if reference else 0,
-        reference_tokens=max((len(ids) for ids, _ in reference.runs), default=0)
-        if reference
-        else 0,
+def _rows(wanted: Attribution, runs: Sequence[ExplainedRun], tokens: int) -> Rows:
+    """Runs of a table, cut to so many tokens."""
+    return Rows(
+        tuple(min(tokens, len(run.token_ids)) for run in runs),
+        tuple(edit for run in runs for edit in run.edits),
+        max(len(run.objective.logit_positions) for run in runs),
+        (*wanted.dictionaries, *(name for run in runs for name in run.objective.dictionaries)),
     )
 
 

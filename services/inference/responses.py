@@ -123,8 +123,8 @@ def fill_attribution(
     vocabulary: Vocabulary,
 ) -> None:
     """`ids` has the tokens of each run."""
-    table, explanations = result.table, result.explanations
-    first = explanations[0]
+    table, outcomes = result.table, result.outcomes
+    first = outcomes[0]
     response.objective_value = first.value
     for row in table.rows:
         message = _row(row)
@@ -142,11 +142,11 @@ def fill_attribution(
     response.token_effects.extend(_effects(each, False) for each in table.token_effects[0])
     for name, value in first.remainder.items():
         response.remainder.add(node=name, direct_effect=value)
-    for number, explanation in enumerate(explanations):
-        response.views.extend(_view(each, number > 0) for each in explanation.views)
-    if len(explanations) == 1:
+    for number, outcome in enumerate(outcomes):
+        response.views.extend(_view(each, number > 0) for each in outcome.views)
+    if len(outcomes) == 1:
         return
-    second = explanations[1]
+    second = outcomes[1]
     response.compare_value = second.value
     response.compare_totals.CopyFrom(_totals(table.totals[1]))
     response.compare_tokens.extend(tokens(ids[1], vocabulary))

@@ -171,7 +171,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
             live = wanted.norm_mode is NormMode.LIVE and any(norms)
             warnings = [LIVE_WARNING] if live else []
             warnings += manifest.precision_warnings(model)
-            warnings += [notice for each in result.explanations for notice in each.notices]
+            warnings += [notice for each in result.outcomes for notice in each.notices]
             response.manifest.CopyFrom(
                 manifest.build("Attribute", model, canonical, ids, timings, warnings)
             )

@@ -21,7 +21,6 @@ from services.inference.engine.asked import (
 )
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.baselines import Reference
-from services.inference.engine.batches import Batches
 from services.inference.engine.bound import Place
 from services.inference.engine.cancellation import CancelToken, SharedToken
 from services.inference.engine.captured import Pass, Row
@@ -60,7 +59,7 @@ from services.inference.engine.tracing import (
     TracedScore,
     TracedValue,
 )
-from tests.inference.batches import same_attribution, same_run
+from tests.inference.batches import RememberingBatches, same_attribution, same_run
 from tests.inference.helpers import (
     HEAD_WIDTH,
     VOCABULARY,
@@ -143,8 +142,8 @@ EDITS: dict[str, tuple[str, Operation]] = {
 }
 
 
-def batches_of(engine: Engine) -> Batches:
-    return Batches(engine.hooks, LISTED)
+def batches_of(engine: Engine) -> RememberingBatches:
+    return RememberingBatches(engine.hooks, LISTED)
 
 
 def single(engine: Engine, asked: AskedAttribution) -> AttributeResult:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.common.addresses import Address
-from services.inference.engine.attribution import ExplainedRun, Explanation, NormMode, StageTimes
+from services.inference.engine.attribution import ExplainedRun, NormMode, Outcome, StageTimes
 from services.inference.engine.baselines import Reference
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.points import Point
@@ -118,15 +118,15 @@ class AskedAttribution:
 
 @dataclass(frozen=True)
 class AttributeResult:
-    """`explanations` has one entry per run; `top_tokens` too, as (token id, logit)."""
+    """`outcomes` has one entry per run; `top_tokens` too, as (token id, logit)."""
 
-    explanations: tuple[Explanation, ...]
+    outcomes: tuple[Outcome, ...]
     table: Table
     top_tokens: tuple[tuple[tuple[int, float], ...], ...]
     read_outs: dict[Address, ReadOut]
     """Of the listed nodes in the first run (in the other one where a node is only there)."""
     times: StageTimes
-    """Of the batch that it was computed in."""
+    """Of the batch that it was computed in; of several passes where its runs do not fit in one."""
     starts: Mapping[Sublayer, Tensor]
     """x0 of all nodes; empty: 0."""
     own_ms: float = 0.0

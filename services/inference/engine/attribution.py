@@ -51,6 +51,18 @@ class ExplainedRun:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What is left of an explanation once its table is made: no tensors."""
+
+    value: float
+    """J."""
+    remainder: dict[str, float]
+    views: tuple[View, ...]
+    notices: tuple[str, ...]
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
 class Explanation:
     """One run's objective, nodes and remainder."""
 
@@ -74,6 +86,10 @@ class Explanation:
     def receipts(self) -> tuple[Receipt, ...]:
         return self.captured.receipts(self.row)
 
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(self.value, self.remainder, self.views, self.notices, self.receipts)
+
 
 @dataclass(frozen=True)
 class StageTimes:
@@ -81,6 +97,9 @@ class StageTimes:
 
     forward: float
     backward: float
+
+    def __add__(self, other: "StageTimes") -> "StageTimes":
+        return StageTimes(self.forward + other.forward, self.backward + other.backward)
 
 
 def explain(
@@ -118,6 +137,21 @@ def explain(
         for view, reading, value in zip(views, readings, values, strict=True)
     )
     return explanations, StageTimes(current.forward_ms, backward)
+
+
+def held(hooks: Hooks, run: ExplainedRun, norm_mode: NormMode, cancel: CancelToken) -> Objective:
+    """The run's objective with what it holds constant taken from a pass of it, which is over."""
+    objective = run.objective
+    if not objective.holds:
+        return objective
+    current = hooks.run(
+        [row_of(hooks.architecture, run, norm_mode)],
+        objective.logit_positions,
+        gradients=True,
+        cancel=cancel,
+        dictionaries=objective.dictionaries,
+    )
+    return objective.hold(RunView(hooks.architecture, current, 0))
 
 
 def row_of(architecture: Architecture, run: ExplainedRun, norm_mode: NormMode) -> Row:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from services.common.addresses import Address
 from services.common.errors import TdbError
-from services.inference.engine import activations, attribution, baselines, tables
+from services.inference.engine import activations, attribution, baselines, needs, tables
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.asked import (
     AskedAttribution,
@@ -35,6 +35,7 @@ from services.inference.engine.points import Point
 from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
 from services.inference.engine.readouts import ReadOut, read_out
 from services.inference.engine.sublayers import Sublayer
+from services.inference.engine.tables import NodeRow
 
 TOP_TOKENS = 10
 
@@ -68,6 +69,8 @@ class Batches:
     def _attribute(
         self, asked: Sequence[AskedAttribution], cancel: CancelToken
     ) -> list[AttributeResult | TdbError]:
+        if len(asked) == 1 and len(asked[0].runs) > 1 and not self._fit(asked):
+            return [self._one_after_the_other(asked[0], cancel.of_member(0))]
         explanations, times = attribution.explain(
             self._hooks,
             self._architecture,
@@ -96,15 +99,68 @@ class Batches:
         starts = self._starts(explanations[0], asked.reference, cancel) if asked.reference else {}
         table = tables.build(explanations, asked.ranking)
         cancel.check()
-        read_outs = self._read_outs(explanations, table, asked.read_out_tokens, asked.sources)
+        read_outs: dict[Address, ReadOut] = {}
+        for explanation, nodes in zip(explanations, _read_in(table.rows), strict=False):
+            read_outs |= self._read_outs(asked, explanation, nodes)
         return AttributeResult(
-            explanations,
+            tuple(explanation.outcome for explanation in explanations),
             table,
             tuple(self._top(explanation.logits) for explanation in explanations),
             read_outs,
             times,
             starts,
             (time.perf_counter() - started) * 1e3,
+        )
+
+    def _fit(self, asked: Sequence[AskedAttribution]) -> bool:
+        room = self._hooks.room
+        return needs.of_attributions(self._hooks, asked) <= room.budget
+
+    def _one_after_the_other(self, asked: AskedAttribution, cancel: CancelToken) -> AttributeResult:
+        """The table of two runs whose passes do not fit into memory together.
+
+        The compared run goes first, for the nodes that it selects; the other takes the values of
+        all nodes that either has; then the compared run goes once more, to give its own of them.
+        """
+        ranking, started = asked.ranking, time.perf_counter()
+
+        def explain(number: int) -> tuple[Explanation, StageTimes]:
+            (explanation,), times = attribution.explain(
+                self._hooks,
+                self._architecture,
+                [asked.runs[number]],
+                [asked.norm_mode],
+                cancel,
+                asked.dictionaries,
+            )
+            return explanation, times
+
+        explanation, times = explain(1)
+        compared, compared_outcome = tables.Part(explanation, ranking), explanation.outcome
+        compared_top = self._top(explanation.logits)
+        del explanation  # and its pass, before the next
+        explanation, more = explain(0)
+        first, outcome = tables.Part(explanation, ranking), explanation.outcome
+        top = self._top(explanation.logits)
+        nodes = tables.union([first, compared])
+        first.gather(explanation, nodes)
+        here = [node for node in nodes if first.values[node]]
+        read_outs = self._read_outs(asked, explanation, here)
+        del explanation
+        explanation, again = explain(1)
+        compared.gather(explanation, nodes)
+        others = [node for node in nodes if not first.values[node]]
+        read_outs |= self._read_outs(asked, explanation, others)
+        times += more + again
+        whole_ms = (time.perf_counter() - started) * 1e3
+        return AttributeResult(
+            (outcome, compared_outcome),
+            tables.joined([first, compared], ranking),
+            (top, compared_top),
+            read_outs,
+            times,
+            {},
+            whole_ms - times.forward - times.backward,
         )
 
     def _starts(
@@ -119,26 +175,13 @@ class Batches:
         return starts
 
     def _read_outs(
-        self,
-        explanations: Sequence[Explanation],
-        table: tables.Table,
-        tokens: int,
-        sources: int,
+        self, asked: AskedAttribution, explanation: Explanation, nodes: Sequence[Address]
     ) -> dict[Address, ReadOut]:
-        found: dict[Address, ReadOut] = {}
-        if not tokens:
-            return found
-        for number, explanation in enumerate(explanations):
-            nodes = [
-                row.node
-                for row in table.rows
-                if row.node not in found and (row.values if number == 0 else row.compare)
-            ]
-            if nodes:
-                found |= read_out(
-                    self._architecture, explanation, nodes, tokens, self._listed, sources
-                )
-        return found
+        """Of nodes that exist in the run."""
+        if not asked.read_out_tokens or not nodes:
+            return {}
+        tokens, sources = asked.read_out_tokens, asked.sources
+        return read_out(self._architecture, explanation, nodes, tokens, self._listed, sources)
 
     def _top(self, logits: Tensor) -> tuple[tuple[int, float], ...]:
         """(id, logit) of the largest; ids the tokenizer cannot decode are never listed."""
@@ -169,9 +212,10 @@ class Batches:
 
         def predicted(logits_of: Callable[[slice], Tensor]) -> tuple[NextTokens, ...]:
             found: list[NextTokens] = []
-            for start in range(0, len(asked.positions), AT_ONCE):
+            size = needs.positions_at_once(self._hooks, AT_ONCE)
+            for start in range(0, len(asked.positions), size):
                 cancel.check()
-                part = slice(start, start + AT_ONCE)
+                part = slice(start, start + size)
                 found += predicting.read(asked.positions[part], logits_of(part))
             return tuple(found)
 
@@ -189,6 +233,14 @@ class Batches:
             tuple(map(whole, asked.read.activations)),
             current.forward_ms,
         )
+
+
+def _read_in(rows: Sequence[NodeRow]) -> tuple[list[Address], list[Address]]:
+    """The nodes that are read out in the first run, and those that exist in the other only."""
+    return (
+        [row.node for row in rows if row.values],
+        [row.node for row in rows if not row.values],
+    )
 
 
 def _isolated(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.inference.engine import memory
-from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
+from services.inference.engine.attribution import ExplainedRun, NormMode, held, row_of
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit
@@ -92,16 +92,14 @@ def _estimate(
         _Weighted(edit.target, edit.positions, edit.operation, weight=weight, baseline=edit)
         for edit, weight in zip(baselines, weights.unbind(), strict=True)
     ]
-    objective, positions = run.objective, run.objective.logit_positions
+    objective = held(hooks, run, norm_mode, cancel)
     row = row_of(hooks.architecture, run, norm_mode)
-    if objective.holds:
-        current = hooks.run(
-            [row], positions, gradients=True, cancel=cancel, dictionaries=objective.dictionaries
-        )
-        objective = objective.hold(RunView(hooks.architecture, current, 0))
-    row = replace(row, edits=(*run.edits, *moved))
     current = hooks.run(
-        [row], positions, gradients=True, cancel=cancel, dictionaries=objective.dictionaries
+        [replace(row, edits=(*run.edits, *moved))],
+        objective.logit_positions,
+        gradients=True,
+        cancel=cancel,
+        dictionaries=objective.dictionaries,
     )
     value = objective.value(RunView(hooks.architecture, current, 0))
     (gradient,) = torch.autograd.grad(value, weights, materialize_grads=True)

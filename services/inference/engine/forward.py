@@ -19,8 +19,8 @@ from services.inference.engine import references
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
-from services.inference.engine.interventions import Edit
-from services.inference.engine.memory import Batch, Sizes
+from services.inference.engine.interventions import Edit, SourceRun
+from services.inference.engine.memory import Batch, Sizes, passed
 from services.inference.engine.points import Point
 from services.inference.engine.resuming import Recording, Resumed
 from services.inference.engine.room import Room
@@ -129,8 +129,15 @@ class Hooks:
     def _fill(self, edits: Sequence[Sequence[Edit]], cancel: CancelToken) -> list[tuple[Edit, ...]]:
         """The same of several rows, whose sources share passes."""
         return references.fill(
-            edits, lambda rows: self.run(rows, [0], gradients=False, cancel=cancel)
+            edits, lambda rows: self.run(rows, [0], gradients=False, cancel=cancel), self._fit
         )
+
+    def _fit(self, sources: Sequence[SourceRun]) -> bool:
+        """Whether a pass of these runs fits into memory."""
+        longest = max(len(source.token_ids) for source in sources)
+        edits = [edit for source in sources for edit in source.edits]
+        batch = self.batch(len(sources), longest, edits)
+        return passed(self.room.sizes, batch) <= self.room.budget
 
     def resume(self, current: Resumed, dictionaries: Sequence[str] = ()) -> Tensor:
         """Runs what is left of a resumed pass; its logits [B, V] at its last token.

@@ -18,7 +18,7 @@ from torch import Tensor
 from services.common.addresses import Address, Kind
 from services.common.errors import FailedPrecondition
 from services.inference.engine import memory
-from services.inference.engine.attribution import ExplainedRun, NormMode, row_of
+from services.inference.engine.attribution import ExplainedRun, NormMode, held
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.dictionaries.sites import Point, Site
@@ -295,17 +295,7 @@ def begin(
     Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded.
     """
     run = replace(run, edits=hooks.fill(run.edits, cancel))
-    objective = run.objective
-    if objective.holds:
-        row = row_of(hooks.architecture, run, norm_mode)
-        current = hooks.run(
-            [row],
-            objective.logit_positions,
-            gradients=True,
-            cancel=cancel,
-            dictionaries=objective.dictionaries,
-        )
-        objective = objective.hold(RunView(hooks.architecture, current, 0))
+    objective = held(hooks, run, norm_mode, cancel)
     recording = hooks.record(
         Row(run.token_ids, run.edits),
         [objective.position],

@@ -4,12 +4,14 @@ Work that can be cut into chunks counts with its smallest: one row, one node.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from services.inference.engine import activations, memory, table_memory
+from services.inference.engine.asked import AskedAttribution, AskedRun
+from services.inference.engine.columns import COLUMNS
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Borrow, Edit
-from services.inference.engine.memory import Batch
+from services.inference.engine.memory import Batch, Sizes
 from services.inference.engine.points import Point
 from services.inference.engine.predictions import AT_ONCE
 from services.inference.engine.table_memory import Listing
@@ -44,12 +46,67 @@ def forward(hooks: Hooks, rows: Rows, points: Sequence[Point] = (), lens: int = 
     whole = [activations.size(point, hooks.architecture, batch.tokens) for point in points]
     batch = replace(batch, kept=batch.rows * sum(whole))
     encoded = [each.encoded(batch.tokens, sizes.itemsize) for each in batch.dictionaries]
-    predicted = min(batch.logits, AT_ONCE) * sizes.vocabulary * 4 * sizes.floats
+    predicted = positions_at_once(hooks, min(batch.logits, AT_ONCE)) * _predicted(sizes)
     answers = batch.rows * sum(whole)
     read_out = max(3 * max(whole, default=0), max(encoded, default=0), predicted * (1 + (lens > 0)))
     running = memory.running(sizes, batch)
     passed = memory.passed(sizes, batch) - running + max(running, read_out + answers)
     return max(passed, borrowed(hooks, rows.edits))
+
+
+def of_runs(hooks: Hooks, asked: Sequence[AskedRun]) -> int:
+    """Runs that share a pass."""
+    rows = Rows(
+        tuple(len(each.token_ids) for each in asked),
+        tuple(edit for each in asked for edit in each.edits),
+        max(len(each.logits_at) for each in asked),
+        tuple(name for each in asked for name in each.read.dictionaries),
+    )
+    points = dict.fromkeys(point for each in asked for point in each.read.all)
+    return forward(hooks, rows, tuple(points), max(len(each.read.lens) for each in asked))
+
+
+def of_attributions(hooks: Hooks, asked: Sequence[AskedAttribution]) -> int:
+    """Node tables that share a pass."""
+    runs = [run for each in asked for run in each.runs]
+    rows = Rows(
+        tuple(len(run.token_ids) for run in runs),
+        tuple(edit for run in runs for edit in run.edits),
+        max(len(run.objective.logit_positions) for run in runs),
+        (*asked[0].dictionaries, *(name for run in runs for name in run.objective.dictionaries)),
+    )
+    return table(hooks, rows, _largest([listing(each) for each in asked]))
+
+
+def listing(asked: AskedAttribution, top_k: int | None = None) -> Listing:
+    """What is made of its pass, or would be with another `top_k`."""
+    ranking, reference = asked.ranking, asked.reference
+    columns = 1 if ranking.column else len(COLUMNS)
+    kinds = 3 if ranking.per_kind else 1
+    lengths = [len(ids) for ids, _ in reference.runs] if reference else []
+    rows = top_k or ranking.top_k
+    return Listing(
+        rows,
+        columns,
+        rows * columns * kinds * len(asked.runs) if asked.read_out_tokens else 0,
+        references=min(1, len(lengths)),
+        reference_tokens=max(lengths, default=0),
+    )
+
+
+def _largest(listings: Sequence[Listing]) -> Listing:
+    """One that needs as much as any of them: they are made one after the other."""
+    return Listing(*(max(values) for values in zip(*map(astuple, listings), strict=True)))
+
+
+def positions_at_once(hooks: Hooks, most: int) -> int:
+    """At how many positions predictions are read at a time: in an eighth of the room."""
+    return hooks.room.rows(most, 8 * _predicted(hooks.room.sizes))
+
+
+def _predicted(sizes: Sizes) -> int:
+    """Bytes while one position's predictions are read."""
+    return 4 * sizes.vocabulary * sizes.floats
 
 
 def table(hooks: Hooks, rows: Rows, listing: Listing) -> int:

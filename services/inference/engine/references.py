@@ -20,17 +20,19 @@ TOKENS_PER_BATCH = 1024
 
 
 def fill(
-    edits: Sequence[Sequence[Edit]], run: Callable[[Sequence[Row]], Pass]
+    edits: Sequence[Sequence[Edit]],
+    run: Callable[[Sequence[Row]], Pass],
+    fits: Callable[[Sequence[SourceRun]], bool],
 ) -> list[tuple[Edit, ...]]:
     """The edits of each of several runs with every borrowed value in its place. `run` runs rows
-    of a batch."""
+    of a batch; `fits` says of some of them whether memory is enough."""
     wanted: dict[SourceRun, dict[Reading, None]] = {}
     for edit in chain.from_iterable(edits):
         if isinstance(edit.operation, Borrow):
             for reading in edit.operation.readings:
                 wanted.setdefault(reading.run, {})[reading] = None
     values: dict[Reading, Tensor] = {}
-    for batch in _batches(list(wanted)):
+    for batch in _batches(list(wanted), fits):
         rows = [
             Row(
                 source.token_ids,
@@ -48,11 +50,14 @@ def fill(
     return [tuple(_filled(edit, values) for edit in of_run) for of_run in edits]
 
 
-def _batches(sources: list[SourceRun]) -> Iterator[list[SourceRun]]:
+def _batches(
+    sources: list[SourceRun], fits: Callable[[Sequence[SourceRun]], bool]
+) -> Iterator[list[SourceRun]]:
     """Runs of similar length together."""
     batch: list[SourceRun] = []
     for source in sorted(sources, key=lambda each: len(each.token_ids)):
-        if batch and (len(batch) + 1) * len(source.token_ids) > TOKENS_PER_BATCH:
+        tokens = (len(batch) + 1) * len(source.token_ids)
+        if batch and (tokens > TOKENS_PER_BATCH or not fits([*batch, source])):
             yield batch
             batch = []
         batch.append(source)

@@ -69,18 +69,59 @@ class Table:
     token_effects: tuple[tuple[TokenEffects, ...], ...]
 
 
+class Part:
+    """What one run gives to a table, as numbers: its pass is needed while they are taken, and for
+    no longer."""
+
+    def __init__(self, explanation: Explanation, ranking: Ranking) -> None:
+        found: dict[Address, None] = {}
+        for selection in _selections(explanation.groups, ranking):
+            for number, index in zip(selection.groups, selection.indices, strict=True):
+                found[explanation.groups[number].address(int(index))] = None
+        self.selected = tuple(found)
+        """Its own top nodes."""
+        self.values: dict[Address, NodeValues | None] = {}
+        """Of the nodes gathered so far; None where one does not exist in this run."""
+        self.token_effects = _token_effects(explanation.groups)
+        self._direct = sum(group.direct_total() for group in explanation.groups)
+        self._remainder = sum(explanation.remainder.values())
+        self._outside = {view.dictionary for view in explanation.views}
+
+    def gather(self, explanation: Explanation, nodes: Sequence[Address]) -> None:
+        """Takes the columns of some nodes from the run's explanation."""
+        self.values |= zip(nodes, _gather(explanation, nodes), strict=True)
+
+    @property
+    def totals(self) -> Totals:
+        listed = sum(
+            each.direct_effect
+            for node, each in self.values.items()
+            if each is not None and node.dictionary not in self._outside
+        )
+        return Totals(listed, self._direct - listed, self._remainder)
+
+
 def build(explanations: Sequence[Explanation], ranking: Ranking) -> Table:
     """Lists the union of each run's top nodes, largest first in either run, ties by address.
 
     `explanations` is one run, or a run and the one it is compared with.
     """
-    listed: dict[Address, None] = {}
-    for explanation in explanations:
-        for selection in _selections(explanation.groups, ranking):
-            for number, index in zip(selection.groups, selection.indices, strict=True):
-                listed[explanation.groups[number].address(int(index))] = None
-    nodes = list(listed)
-    values = [_gather(explanation, nodes) for explanation in explanations]
+    parts = [Part(explanation, ranking) for explanation in explanations]
+    nodes = union(parts)
+    for part, explanation in zip(parts, explanations, strict=True):
+        part.gather(explanation, nodes)
+    return joined(parts, ranking)
+
+
+def union(parts: Sequence[Part]) -> list[Address]:
+    """The nodes that any of the runs has selected."""
+    return list(dict.fromkeys(node for part in parts for node in part.selected))
+
+
+def joined(parts: Sequence[Part], ranking: Ranking) -> Table:
+    """The table of one run or two that have gathered all nodes of their union."""
+    nodes = union(parts)
+    values = [[part.values[node] for node in nodes] for part in parts]
     rows = [
         NodeRow(node, values[0][row], values[1][row] if len(values) > 1 else None)
         for row, node in enumerate(nodes)
@@ -88,11 +129,8 @@ def build(explanations: Sequence[Explanation], ranking: Ranking) -> Table:
     rows.sort(key=lambda row: _place(row, ranking.column))
     return Table(
         rows=tuple(rows),
-        totals=tuple(
-            _totals(explanation, nodes, column)
-            for explanation, column in zip(explanations, values, strict=True)
-        ),
-        token_effects=tuple(_token_effects(explanation.groups) for explanation in explanations),
+        totals=tuple(part.totals for part in parts),
+        token_effects=tuple(part.token_effects for part in parts),
     )
 
 
@@ -155,19 +193,6 @@ def _gather(explanation: Explanation, nodes: Sequence[Address]) -> list[NodeValu
         for (row, _), numbers in zip(places, columns.tolist(), strict=True):
             found[row] = NodeValues(*numbers)
     return found
-
-
-def _totals(
-    explanation: Explanation, nodes: Sequence[Address], values: Sequence[NodeValues | None]
-) -> Totals:
-    outside = {view.dictionary for view in explanation.views}
-    of_listed = sum(
-        each.direct_effect
-        for node, each in zip(nodes, values, strict=True)
-        if each is not None and node.dictionary not in outside
-    )
-    of_all = sum(group.direct_total() for group in explanation.groups)
-    return Totals(of_listed, of_all - of_listed, sum(explanation.remainder.values()))
 
 
 def _token_effects(groups: Sequence[NodeGroup]) -> tuple[TokenEffects, ...]:
