@@ -152,6 +152,9 @@ class DatasetReader:
         for example in records.examples(record):
             if not example.token_texts:
                 example.token_texts.extend(self.texts(example))
+        if (vocabulary := self.vocabulary()) is not None:
+            for each in (*record.token_statistics, *record.key_token_statistics):
+                (each.token_text,) = vocabulary.texts([each.token_id])
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

@@ -33,6 +33,11 @@ def check(record: record_pb2.ComponentRecord) -> tuple[Group, int]:
             tokens += _check_example(example, paired=group.kind is Kind.HEAD)
     _check_order(record)
     _check_statistics(record.statistics)
+    for name in ("token_statistics", "key_token_statistics"):
+        with inside(name):
+            _check_token_statistics(getattr(record, name))
+    if record.key_token_statistics and group.kind is not Kind.HEAD:
+        raise InvalidArgument("only heads read keys", field="key_token_statistics")
     for name, scores in (("promoted", record.promoted), ("suppressed", record.suppressed)):
         if not all(math.isfinite(each.score) for each in scores):
             raise InvalidArgument("a score is not finite", field=name)
@@ -139,6 +144,18 @@ def _check_order(record: record_pb2.ComponentRecord) -> None:
     peaks = [peak(example) for example in record.top]
     if any(later > earlier for earlier, later in pairwise(peaks)):
         raise InvalidArgument("top examples come by their largest value, descending", field="top")
+
+
+def _check_token_statistics(found: Sequence[record_pb2.TokenStatistic]) -> None:
+    means = [each.mean for each in found]
+    if not all(map(math.isfinite, means)) or any(b > a for a, b in pairwise(means)):
+        raise InvalidArgument("means are finite and descend")
+    if any(each.token_id < 0 or each.count < 1 for each in found):
+        raise InvalidArgument("token ids count from 0, and each occurs")
+    if len({each.token_id for each in found}) < len(found):
+        raise InvalidArgument("names a token twice")
+    if any(each.token_text for each in found):
+        raise InvalidArgument("text is not stored where ids are known")
 
 
 def _check_statistics(statistics: record_pb2.Statistics) -> None:

@@ -62,6 +62,10 @@ def record(
     made.statistics.fraction_active = float(random.random())
     made.statistics.histogram.edges.extend([0.0, 1.0, 2.0])
     made.statistics.histogram.counts.extend([3, 1])
+    made.token_statistics.add(token_id=3, count=9, mean=1.5)
+    made.token_statistics.add(token_id=1, count=2, mean=1.5)
+    if pairs:
+        made.key_token_statistics.add(token_id=4, count=1, mean=-0.5)
     return made
 
 
@@ -144,6 +148,8 @@ def with_texts(item: record_pb2.ComponentRecord) -> record_pb2.ComponentRecord:
     copy.CopyFrom(item)
     for each in records.examples(copy):
         each.token_texts.extend(VOCABULARY[token] for token in each.token_ids)
+    for statistic in (*copy.token_statistics, *copy.key_token_statistics):
+        statistic.token_text = VOCABULARY[statistic.token_id]
     return copy
 
 
