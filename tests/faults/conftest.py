@@ -1,16 +1,25 @@
 """Two tiny models, between them all that a request can speak of: dictionaries, a chat template and
 padded vocabulary rows in one, gated neurons, grouped heads and no tokenizer in the other."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from services.common.settings import DictionarySource, ModelSource
+from gateway.app import create_app
+from services.common.server import ServiceServer
+from services.common.settings import DictionarySource, ModelSource, Settings
+from services.inference.engine import verification
 from services.inference.engine.model import Model
-from services.inference.server import load_model
+from services.inference.scheduler import Scheduler
+from services.inference.server import build_server, load_model
 from tests.faults.random_messages import World
+from tests.faults.watching import SlowDevice
+from tests.gateway.helpers import NOWHERE, listening
 from tests.inference.conftest import model_folder
 from tests.inference.helpers import PADDED_VOCABULARY, SENTENCE
 from tests.inference.test_dictionaries_service import exact, write
@@ -67,3 +76,42 @@ def models(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "tiny": load_model(ModelSource("tiny", str(chatty)), None, sources),
         "gated": load_model(ModelSource("gated", str(root / "gated")), None),
     }
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
+    monkeypatch.setattr(verification, "TOKENS_PER_CHUNK", {"cpu": 1})
+    return SlowDevice()
+
+
+@pytest_asyncio.fixture
+async def scheduler(device: SlowDevice) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(observer=device)
+    yield scheduler
+    await asyncio.to_thread(scheduler.close)
+
+
+@pytest_asyncio.fixture
+async def server(
+    models: dict[str, Model], scheduler: Scheduler, tmp_path: Path
+) -> AsyncIterator[ServiceServer]:
+    settings = Settings.from_env(
+        {
+            "TDB_MODEL": "tiny=/",
+            "TDB_DATA_DIR": str(tmp_path),
+            "TDB_DRAIN_SECONDS": "1",
+            "TDB_CACHE_MIB": "0",
+        }
+    )
+    async with build_server(settings, scheduler, {"tiny": models["tiny"]}, port=0) as server:
+        await server.set_serving()
+        yield server
+
+
+@pytest_asyncio.fixture
+async def gateway(server: ServiceServer, tmp_path: Path) -> AsyncIterator[str]:
+    """Its address."""
+    settings = Settings.from_env({"TDB_DATA_DIR": str(tmp_path)})
+    app = create_app(settings, {"inference": f"127.0.0.1:{server.port}"}, NOWHERE)
+    async with listening(app) as url:
+        yield url

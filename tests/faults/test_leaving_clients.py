@@ -6,26 +6,18 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
-import pytest_asyncio
 from google.protobuf import message_factory
 from google.protobuf.json_format import ParseDict
 from tdb.inference.v1 import service_pb2
 
-from gateway.app import create_app
 from services.common.server import ServiceServer
-from services.common.settings import Settings
-from services.inference.engine import verification
-from services.inference.engine.model import Model
 from services.inference.scheduler import Scheduler
-from services.inference.server import build_server
 from tests.faults.watching import Cut, Held, SlowDevice, until
-from tests.gateway.helpers import NOWHERE, listening
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 RUN = {"prompt": {"tokenIds": {"ids": [5, 17, 4, 25, 60, 8]}}}
@@ -49,45 +41,6 @@ REQUESTS: dict[str, dict[str, Any]] = {method.name: {} for method in SERVICE.met
 STREAMS = [method.name for method in SERVICE.methods if method.server_streaming]
 PIECES = 15
 """Pieces of work on the device that each of the streams takes, at least."""
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
-    monkeypatch.setattr(verification, "TOKENS_PER_CHUNK", {"cpu": 1})
-    return SlowDevice()
-
-
-@pytest_asyncio.fixture
-async def scheduler(device: SlowDevice) -> AsyncIterator[Scheduler]:
-    scheduler = Scheduler(observer=device)
-    yield scheduler
-    await asyncio.to_thread(scheduler.close)
-
-
-@pytest_asyncio.fixture
-async def server(
-    models: dict[str, Model], scheduler: Scheduler, tmp_path: Path
-) -> AsyncIterator[ServiceServer]:
-    settings = Settings.from_env(
-        {
-            "TDB_MODEL": "tiny=/",
-            "TDB_DATA_DIR": str(tmp_path),
-            "TDB_DRAIN_SECONDS": "1",
-            "TDB_CACHE_MIB": "0",
-        }
-    )
-    async with build_server(settings, scheduler, {"tiny": models["tiny"]}, port=0) as server:
-        await server.set_serving()
-        yield server
-
-
-@pytest_asyncio.fixture
-async def gateway(server: ServiceServer, tmp_path: Path) -> AsyncIterator[str]:
-    """Its address."""
-    settings = Settings.from_env({"TDB_DATA_DIR": str(tmp_path)})
-    app = create_app(settings, {"inference": f"127.0.0.1:{server.port}"}, NOWHERE)
-    async with listening(app) as url:
-        yield url
 
 
 def message(rpc: str) -> Any:
