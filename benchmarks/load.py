@@ -39,6 +39,7 @@ from tdb.inference.v1 import attribute_pb2, model_pb2, run_pb2, service_pb2_grpc
 Stub = service_pb2_grpc.InferenceServiceStub
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 SWEEPER = "sweeper"
+KINDS = ("Attribute", "Run", "Verify", "Verify.chunk")
 HEALTH_EVERY_S = 0.05
 TOLERANCE = 1e-4
 """Of the largest effect of an answer: padded passes round otherwise than single ones."""
@@ -248,9 +249,12 @@ class Found:
     """How much longer each click took than the same click alone."""
     queued: list[float] = field(default_factory=list)
     """How long each click waited for the device, as its manifest says."""
+    clicks: Counter[str] = field(default_factory=Counter)
+    """Answered, by user."""
     ends: Counter[str] = field(default_factory=Counter)
     health: list[float] = field(default_factory=list)
-    slice_s: float = 0.0
+    pieces: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By kind of work on the device: how many pieces, and the seconds of one on average."""
     shares: dict[str, float] = field(default_factory=dict)
     """Device seconds by user."""
     seconds: float = 0.0
@@ -307,6 +311,7 @@ def phase(
                 took = time.perf_counter() - started
                 found.latencies.append(took)
                 found.beyond.append(took - chosen.alone_s)
+                found.clicks[user] += 1
                 found.queued.append(answer.manifest.timings.queue_ms / 1e3)
                 right = chosen.agrees(answer, chosen.answer)
                 found.ends["click right" if right else "click WRONG"] += 1
@@ -352,13 +357,16 @@ def phase(
     found.seconds = time.monotonic() - started
     for thread in threads:
         thread.join()
+
+    def grown(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
     found.shares = {user: found.shares.get(user, 0.0) - used.get(user, 0.0) for user in users}
-    work_s, pieces = (
-        after[f'tdb_device_work_seconds_{name}{{kind="Verify.chunk"}}']
-        - before.get(f'tdb_device_work_seconds_{name}{{kind="Verify.chunk"}}', 0.0)
-        for name in ("sum", "count")
-    )
-    found.slice_s = work_s / max(pieces, 1)
+    found.pieces = {
+        kind: (count, grown(f'tdb_device_work_seconds_sum{{kind="{kind}"}}') / count)
+        for kind in KINDS
+        if (count := grown(f'tdb_device_work_seconds_count{{kind="{kind}"}}'))
+    }
     return found
 
 
@@ -383,7 +391,8 @@ def report(name: str, found: Found, users: Sequence[str]) -> None:
     print(f"  clicks took            {ms(found.latencies)}")
     print(f"  longer than alone      {ms(found.beyond)}")
     print(f"  waited for the device  {ms(found.queued)}")
-    print(f"  a slice of the sweep   {found.slice_s * 1e3:.1f} ms on average")
+    for kind, (count, seconds) in found.pieces.items():
+        print(f"  {kind:22} {count:.0f} pieces of {seconds * 1e3:.1f} ms on average")
     print(f"  health                 {ms(found.health)}")
     print(
         f"  device time            sweeper {found.shares[SWEEPER]:.2f} s, each of the others "
