@@ -3,7 +3,8 @@
 Start-time fair queueing on estimated device seconds, put right by measured ones. Every user has an
 account of what was used; a piece of work stands at the account of its user plus what the user has
 waiting before it, and the lowest goes first. A user who comes back starts no lower than those who
-are there: idle time earns no credit.
+are there: idle time earns no credit. But who was behind them and left for a moment, as a sweep does
+between two slices, comes back as far behind.
 
 INTERACTIVE work goes before BULK work, so a click waits for one slice of a sweep at most. But a
 user of bulk work who is behind those who click by more than `OWED_S` gets a slice: nobody starves.
@@ -53,6 +54,13 @@ class _Account(Generic[E]):
     running: int = 0
     turns: int = 0
     """Interactive turns since bulk work of the same user last went."""
+    left_at_s: float | None = None
+    """The floor when the user's last work was done; None while there is some."""
+
+    @property
+    def behind_s(self) -> float:
+        """How far below the floor the user left."""
+        return 0.0 if self.left_at_s is None else max(self.left_at_s - self.used_s, 0.0)
 
     @property
     def idle(self) -> bool:
@@ -98,8 +106,9 @@ class FairQueue(Generic[E]):
             )
         if account is None:
             account = self._accounts[entry.user] = _Account(self._floor_s)
-        elif account.idle:
-            account.used_s = max(account.used_s, self._floor_s)
+        elif account.left_at_s is not None:
+            account.used_s = max(account.used_s, self._floor_s - account.behind_s)
+            account.left_at_s = None
         self._numbers += 1
         entry.number = self._numbers
         account.waiting[entry.task.priority][entry.number] = entry
@@ -240,8 +249,15 @@ class FairQueue(Generic[E]):
         busy = [each.used_s for each in self._accounts.values() if not each.idle]
         every = [each.used_s for each in self._accounts.values()]
         self._floor_s = max(self._floor_s, min(busy) if busy else max(every, default=0.0))
+        for each in self._accounts.values():
+            if each.idle and each.left_at_s is None:
+                each.left_at_s = self._floor_s
         self._accounts = {
-            user: each
-            for user, each in self._accounts.items()
-            if not each.idle or each.used_s > self._floor_s
+            user: each for user, each in self._accounts.items() if self._says_more(each)
         }
+
+    def _says_more(self, account: _Account[E]) -> bool:
+        """Whether the account says more than a new one would."""
+        if account.left_at_s is None or account.used_s > self._floor_s:
+            return True
+        return account.behind_s > 0 and self._floor_s - account.left_at_s < OWED_S

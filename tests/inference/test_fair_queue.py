@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import ResourceExhausted
-from services.inference.fair_queue import OWN_BULK_TURN, Entry, FairQueue
+from services.inference.fair_queue import OWED_S, OWN_BULK_TURN, Entry, FairQueue
 from services.inference.task import Batch, Priority, Task
 
 CLICK, SWEEP = Priority.INTERACTIVE, Priority.BULK
@@ -112,6 +112,17 @@ def test_a_sweep_beside_users_who_never_stop_clicking_gets_its_share() -> None:
     assert all(0.8 * fair < each < 1.2 * fair for each in used.values()), used
 
 
+def test_a_sweep_that_waits_for_each_answer_gets_its_share_too() -> None:
+    """Between two slices nothing of it waits: it comes back as far behind as it left."""
+    queue: FairQueue[Entry] = FairQueue(100, 1000)
+    for number in range(15):
+        queue.add(entry(f"user {number}"))
+    queue.add(entry("sweeper", SWEEP, 0.3))
+    used = run_for(queue, 6000, again)
+    fair = sum(used.values()) / 16
+    assert all(0.8 * fair < each < 1.2 * fair for each in used.values()), used
+
+
 def test_of_ones_own_work_clicks_go_first_and_sweeps_do_not_starve() -> None:
     queue: FairQueue[Entry] = FairQueue(1000, 1000)
     for _ in range(20):
@@ -133,6 +144,23 @@ def test_idle_time_earns_no_credit() -> None:
     queue.add(entry("late"))
     used = run_for(queue, 20, again)
     assert used["early"] == pytest.approx(used["late"], abs=0.21)
+
+
+def test_what_is_owed_to_a_user_does_not_grow_while_nothing_is_asked() -> None:
+    queue: FairQueue[Entry] = FairQueue(100, 1000)
+    queue.add(entry("sweeper", SWEEP, 0.1))
+    for number in range(3):
+        queue.add(entry(f"user {number}"))
+    run_for(queue, 30, again)
+    waiting = [each for each, _ in queue.waiting() if each.user == "sweeper"]
+    for each in waiting:
+        queue.drop(each)
+    others = [each for each, _ in queue.waiting()]
+    assert len(others) == 3
+    run_for(queue, 3000, again)
+    queue.add(entry("sweeper", SWEEP, 0.1))
+    used = run_for(queue, 40, again)
+    assert used["sweeper"] < OWED_S + 0.3
 
 
 def test_accounts_of_users_who_left_are_forgotten() -> None:
