@@ -17,6 +17,7 @@ from services.inference.engine import verification
 from services.inference.engine.model import Model
 from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
+from tests.dataset.helpers import COMPONENTS
 from tests.faults.random_messages import World
 from tests.faults.watching import SlowDevice
 from tests.gateway.helpers import NOWHERE, listening
@@ -39,6 +40,8 @@ WORLD = World(
     sets=("set",),
     texts=(SENTENCE, "John gave a drink to Mary", "the store", "Mary \U0001f600 e\u0301 \x00"),
     words=(" Mary", " John", " store", " gave", " to"),
+    datasets=("small",),
+    components=COMPONENTS,
 )
 
 

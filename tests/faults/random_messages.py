@@ -69,6 +69,9 @@ class World:
     texts: tuple[str, ...]
     words: tuple[str, ...]
     """Texts that are one token each."""
+    datasets: tuple[str, ...]
+    components: tuple[str, ...]
+    """Those that the data sets have records of."""
 
 
 @dataclass
@@ -307,6 +310,7 @@ OPERATIONS = {
 
 _V = "tdb.inference.v1."
 _T = "tdb.type.v1."
+_D = "tdb.dataset.v1."
 
 CHOICES: dict[str, Callable[[Builder], Sequence[str]]] = {
     _T + "Prompt.source": lambda _: ("token_ids", "token_ids", "token_ids", "text", "text", "chat"),
@@ -359,6 +363,19 @@ PRESENCE: dict[str, int | Callable[[Builder], int]] = dict.fromkeys(
     100,
 )
 PRESENCE |= {
+    _D + "GetRecordRequest.dataset": 100,
+    _D + "GetRecordRequest.component": 100,
+    _D + "StreamRecordsRequest.dataset": 100,
+    _D + "StreamRecordsRequest.selections": 60,
+    _D + "SearchRequest.dataset": 100,
+    _D + "SearchRequest.groups": 40,
+    _D + "SearchRequest.ranges": 40,
+    _D + "SearchRequest.text": 30,
+    _D + "SearchRequest.order_by": 30,
+    _D + "StatisticRange.statistic": 100,
+    _D + "StatisticRange.at_least": 60,
+    _D + "ComponentRange.first": 100,
+    _D + "ComponentRange.last": 100,
     _V + "Run.interventions": 50,
     _V + "LogitDiff.distractors": 60,
     _V + "AttributeRequest.compare": lambda builder: builder.unless("Verify", 20),
@@ -483,6 +500,24 @@ HINTS: dict[str, Callable[[Builder], Any]] = {
     _V + "GenerateRequest.seed": lambda builder: builder.number(2**31 - 1),
     _V + "GenerateRequest.top_log_probs": lambda builder: builder.number(20),
     _V + "GenerateRequest.stop": lambda builder: builder.one(builder.world.words),
+}
+HINTS |= {
+    _D + name + ".dataset": lambda builder: builder.one(builder.world.datasets)
+    for name in ("GetRecordRequest", "StreamRecordsRequest", "SearchRequest")
+}
+HINTS |= {
+    _D + name: lambda builder: builder.one(builder.world.components)
+    for name in (
+        "GetRecordRequest.component",
+        "Selection.component",
+        "ComponentRange.first",
+        "ComponentRange.last",
+    )
+}
+HINTS |= {
+    _D + "SearchRequest.groups": lambda builder: builder.one(("neuron.0", "neuron.1", "head.0")),
+    _D + "SearchRequest.text": lambda builder: f"w{builder.number(60)}",
+    _D + "SearchRequest.limit": lambda builder: builder.number(50, 1),
 }
 HINTS |= {
     _V + name + ".model": _model

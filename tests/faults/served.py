@@ -1,10 +1,11 @@
-"""The service in this process on an event loop of its own, so that plain code can call it."""
+"""A service in this process on an event loop of its own, so that plain code can call it."""
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
+from services.common.server import ServiceServer
 from services.common.settings import Settings
 from services.inference.engine.model import Model
 from services.inference.scheduler import Scheduler
@@ -12,18 +13,15 @@ from services.inference.server import build_server
 
 
 @contextmanager
-def service(models: dict[str, Model], **variables: str) -> Iterator[int]:
-    """Serves `models`, the first by default; its port."""
-    settings = Settings.from_env({"TDB_LOG_LEVEL": "error", "TDB_DRAIN_SECONDS": "1", **variables})
-    scheduler = Scheduler()
+def in_thread(serving: AbstractAsyncContextManager[ServiceServer]) -> Iterator[int]:
+    """Keeps `serving` on a thread; its port."""
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
     ready = threading.Event()
     ports: list[int] = []
 
     async def serve() -> None:
-        async with build_server(settings, scheduler, models, port=0) as server:
-            await server.set_serving()
+        async with serving as server:
             ports.append(server.port)
             ready.set()
             await stop.wait()
@@ -37,4 +35,19 @@ def service(models: dict[str, Model], **variables: str) -> Iterator[int]:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
-        scheduler.close()
+
+
+@asynccontextmanager
+async def inference(models: dict[str, Model], **variables: str) -> AsyncIterator[ServiceServer]:
+    """Serves `models`, the first by default."""
+    names = ",".join(f"{name}=/" for name in models)
+    settings = Settings.from_env(
+        {"TDB_MODEL": names, "TDB_LOG_LEVEL": "error", "TDB_DRAIN_SECONDS": "1", **variables}
+    )
+    scheduler = Scheduler()
+    try:
+        async with build_server(settings, scheduler, models, port=0) as server:
+            await server.set_serving()
+            yield server
+    finally:
+        await asyncio.to_thread(scheduler.close)
