@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "or hf://org/repo/path[@revision]; repeatable (TDB_DICTIONARIES)",
     )
     up.add_argument("--host", help="the address to listen on (TDB_HOST)")
-    up.add_argument("--data-dir", metavar="DIR", help="where logs are written (TDB_DATA_DIR)")
+    up.add_argument(
+        "--data-dir", metavar="DIR", help="where datasets and logs are kept (TDB_DATA_DIR)"
+    )
     commands.add_parser("config", help="print every setting and its value")
     _add_status(commands.add_parser("status", help="say who waits for what", allow_abbrev=False))
     commands.add_parser("dataset", help="import activation records (tdb dataset --help)")

@@ -114,7 +114,7 @@ def _check_example(example: record_pb2.Example, *, paired: bool) -> int:
     if bool(example.token_ids) == bool(example.token_texts):
         raise InvalidArgument("an example has token_ids or, where they are unknown, token_texts")
     tokens = length(example)
-    if any(token < 0 for token in example.token_ids):
+    if min(example.token_ids, default=0) < 0:
         raise InvalidArgument("token ids count from 0", field="token_ids")
     has_width = example.HasField("pair_width")
     if paired:
