@@ -21,8 +21,8 @@ LEAST, MOST = 64, 8192
 """Tokens."""
 GAIN = 1.05
 """Where twice the tokens would not bring so many times the tokens per second, it is enough."""
-LONGEST_S = 1.0
-"""A batch of requests should not take longer."""
+LONGEST_S, PATIENT = 1.0, 256
+"""A shared pass should not take longer, unless it has no more than so many tokens."""
 SPENT_S = 2.5
 """The measurement should not."""
 _ROW = 16
@@ -56,7 +56,7 @@ def enough(start_s: float, each_s: float) -> int:
     """Tokens of a pass of `start_s + each_s * tokens` seconds."""
     # There 2 tokens / seconds(2 tokens) is GAIN times tokens / seconds(tokens).
     full = (2 - GAIN) / (2 * GAIN - 2) * start_s / each_s
-    timely = (LONGEST_S - start_s) / each_s
+    timely = max((LONGEST_S - start_s) / each_s, PATIENT)
     return int(min(max(min(full, timely), LEAST), MOST))
 
 
