@@ -43,7 +43,7 @@ def of_stream(
             "at least one point is required, for example mlp_act.0", field="points"
         )
     wanted = _points(request.points, "points", model, tokens)
-    total = sum(activations.size(point, model.architecture, tokens) for point in wanted)
+    total = size(wanted, model, tokens)
     if total > MAX_STREAM_BYTES:
         raise InvalidArgument(
             f"the activations come to {total:,} bytes; one call sends at most "
@@ -52,6 +52,11 @@ def of_stream(
             reason="TOO_LARGE",
         )
     return wanted
+
+
+def size(wanted: Iterable[Point], model: Model, tokens: int) -> int:
+    """Bytes of the points' activations on a prompt of `tokens` tokens."""
+    return sum(activations.size(point, model.architecture, tokens) for point in wanted)
 
 
 def _lens(request: run_pb2.RunRequest, model: Model) -> tuple[Point, ...]:

@@ -64,6 +64,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         self._scheduler = scheduler
         self._on_device = ForCall(scheduler)
+        self._held = stream_activations.Held()
         self._answers = answers
         self._models = models
         self._names = names
@@ -244,8 +245,10 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical.CopyFrom(request)
         canonical.model = model.identity.id
         wanted = await _admitted(stream_activations.read, admission.of_points, canonical, model)
-        async for response in stream_activations.stream(canonical, wanted, model, self._on_device):
-            yield response
+        pieces = stream_activations.stream(canonical, wanted, model, self._on_device)
+        with self._held.keep(wanted):
+            async for response in pieces:
+                yield response
 
     async def GetQueue(
         self, request: queue_pb2.GetQueueRequest, context: Context

@@ -1,17 +1,20 @@
 """`StreamActivations`: from its request to one pass, and from its points to the stream's messages.
 
 The pass is one piece of work on the device and each point another, so that other calls get in
-between; pieces of a point are cut as the client takes them.
+between; pieces of a point are cut as the client takes them. Until the last is taken the pass is
+kept, so what all open streams keep is bounded: slow readers must not fill the device.
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from tdb.inference.v1 import run_pb2
 from torch import Tensor
 
+from services.common.errors import ResourceExhausted
 from services.inference import (
     manifest,
     queue_messages,
@@ -28,6 +31,32 @@ from services.inference.scheduler import OnDevice
 from services.inference.task import Place, Task
 
 CHUNK_BYTES = 2**20
+MAX_HELD_BYTES = 2 * request_points.MAX_STREAM_BYTES
+RETRY_S = 5.0
+
+
+class Held:
+    """The activations that open streams keep until they are read, in bytes."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    @contextmanager
+    def keep(self, wanted: "Wanted") -> Iterator[None]:
+        """While a stream is open. Raises ResourceExhausted where all together keep too much."""
+        if self._bytes + wanted.bytes > MAX_HELD_BYTES:
+            raise ResourceExhausted(
+                f"open streams of activations keep {self._bytes:,} bytes that are not read yet, "
+                f"and this needs {wanted.bytes:,} of {MAX_HELD_BYTES:,} in all; try again once "
+                "they are read",
+                reason="STREAMS_FULL",
+                retry_after_s=RETRY_S,
+            )
+        self._bytes += wanted.bytes
+        try:
+            yield
+        finally:
+            self._bytes -= wanted.bytes
 
 
 @dataclass(frozen=True)
@@ -36,12 +65,16 @@ class Wanted:
 
     run: ReadRun
     points: tuple[Point, ...]
+    bytes: int
+    """Of all points."""
 
 
 def read(request: run_pb2.StreamActivationsRequest, model: Model) -> Wanted:
     """Makes the request canonical. Raises InvalidArgument, FailedPrecondition (no tokenizer)."""
     run = requests.required_run(request, model)
-    return Wanted(run, request_points.of_stream(request, model, len(run.token_ids)))
+    tokens = len(run.token_ids)
+    points = request_points.of_stream(request, model, tokens)
+    return Wanted(run, points, request_points.size(points, model, tokens))
 
 
 async def stream(

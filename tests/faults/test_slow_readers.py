@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gateway.app import create_app
 from services.common.server import ServiceServer
 from services.common.settings import ModelSource, Settings
+from services.inference import stream_activations
 from services.inference.engine.model import Model
 from services.inference.scheduler import Scheduler
 from services.inference.server import build_server, load_model
@@ -159,3 +160,32 @@ async def test_over_http(
             each.close()
         await until("the queue is empty", lambda: not scheduler.snapshot())
     await others_are_served(server)
+
+
+async def test_what_open_streams_keep_is_bounded(
+    server: ServiceServer, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = len(POINTS) * POINT_BYTES
+    monkeypatch.setattr(stream_activations, "MAX_HELD_BYTES", 2 * one)
+    request = ParseDict(STREAM, run_pb2.StreamActivationsRequest())
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = service_pb2_grpc.InferenceServiceStub(channel)
+        slow = [stub.StreamActivations(request) for _ in range(2)]
+        for call in slow:
+            await call.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="try again once they are read") as refused:
+            await stub.StreamActivations(request).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers = dict(refused.value.trailing_metadata() or ())
+        assert trailers["grpc-retry-pushback-ms"] == "5000"
+        slow[0].cancel()
+        while True:  # gone at the server a moment later
+            call = stub.StreamActivations(request)
+            try:
+                await call.read()
+                break
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.02)
+        slow[1].cancel()
+        call.cancel()
+        await until("the queue is empty", lambda: not scheduler.snapshot())
