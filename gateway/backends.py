@@ -4,12 +4,12 @@ Adding a service to the gateway is one entry of `EXPOSED`. Where an address has 
 behind it, the channel (`tdb.channel`) balances them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import grpc.aio
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from tdb import channel
 from tdb.dataset.v1 import service_pb2 as dataset
 from tdb.inference.v1 import service_pb2 as inference
@@ -22,6 +22,18 @@ EXPOSED: Mapping[str, tuple[ServiceDescriptor, ...]] = {
     "inference": (inference.DESCRIPTOR.services_by_name["InferenceService"],),
     "dataset": (dataset.DESCRIPTOR.services_by_name["DatasetService"],),
 }
+
+# RPCs of them that are for programs and not exposed, by full name: their streams are too large
+# for JSON.
+GRPC_ONLY = frozenset({"tdb.inference.v1.InferenceService.Harvest"})
+
+
+def methods(service: ServiceDescriptor) -> Iterator[MethodDescriptor]:
+    """The RPCs of an exposed service that plain HTTP can call."""
+    for method in service.methods:
+        # Requests of plain HTTP have one message.
+        if not method.client_streaming and method.full_name not in GRPC_ONLY:
+            yield method
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class GatewayMetrics:
             f"/{service.full_name}/{method.name}": method.server_streaming
             for services in backends.EXPOSED.values()
             for service in services
-            for method in service.methods
+            for method in backends.methods(service)
         }
         self._requests = Counter(
             "tdb_gateway_requests",

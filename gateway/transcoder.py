@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import connect, messages, requests, streams
-from gateway.backends import Backend
+from gateway.backends import Backend, methods
 from services.common.errors import (
     Cancelled,
     InvalidArgument,
@@ -93,9 +93,7 @@ class Transcoder:
 def _methods_of(backend: Backend, settings: Settings) -> Iterable[tuple[str, _Method]]:
     limits = UserLimits(settings.requests_per_minute, settings.concurrent_requests)
     for service in backend.services:
-        for descriptor in service.methods:
-            if descriptor.client_streaming:  # plain HTTP requests have one message
-                continue
+        for descriptor in methods(service):
             request = message_factory.GetMessageClass(descriptor.input_type)
             response = message_factory.GetMessageClass(descriptor.output_type)
             path = f"/{service.full_name}/{descriptor.name}"

@@ -12,6 +12,7 @@ from services.common.errors import FailedPrecondition
 from services.inference import describe_component, generate, stream_activations, verify
 from services.inference.engine import needs
 from services.inference.engine.attribution import ExplainedRun
+from services.inference.engine.harvesting.harvest import WORKING_BYTES, AskedHarvest
 from services.inference.engine.interventions import Edit
 from services.inference.engine.model import Model
 from services.inference.engine.needs import Rows
@@ -128,6 +129,18 @@ def of_description(wanted: describe_component.Wanted, model: Model) -> Cost:
     if needed > model.room.budget:
         raise _refusal(model, needed, f"describing {wanted.component}", "component", "")
     return Cost(1, needed)
+
+
+def of_harvest(asked: AskedHarvest, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    needed = asked.state_bytes + asked.row_bytes(model.hooks, asked.longest) + WORKING_BYTES
+    if needed > model.room.budget:
+        largest = max(map(asked.group_bytes, asked.groups))
+        remedy = f"ask for fewer groups at a time (the largest holds {-(-largest // MIB):,} MiB)"
+        raise _refusal(
+            model, needed, "this harvest", "groups", f"{remedy}, keep less, or shorter sequences"
+        )
+    return Cost(asked.longest, needed)
 
 
 def _rows(wanted: Attribution, runs: Sequence[ExplainedRun], tokens: int) -> Rows:

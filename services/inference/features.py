@@ -43,6 +43,7 @@ BUILT = (
     "attribute.baseline",
     "verify",
     "stream_activations",
+    "harvest",
     "generate",
     "positions.generated",
     "describe_component",

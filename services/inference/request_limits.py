@@ -5,6 +5,7 @@ from tdb.inference.v1 import model_pb2
 
 from services.inference import (
     generate,
+    harvest,
     request_interventions,
     request_points,
     request_tokens,
@@ -33,5 +34,7 @@ def of(model: Model) -> model_pb2.Limits:
         max_stop_texts=generate.MAX_STOPS,
         max_stop_characters=generate.MAX_STOP_CHARACTERS,
         max_message_bytes=MAX_MESSAGE_BYTES,
+        max_harvest_tokens=harvest.MAX_TOKENS,
+        max_harvest_sequences=harvest.MAX_SEQUENCES,
         max_activation_bytes=model.room.budget,
     )

@@ -11,6 +11,7 @@ from tdb.inference.v1 import (
     attribute_pb2,
     component_pb2,
     generate_pb2,
+    harvest_pb2,
     model_pb2,
     queue_pb2,
     run_pb2,
@@ -24,6 +25,7 @@ from services.inference import (
     admission,
     describe_component,
     generate,
+    harvest,
     manifest,
     measured,
     queue_messages,
@@ -249,6 +251,17 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         with self._held.keep(wanted):
             async for response in pieces:
                 yield response
+
+    async def Harvest(
+        self, request: harvest_pb2.HarvestRequest, context: Context
+    ) -> AsyncIterator[harvest_pb2.HarvestResponse]:
+        model = self._model(request.model)
+        canonical = harvest_pb2.HarvestRequest()
+        canonical.CopyFrom(request)
+        canonical.model = model.identity.id
+        asked = await _admitted(harvest.read, admission.of_harvest, canonical, model)
+        async for response in harvest.stream(canonical, asked, model, self._on_device):
+            yield response
 
     async def GetQueue(
         self, request: queue_pb2.GetQueueRequest, context: Context

@@ -339,6 +339,10 @@ PRESENCE: dict[str, int | Callable[[Builder], int]] = dict.fromkeys(
         _V + "GenerateRequest.run",
         _V + "StreamActivationsRequest.run",
         _V + "StreamActivationsRequest.points",
+        _V + "HarvestRequest.groups",
+        _V + "HarvestRequest.sequences",
+        _V + "HarvestSequence.index",
+        _V + "HarvestSequence.ids",
         _V + "TokenizeRequest.prompt",
         _V + "DescribeComponentRequest.component",
         _V + "Intervention.target",
@@ -426,6 +430,8 @@ COUNTS: dict[str, tuple[int, ...]] = {
     _T + "TokenIds.ids": ALL_TOKENS,
     _V + "StreamActivationsRequest.points": (1, 1, 2, 3),
     _V + "VerifyRequest.nodes": (1, 2, 5),
+    _V + "HarvestRequest.sequences": (1, 2, 3),
+    _V + "HarvestSequence.ids": ALL_TOKENS,
 }
 
 UNIQUE = {
@@ -436,6 +442,8 @@ UNIQUE = {
     _V + "Prob.targets",
     _V + "VerifyRequest.nodes",
     _V + "StreamActivationsRequest.points",
+    _V + "HarvestRequest.groups",
+    _V + "HarvestRequest.tokens",
     _V + "RunRequest.activations",
     _V + "Positions.PositionList.positions",
     _V + "LogitLens.points",
@@ -454,6 +462,12 @@ def _model(builder: Builder) -> str:
 
 def _text(builder: Builder) -> str:
     return str(builder.one(builder.world.texts))
+
+
+def _group(builder: Builder) -> str:
+    kind = builder.one(("neuron", "neuron", "head", "latent"))
+    layer = builder.number(builder.world.layers - 1)
+    return f"{kind}.{_dictionary(builder) if kind == 'latent' else layer}"
 
 
 _position: Callable[[Builder], Any] = Builder.position
@@ -487,6 +501,12 @@ HINTS: dict[str, Callable[[Builder], Any]] = {
     _V + "LogitLens.points": lambda builder: builder.one(("embed", "resid_mid.1", "resid_post.0")),
     _V + "RunRequest.activations": Builder.point,
     _V + "StreamActivationsRequest.points": Builder.point,
+    _V + "HarvestRequest.groups": _group,
+    _V + "HarvestRequest.tokens": Builder.prompt_ids,
+    _V + "HarvestRequest.top_k": lambda builder: builder.number(9, 1),
+    _V + "HarvestRequest.per_stratum": lambda builder: builder.number(3, 1),
+    _V + "HarvestSequence.index": lambda builder: builder.number(10_000),
+    _V + "HarvestSequence.ids": Builder.prompt_ids,
     _V + "RunRequest.top_k": lambda builder: builder.number(20, 1),
     _V + "AttributeRequest.top_k": lambda builder: builder.one((1, 3, 20, 60)),
     _V + "AttributeRequest.dictionaries": _dictionary,
@@ -526,6 +546,7 @@ HINTS |= {
         "AttributeRequest",
         "GenerateRequest",
         "StreamActivationsRequest",
+        "HarvestRequest",
         "DescribeComponentRequest",
         "TokenizeRequest",
         "GetModelRequest",

@@ -155,6 +155,7 @@ async def test_only_what_is_exposed_is_reachable() -> None:
             f"/{SERVICE}/Nope",
             "/grpc.health.v1.Health/Check",
             "/tdb.inference.v2.InferenceService/Run",
+            f"/{SERVICE}/Harvest",  # over gRPC only
         ):
             response = await gateway.client.post(path, json={})
             assert response.status_code == 404

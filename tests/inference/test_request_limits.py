@@ -76,6 +76,22 @@ CASES: dict[str, Case] = {
         "StreamActivations",
         {"run": RUN, "points": ["resid_post.0"] * MANY},
     ),
+    "HarvestRequest.groups": ("Harvest", {"groups": ["neuron.0"] * MANY}),
+    "HarvestRequest.sequences": (
+        "Harvest",
+        {
+            "groups": ["neuron.0"],
+            "sequences": [{"index": index, "ids": [1]} for index in range(70_000)],
+        },
+    ),
+    "HarvestSequence.ids": (
+        "Harvest",
+        {"groups": ["neuron.0"], "sequences": [{"ids": [1] * MANY}]},
+    ),
+    "HarvestRequest.tokens": (
+        "Harvest",
+        {"groups": ["neuron.0"], "sequences": [{"ids": [1]}], "tokens": [1] * MANY},
+    ),
     "VerifyRequest.nodes": (
         "Verify",
         {"table": attribute()[1], "nodes": ["head.0.1~1"] * MANY},

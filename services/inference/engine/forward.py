@@ -19,6 +19,8 @@ from services.inference.engine import references
 from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
+from services.inference.engine.harvesting.groups import Group
+from services.inference.engine.harvesting.watching import Take, Watched
 from services.inference.engine.interventions import Edit, SourceRun
 from services.inference.engine.memory import Batch, Sizes, passed
 from services.inference.engine.points import Point
@@ -95,6 +97,18 @@ class Hooks:
     def look(self, rows: Sequence[Row], probe: Probe, cancel: CancelToken) -> None:
         """Runs the model over rows without edits, showing `probe` the sites it wants."""
         self._run(Pass(rows, (0,), False, cancel, sites=probe))
+
+    def watch(self, ids: Tensor, groups: Sequence[Group], take: Take, cancel: CancelToken) -> None:
+        """Runs the model without its unembedding over ids [B, T]; `take` gets the activations of
+        each of the groups while they are there.
+
+        Raises Cancelled and DeadlineExceeded from the token, and what `take` raises.
+        """
+        rows = [Row(tuple(row)) for row in ids.tolist()]
+        dictionaries = self.shelf.bind([each.dictionary for each in groups if each.dictionary])
+        current = Watched(rows, cancel, self.architecture, groups, dictionaries, take)
+        with self._running(current), torch.no_grad():
+            self._model.base_model(input_ids=ids, use_cache=False)
 
     def record(
         self,

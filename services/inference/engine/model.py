@@ -42,6 +42,7 @@ from services.inference.engine.columns import Column
 from services.inference.engine.components import Describer, Description
 from services.inference.engine.forward import Hooks
 from services.inference.engine.generation import Continuation, Ending
+from services.inference.engine.harvesting.harvest import AskedHarvest, Harvest
 from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
 from services.inference.engine.numerics import precise
@@ -308,6 +309,10 @@ class Model:
         return integrated.begin(
             self.hooks, run, nodes, steps, cancel, starts, along_input, norm_mode
         )
+
+    def harvest(self, asked: AskedHarvest) -> Harvest:
+        """The batches in which components are harvested; nothing runs yet."""
+        return Harvest(self.hooks, asked)
 
     def unembedding_direction(self, targets: Sequence[int], distractors: Sequence[int]) -> Tensor:
         """[d]: mean unembedding column of the targets minus that of the distractors."""
