@@ -93,7 +93,7 @@ clean:
 	@touch $@
 
 .make/python: .make/torch pyproject.toml hatch_build.py
-	$(VENV)/pip install -e '.[inference,dataset,gateway,dev]'
+	$(VENV)/pip install -e '.[inference,dataset,explainer,gateway,dev]'
 	@touch $@
 
 .make/stubs: .make/python tools/gen_protos.py $(PROTOS)

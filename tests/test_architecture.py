@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TORCH = ("torch", "transformers", "interp_engine", "safetensors", "tokenizers")
 PROTOCOL = ("google.protobuf", "google.rpc", "grpc", "tdb")
+# Whoever imports one of these can send text to others.
+LANGUAGE_MODELS = ("openai", "anthropic", "litellm")
 
 
 def imports(source: str, *, lazy: bool = True) -> set[str]:
@@ -51,6 +53,8 @@ def forbidden(path: Path, source: str) -> set[str]:
             if (within(module, ("services",)) and module != "services" and not within(module, mine))
             or within(module, ("gateway", "demo", "tdb.cli", "tdb.children", "tdb.supervisor"))
         }
+        if parts != ("services", "explainer", "engine", "openai_provider.py"):
+            found |= {module for module in every if within(module, LANGUAGE_MODELS)}
         if "engine" in parts:
             found |= {module for module in every if within(module, PROTOCOL)}
     if parts[0] == "gateway":
@@ -100,6 +104,11 @@ def test_imports_point_one_way(path: Path) -> None:
         ("services/inference/x.py", "import services.common.errors", set()),
         ("services/inference/engine/x.py", "import grpc.aio", {"grpc.aio"}),
         ("services/inference/engine/x.py", "def f():\n  import tdb", {"tdb"}),
+        ("services/explainer/engine/x.py", "import torch", {"torch"}),
+        ("services/explainer/engine/x.py", "import tdb.dataset.v1", {"tdb.dataset.v1"}),
+        ("services/explainer/engine/x.py", "import services.dataset", {"services.dataset"}),
+        ("services/explainer/engine/x.py", "from openai import a", {"openai", "openai.a"}),
+        ("services/explainer/engine/openai_provider.py", "import openai", set()),
         ("gateway/x.py", "import services.inference.x", {"services.inference.x"}),
         ("gateway/x.py", "import services.common.x", set()),
         ("client/tdb/x.py", "import services.common.x", {"services.common.x"}),

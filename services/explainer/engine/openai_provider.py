@@ -1,0 +1,335 @@
+"""Any OpenAI-compatible endpoint: hosted models, vLLM, llama.cpp, Ollama, OpenRouter and the like.
+
+Endpoints differ in what they understand. We ask for everything (JSON schema, logprobs, seed); where
+one answers that it does not know a parameter, it is not asked for that again, and the reply is held
+to the schema by `replies.py` in any case.
+
+Retries are ours, not the package's, because each may cost: 408, 409, 429, 5xx, broken connections
+and time-outs, with full jitter and after what `Retry-After` says. A call that was cut off may have
+been paid for and is counted at the most it can have cost.
+"""
+
+import asyncio
+import email.utils
+import hashlib
+import math
+import random
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import openai
+from openai import Omit
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from services.explainer.engine.budget import Ledger, Prices, Usage
+from services.explainer.engine.prompts import Prompt
+from services.explainer.engine.provider import OnText, Reply, TokenLogprobs
+from services.explainer.engine.provider_settings import (
+    KEY,
+    MODEL,
+    URL,
+    ProviderMisconfigured,
+    ProviderSettings,
+)
+from services.explainer.engine.replies import FailureKind
+from services.explainer.engine.response_cache import ResponseCache
+
+ATTEMPTS = 6
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_TOP_LOGPROBS = 20
+_RETRIED = (408, 409, 425, 429)
+
+_UNSUPPORTED = ("unsupported", "not support", "unknown", "unrecognized", "not permitted", "extra")
+
+# What an endpoint may not know, and what is sent instead, if anything.
+_INSTEAD = {
+    "response_format": None,
+    "logprobs": None,
+    "temperature": None,
+    "seed": None,
+    "stream_options": None,
+    "max_tokens": "max_completion_tokens",
+}
+
+
+class OpenAIProvider:
+    """Asks one model. Use as an async context manager, or `close()` it."""
+
+    def __init__(
+        self,
+        settings: ProviderSettings,
+        cache: ResponseCache,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        jitter: random.Random | None = None,
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._sleep = sleep
+        self._jitter = jitter or random.Random()
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._unknown: set[str] = set()
+        # Else the package would tell any endpoint the account that OPENAI_ORG_ID names.
+        headers: Any = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
+        self._client = openai.AsyncOpenAI(
+            base_url=settings.url,
+            # Local servers want none, the package insists on one.
+            api_key=settings.key.reveal() or "none",
+            timeout=settings.timeout_s,
+            max_retries=0,
+            default_headers=headers,
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,
+                # For plain http no authority's certificate need be read: trusting none is safe.
+                verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                if settings.url.startswith("http:")
+                else True,
+            ),
+        )
+
+    @property
+    def model(self) -> str:
+        return self._settings.model
+
+    @property
+    def host(self) -> str:
+        return self._settings.host
+
+    @property
+    def prices(self) -> Prices | None:
+        return self._settings.prices
+
+    async def __aenter__(self) -> "OpenAIProvider":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def complete(
+        self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None
+    ) -> Reply:
+        key = self._key(prompt)
+        kept = await self._cache.get(key)
+        if kept is not None:
+            ledger.cached += 1
+            reply = Reply.from_json(kept)
+            if on_text is not None:
+                on_text(reply.text)
+            return reply
+        async with self._slots:
+            reply = await self._ask(prompt, ledger, on_text)
+        if reply.failure is None:
+            await self._cache.put(key, reply.to_json())
+        return reply
+
+    def _key(self, prompt: Prompt) -> str:
+        parts = f"{self._settings.url}\n{self.model}\n{prompt.hash}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    async def _ask(self, prompt: Prompt, ledger: Ledger, on_text: OnText | None) -> Reply:
+        most = Usage(prompt.token_bound, prompt.max_tokens, bounded=True)
+        failure = FailureKind.UNAVAILABLE
+        attempt = 0
+        while attempt < ATTEMPTS:
+            asked_to_wait = None
+            parameters = self._parameters(prompt, stream=on_text is not None)
+            async with ledger.reserve(most):
+                try:
+                    reply, usage = await self._send(prompt, parameters, on_text)
+                    ledger.spend(usage or most)
+                    return reply
+                except (TimeoutError, openai.APITimeoutError):
+                    ledger.spend(most)
+                    failure = FailureKind.TIMED_OUT
+                except openai.APIConnectionError as error:
+                    if _was_sent(error):
+                        ledger.spend(most)
+                    failure = FailureKind.UNAVAILABLE
+                except openai.APIStatusError as error:
+                    if self._learn(error, parameters):
+                        continue
+                    if (rejected := _rejection(error, self._settings)) is not None:
+                        return Reply(failure=rejected)
+                    failure = FailureKind.UNAVAILABLE
+                    asked_to_wait = _retry_after(error.response.headers)
+                except (_Broken, openai.APIError, ValueError):
+                    # Half a stream, an error within one, a body that is no chat completion.
+                    ledger.spend(most)
+                    failure = FailureKind.UNAVAILABLE
+                except asyncio.CancelledError:
+                    ledger.spend(most)
+                    raise
+            attempt += 1
+            if attempt < ATTEMPTS:
+                ledger.retries += 1
+                await self._sleep(self._wait(attempt, asked_to_wait))
+        return Reply(failure=failure)
+
+    def _wait(self, attempt: int, asked: float | None) -> float:
+        longest = min(_FIRST_WAIT_S * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
+        jitter: float = self._jitter.uniform(0, longest)
+        return jitter + min(asked or 0.0, _LONGEST_WAIT_S)
+
+    def _learn(self, error: openai.APIStatusError, sent: Mapping[str, Any]) -> bool:
+        """Whether the endpoint refuses a parameter that it can be asked without."""
+        if error.status_code not in (400, 404, 422):
+            return False
+        named = str(error.param or "")
+        if not named and any(word in error.message.lower() for word in _UNSUPPORTED):
+            named = error.message
+        for name in sent:
+            if name in _INSTEAD and name in named:
+                self._unknown.add(name)
+                return True
+        return False
+
+    def _parameters(self, prompt: Prompt, *, stream: bool) -> dict[str, Any]:
+        wanted: dict[str, Any] = {
+            "max_tokens": prompt.max_tokens,
+            "temperature": prompt.temperature,
+            "seed": prompt.seed,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": prompt.name, "strict": True, "schema": prompt.schema},
+            },
+        }
+        if prompt.logprobs:
+            wanted["logprobs"] = True
+        if stream:
+            wanted["stream_options"] = {"include_usage": True}
+        sent = {
+            _INSTEAD[name] if name in self._unknown else name: value
+            for name, value in wanted.items()
+        }
+        sent.pop(None, None)
+        if "logprobs" in sent:
+            sent["top_logprobs"] = _TOP_LOGPROBS
+        return {str(name): value for name, value in sent.items()}
+
+    async def _send(
+        self, prompt: Prompt, parameters: Mapping[str, Any], on_text: OnText | None
+    ) -> tuple[Reply, Usage | None]:
+        create: Any = self._client.chat.completions.create
+        messages = list(prompt.messages)
+        # The package's time-out is for silence, this one for the whole of a call.
+        async with asyncio.timeout(self._settings.timeout_s):
+            if on_text is None:
+                return _reply(await create(model=self.model, messages=messages, **parameters))
+            chunks = await create(model=self.model, messages=messages, stream=True, **parameters)
+            async with chunks:
+                return await _streamed(chunks, on_text)
+
+
+class _Broken(Exception):
+    """A reply that ended before it was whole."""
+
+
+def _reply(whole: ChatCompletion) -> tuple[Reply, Usage | None]:
+    if not isinstance(whole, ChatCompletion) or not whole.choices:
+        raise _Broken
+    choice = whole.choices[0]
+    message = choice.message
+    logprobs = choice.logprobs.content if choice.logprobs else None
+    reply = _finished(
+        message.content or "", bool(message.refusal), choice.finish_reason, _logprobs(logprobs)
+    )
+    return reply, _usage(whole)
+
+
+async def _streamed(chunks: Any, on_text: OnText) -> tuple[Reply, Usage | None]:
+    text, refused, finish, usage = "", False, None, None
+    logprobs: list[Any] = []
+    chunk: ChatCompletionChunk
+    async for chunk in chunks:
+        usage = _usage(chunk) or usage
+        for choice in chunk.choices:
+            if choice.delta.content:
+                text += choice.delta.content
+                on_text(text)
+            refused = refused or bool(choice.delta.refusal)
+            finish = choice.finish_reason or finish
+            if choice.logprobs and choice.logprobs.content:
+                logprobs += choice.logprobs.content
+    if finish is None:
+        raise _Broken
+    return _finished(text, refused, finish, _logprobs(logprobs or None)), usage
+
+
+def _finished(
+    text: str,
+    refused: bool,
+    finish: str | None,
+    logprobs: tuple[TokenLogprobs, ...] | None,
+) -> Reply:
+    if refused or finish == "content_filter":
+        return Reply(failure=FailureKind.REFUSED)
+    if finish == "length":
+        return Reply(failure=FailureKind.TRUNCATED)
+    return Reply(text, logprobs)
+
+
+def _logprobs(content: Any) -> tuple[TokenLogprobs, ...] | None:
+    if not content:
+        return None
+    return tuple(
+        TokenLogprobs(
+            each.token,
+            tuple(
+                (other.token, float(other.logprob))
+                for other in each.top_logprobs or ()
+                if math.isfinite(other.logprob)
+            ),
+        )
+        for each in content
+    )
+
+
+def _usage(whole: ChatCompletion | ChatCompletionChunk) -> Usage | None:
+    if whole.usage is None:
+        return None
+    return Usage(whole.usage.prompt_tokens or 0, whole.usage.completion_tokens or 0)
+
+
+def _was_sent(error: openai.APIConnectionError) -> bool:
+    """Whether the request may have reached the endpoint before the connection broke."""
+    return type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+
+
+def _rejection(error: openai.APIStatusError, settings: ProviderSettings) -> FailureKind | None:
+    """What became of a question that is not to be asked again; None where it is.
+
+    Raises ProviderMisconfigured for what would befall every question. What the endpoint says may
+    hold the key or the corpus: it is not shown.
+    """
+    status = error.status_code
+    if error.code == "content_filter":
+        return FailureKind.REFUSED
+    if status in (401, 403):
+        meant = f"it does not accept the key: {KEY} is {'set' if settings.key else 'not set'}"
+    elif status == 404:
+        meant = f"it has no model {settings.model} there: see {MODEL} and {URL}"
+    elif status == 402 or (status == 429 and error.code == "insufficient_quota"):
+        meant = "the account has nothing left to spend"
+    elif status >= 500 or status in _RETRIED:
+        return None
+    else:
+        return FailureKind.REJECTED
+    raise ProviderMisconfigured(f"{settings.host} answered {status}: {meant}")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from `Retry-After` in seconds or as a date; None where it says nothing."""
+    text = headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None

@@ -1,0 +1,111 @@
+"""The measures that scores are made of, and how sure one can be of them.
+
+A measure takes arrays and is None where it is not defined: a balanced accuracy without negatives, a
+correlation with a constant.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+_DEFINED = 0.5
+
+Values = NDArray[np.float64]
+
+
+def balanced_accuracy(labels: Values, probabilities: Values) -> float | None:
+    """The mean of true positive and true negative rate; a half where chance decides.
+
+    `labels` are 0 or 1. A probability above 0.5 says 1, below 0; exactly 0.5 is half right.
+    """
+    right = np.where(probabilities > 0.5, 1.0, np.where(probabilities < 0.5, 0.0, 0.5))
+    positive = labels == 1
+    if positive.all() or not positive.any():
+        return None
+    return float((right[positive].mean() + (1 - right[~positive]).mean()) / 2)
+
+
+def auc(labels: Values, scores: Values) -> float | None:
+    """The chance that a positive has a larger score than a negative; a tie is half a chance."""
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    if not positive.size or not negative.size:
+        return None
+    difference = positive[:, None] - negative[None, :]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def pearson(expected: Values, actual: Values) -> float | None:
+    """The correlation coefficient; None where either does not vary."""
+    if expected.size < 2 or np.ptp(expected) == 0 or np.ptp(actual) == 0:
+        return None
+    return float(np.corrcoef(expected, actual)[0, 1])
+
+
+def mean(values: Values, _: Values) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The line from expected to actual activations: actual = slope * expected + intercept."""
+
+    slope: float
+    intercept: float
+
+    @classmethod
+    def fit(cls, expected: Values, actual: Values) -> "Calibration":
+        """Least squares; a slope below 0 becomes 0, since that would turn the explanation round."""
+        variance = float(expected.var()) if expected.size else 0.0
+        slope = 0.0
+        if variance > 0:
+            covariance = float(((expected - expected.mean()) * (actual - actual.mean())).mean())
+            slope = max(covariance / variance, 0.0)
+        if not expected.size:
+            return cls(0.0, 0.0)
+        return cls(slope, float(actual.mean()) - slope * float(expected.mean()))
+
+    def apply(self, expected: Values) -> Values:
+        return self.slope * expected + self.intercept
+
+
+def explained_variance(expected: Values, actual: Values) -> float | None:
+    """1 - mean squared error / variance: 1 is perfect, 0 no better than the mean."""
+    variance = float(actual.var()) if actual.size else 0.0
+    if variance == 0:
+        return None
+    return 1 - float(((actual - expected) ** 2).mean()) / variance
+
+
+def bootstrap(
+    measure: Callable[[Values, Values], float | None],
+    first: Values,
+    second: Values,
+    groups: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of measure(first, second), drawing whole groups.
+
+    Values of one group (document) go together, since they are not independent. A draw for which the
+    measure is not defined counts for nothing; None where that is half of them or more.
+    """
+    names, member = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
+    places = [np.flatnonzero(member == number) for number in range(len(names))]
+    if not places:
+        return None
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        drawn = generator.integers(len(places), size=len(places))
+        chosen = np.concatenate([places[each] for each in drawn])
+        value = measure(first[chosen], second[chosen])
+        if value is not None:
+            found.append(value)
+    if len(found) <= _DEFINED * resamples:
+        return None
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
