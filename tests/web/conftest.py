@@ -44,9 +44,15 @@ def _absent(what: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def product_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the product runs; its data folder is `data` in it."""
+    return tmp_path_factory.mktemp("product")
+
+
+@pytest.fixture(scope="session")
+def product(product_folder: Path) -> Iterator[str]:
     """URL of the product, started as a user starts it."""
-    with _started(tmp_path_factory.mktemp("product"), "--demo") as url:
+    with _started(product_folder, "--demo") as url:
         yield url
 
 

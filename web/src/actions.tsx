@@ -2,7 +2,7 @@
 import { useState } from "preact/hooks";
 import { editOf, isAblated, scaleBy, setValue, toggleAblation } from "./editing";
 import { cannot, type Op } from "./features";
-import { traces, verification, type Offer } from "./offers";
+import { opening, traces, verification, type Offer } from "./offers";
 import { valueForm } from "./state";
 import { HEAD_INPUTS } from "./trace";
 
@@ -74,6 +74,7 @@ export function Actions({ node }: { node: string }) {
       })}
       <TraceButtons node={node} />
       <OfferButton offer={verification(node)} node={node} />
+      <OfferButton offer={opening(node)} node={node} />
     </>
   );
 }

@@ -1,6 +1,7 @@
 /** The workbench: the question on top and always in sight, the answer scrolling below it. */
 import { unlock } from "./asking";
 import { bearer } from "./connect";
+import { ComponentView } from "./componentview";
 import { Continuation } from "./continuation";
 import { Crumbs } from "./crumbs";
 import { Header } from "./header";
@@ -9,7 +10,7 @@ import { Logits } from "./logits";
 import { Menu } from "./menu";
 import { ObjectiveCard } from "./objective";
 import { PromptBar } from "./prompt";
-import { answer, loading, locked, model, modelProblem, stale } from "./state";
+import { answer, loading, locked, model, modelProblem, opened, stale } from "./state";
 import { NodeTable } from "./table";
 
 export function App() {
@@ -29,7 +30,13 @@ export function App() {
         <Interventions />
         <Crumbs />
       </div>
-      <main data-scroller aria-busy={loading.value} data-stale={stale.value ? "" : undefined}>
+      <ComponentView />
+      <main
+        data-scroller
+        hidden={opened.value !== null}
+        aria-busy={loading.value}
+        data-stale={stale.value ? "" : undefined}
+      >
         {answer.value ? (
           <>
             <div class="cards">

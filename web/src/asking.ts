@@ -22,7 +22,7 @@ import { attributeRequest, likelyIds, predictionRequest } from "./requests";
 import { decodeSampling } from "./sampling";
 import * as state from "./state";
 import { tokens } from "./tokenise";
-import { beside, decode, encode, hasLens, USUAL, type Question } from "./url";
+import { beside, decode, decodeOpened, encode, hasLens, USUAL, type Question } from "./url";
 import { cancelVerify, stillVerified } from "./verifying";
 import { leavePlaces, writeAddress } from "./view";
 
@@ -39,6 +39,7 @@ export async function start(): Promise<void> {
     state.filters.value = decodeFilters(location.hash);
     sampling.value = decodeSampling(location.hash);
     state.lens.value = hasLens(location.hash);
+    state.opened.value = decodeOpened(location.hash);
   } catch (error) {
     state.found.value = problems(error);
   }
@@ -62,6 +63,7 @@ async function fallBack(question: Question): Promise<void> {
 /** Follows the address when a link inside the page, or the back button, changes it. */
 export async function follow(): Promise<void> {
   try {
+    state.opened.value = decodeOpened(location.hash);
     const question = decode(location.hash);
     if (question) {
       state.filters.value = decodeFilters(location.hash);

@@ -23,6 +23,7 @@ export function componentHeight(node: string): number {
 }
 
 const TOKENS = 6;
+const MORE_TOKENS = 10;
 const SIMILAR = 8;
 const REMEMBERED = 200;
 const memory = new Map<string, DescribeComponentResponseJson>();
@@ -32,15 +33,14 @@ export function describable(node: string): boolean {
   return ["head", "neuron", "latent"].includes(site(node).kind);
 }
 
-function description(component: string): DescribeComponentRequestJson {
-  return { model: currentModel(), component, tokens: TOKENS, similar: SIMILAR };
+function description(component: string, tokens = TOKENS): DescribeComponentRequestJson {
+  return { model: currentModel(), component, tokens, similar: SIMILAR };
 }
 
 async function described(
-  component: string,
+  request: DescribeComponentRequestJson,
   signal: AbortSignal,
 ): Promise<DescribeComponentResponseJson> {
-  const request = description(component);
   const key = JSON.stringify(request);
   const known = memory.get(key);
   if (known) return known;
@@ -56,7 +56,7 @@ export function Component({ node }: { node: string }) {
   const why = whyNot("describe_component");
   const { value, error } = useLatest(
     why === undefined ? component : null,
-    (signal) => described(component, signal),
+    (signal) => described(description(component), signal),
     0,
   );
   const shown = value?.component === component ? value : null;
@@ -98,6 +98,38 @@ export function Component({ node }: { node: string }) {
         <dl class="read-outs" data-waiting={shown ? undefined : ""}>
           <Similar value={shown ?? value} onChoose={setComponent} />
           {((shown ?? value)?.directions ?? []).flatMap((direction) => lines(direction))}
+        </dl>
+      )}
+    </section>
+  );
+}
+
+/** The same in a view of its own, with more tokens. */
+export function Directions({
+  component,
+  onChoose,
+}: {
+  component: string;
+  onChoose: (component: string) => void;
+}) {
+  const why = whyNot("describe_component");
+  const request = description(component, MORE_TOKENS);
+  const { value, error } = useLatest(
+    why === undefined ? JSON.stringify(request) : null,
+    (signal) => described(request, signal),
+    0,
+  );
+  const shown = value?.component === component ? value : null;
+  const wrong = error && !shown ? problems(error)[0]?.text : undefined;
+  return (
+    <section class="directions" aria-label="What it writes and reads">
+      <h2 title="From the weights alone, without a prompt">writes and reads</h2>
+      {why && <p class="quiet-text">{why}</p>}
+      {wrong && <p class="error">{wrong}</p>}
+      {shown && (
+        <dl class="read-outs">
+          {(shown.directions ?? []).flatMap((direction) => lines(direction))}
+          <Similar value={shown} onChoose={onChoose} />
         </dl>
       )}
     </section>

@@ -75,6 +75,20 @@ export async function call<Request, Response>(
   throw failure(status, body);
 }
 
+/** The calls of a service, as functions. */
+export function callsOf(service: string) {
+  return {
+    unary:
+      <Request, Response>(name: string) =>
+      (request: Request, options?: CallOptions): Promise<Response> =>
+        call<Request, Response>(`${service}/${name}`, request, options),
+    streamed:
+      <Request, Response>(name: string) =>
+      (request: Request, options?: CallOptions): AsyncGenerator<Response, void> =>
+        stream<Request, Response>(`${service}/${name}`, request, options),
+  };
+}
+
 /**
  * The messages of a stream as they come. Aborting the signal, or leaving the loop, ends the call on the
  * server too.

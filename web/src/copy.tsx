@@ -1,6 +1,7 @@
 /** The exact request behind an answer, for a terminal or a program. A bearer token is never copied. */
 import { useState } from "preact/hooks";
 import { address, bearer } from "./connect";
+import { DATASET_SERVICE } from "./dataset";
 import { SERVICE } from "./inference";
 
 export function curl(url: string, request: unknown, authorised: boolean, streams = false): string {
@@ -44,7 +45,7 @@ export function python(
 
 /** The buttons of a view: its exact request for a terminal, a program, or to read. */
 export function CopyButtons({ method, request }: { method: Method; request: unknown }) {
-  const url = address(`${SERVICE}/${method}`);
+  const url = address(`${METHODS[method]}/${method}`);
   const streams = STREAMS.has(method);
   const authorised = bearer.get() !== null;
   return (
@@ -68,7 +69,15 @@ export function CopyButtons({ method, request }: { method: Method; request: unkn
   );
 }
 
-type Method = "Attribute" | "Generate" | "DescribeComponent";
+/** The service of each method. */
+const METHODS = {
+  Attribute: SERVICE,
+  Generate: SERVICE,
+  DescribeComponent: SERVICE,
+  GetRecord: DATASET_SERVICE,
+  Search: DATASET_SERVICE,
+} as const;
+type Method = keyof typeof METHODS;
 const STREAMS: ReadonlySet<Method> = new Set(["Generate"] as const);
 
 function Copy({ label, title, text }: { label: string; title: string; text: () => string }) {

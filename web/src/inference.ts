@@ -1,5 +1,5 @@
 /** The inference service's calls, typed by the JSON types made from the protos. */
-import { call, stream, type CallOptions } from "./connect";
+import { callsOf } from "./connect";
 import type {
   AttributeRequestJson,
   AttributeResponseJson,
@@ -18,29 +18,30 @@ import type {
   TokenizeResponseJson,
 } from "./gen/tdb/inference/v1/model_pb";
 import type { GetQueueRequestJson, GetQueueResponseJson } from "./gen/tdb/inference/v1/queue_pb";
-import type { RunRequestJson, RunResponseJson } from "./gen/tdb/inference/v1/run_pb";
+import type {
+  RunRequestJson,
+  RunResponseJson,
+  StreamActivationsRequestJson,
+  StreamActivationsResponseJson,
+} from "./gen/tdb/inference/v1/run_pb";
 import type { VerifyRequestJson, VerifyResponseJson } from "./gen/tdb/inference/v1/verify_pb";
 
 export const SERVICE = "tdb.inference.v1.InferenceService";
 
-function rpc<Request, Response>(name: string) {
-  return (request: Request, options?: CallOptions): Promise<Response> =>
-    call<Request, Response>(`${SERVICE}/${name}`, request, options);
-}
+const { unary, streamed } = callsOf(SERVICE);
 
-function streamed<Request, Response>(name: string) {
-  return (request: Request, options?: CallOptions): AsyncGenerator<Response, void> =>
-    stream<Request, Response>(`${SERVICE}/${name}`, request, options);
-}
-
-export const listModels = rpc<ListModelsRequestJson, ListModelsResponseJson>("ListModels");
-export const getModel = rpc<GetModelRequestJson, GetModelResponseJson>("GetModel");
-export const getQueue = rpc<GetQueueRequestJson, GetQueueResponseJson>("GetQueue");
-export const tokenize = rpc<TokenizeRequestJson, TokenizeResponseJson>("Tokenize");
-export const run = rpc<RunRequestJson, RunResponseJson>("Run");
-export const attribute = rpc<AttributeRequestJson, AttributeResponseJson>("Attribute");
+export const listModels = unary<ListModelsRequestJson, ListModelsResponseJson>("ListModels");
+export const getModel = unary<GetModelRequestJson, GetModelResponseJson>("GetModel");
+export const getQueue = unary<GetQueueRequestJson, GetQueueResponseJson>("GetQueue");
+export const tokenize = unary<TokenizeRequestJson, TokenizeResponseJson>("Tokenize");
+export const run = unary<RunRequestJson, RunResponseJson>("Run");
+export const streamActivations = streamed<
+  StreamActivationsRequestJson,
+  StreamActivationsResponseJson
+>("StreamActivations");
+export const attribute = unary<AttributeRequestJson, AttributeResponseJson>("Attribute");
 export const verify = streamed<VerifyRequestJson, VerifyResponseJson>("Verify");
 export const generate = streamed<GenerateRequestJson, GenerateResponseJson>("Generate");
-export const describeComponent = rpc<DescribeComponentRequestJson, DescribeComponentResponseJson>(
+export const describeComponent = unary<DescribeComponentRequestJson, DescribeComponentResponseJson>(
   "DescribeComponent",
 );

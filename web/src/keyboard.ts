@@ -1,12 +1,14 @@
 /**
  * Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), m opens the
- * menu, g generates, u undoes, f filters, / goes to the prompt.
+ * menu, o opens the component, g generates, u undoes, f filters, / goes to the prompt. While a component
+ * is open, Escape closes it.
  */
 import { undo } from "./asking";
 import { toggleAblation } from "./editing";
 import { continuePrompt } from "./generating";
 import { openMenuOf, openTraces } from "./menu";
-import { selected } from "./state";
+import { closeComponent, openNode } from "./opening";
+import { opened, selected } from "./state";
 import { verifyRows } from "./verifying";
 import { shownRows } from "./view";
 
@@ -14,7 +16,7 @@ export function onKey(event: KeyboardEvent): void {
   const { target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   if (target instanceof HTMLElement && target.closest("input, textarea, select")) return;
-  const act = ACTIONS[event.key];
+  const act = (opened.value ? WHILE_OPEN : ACTIONS)[event.key];
   if (!act) return;
   event.preventDefault();
   act();
@@ -40,11 +42,22 @@ const ACTIONS: Record<string, () => void> = {
     const node = selected.value;
     if (node !== null) openMenuOf(node);
   },
+  o: () => {
+    const node = selected.value;
+    if (node !== null) openNode(node);
+  },
   g: () => void continuePrompt(),
   u: undo,
   f: () => document.getElementById("filter-node")?.focus(),
   "/": () => document.getElementById("prompt")?.focus(),
   Escape: () => (selected.value = null),
+};
+
+/** The table is out of sight then, and nothing may happen to it. */
+const WHILE_OPEN: Record<string, () => void> = {
+  Escape: closeComponent,
+  o: closeComponent,
+  "/": () => document.getElementById("prompt")?.focus(),
 };
 
 function move(step: number): void {

@@ -16,6 +16,7 @@ import type { InterventionJson } from "./gen/tdb/inference/v1/intervention_pb";
 import { asked, selected, valueForm } from "./state";
 import { cannotVerify, verifyRows } from "./verifying";
 import { allRows } from "./view";
+import { cannotOpen, openNode } from "./opening";
 import { HEAD_INPUTS, stepWords, type HeadInput } from "./trace";
 
 export interface Offer {
@@ -170,10 +171,22 @@ function inMenu(ways: Offer[]): Offer[] {
   return ways.map(({ key: _, ...way }) => way);
 }
 
+/** Its own view: what makes it fire. */
+export function opening(node: string): Offer {
+  return {
+    label: "open",
+    hint: "which texts make it fire",
+    key: "o",
+    why: cannotOpen(node),
+    act: () => openNode(node),
+  };
+}
+
 export function offers(node: string): OfferGroup[] {
   return [
     { name: "change", offers: edits(node) },
     { name: "why is it what it is?", offers: inMenu(traces(node)) },
     { name: "what would go without it?", offers: [verification(node)] },
+    { name: "what is it anywhere else?", offers: [opening(node)] },
   ];
 }

@@ -14,7 +14,7 @@ import type { GetModelResponseJson } from "./gen/tdb/inference/v1/model_pb";
 import type { PredictionJson } from "./gen/tdb/inference/v1/run_pb";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
 import type { Place, Problem } from "./problems";
-import { beside, type Question } from "./url";
+import { beside, type Opened, type Question } from "./url";
 
 /** One next token: now, and in the compared run where there is one. */
 export interface Outlook {
@@ -74,6 +74,8 @@ export const found = signal<Problem[]>([]);
 /** Whether the service wants a token that it has not been given. */
 export const locked = signal(false);
 
+/** The component that is looked at in place of the workbench. */
+export const opened = signal<Opened | null>(null);
 export const selected = signal<string | null>(null);
 /** The open field for a new value or a factor, in the details of a row. */
 export const valueForm = signal<{ node: string; op: "set" | "scale" } | null>(null);

@@ -18,7 +18,7 @@ const RANK_WORDS: Record<Rank, string> = {
   each: "each column",
 };
 
-const KEYS = ["ablate", "trace", "verify", "generate", "undo", "filter"];
+const KEYS = ["ablate", "trace", "verify", "open", "generate", "undo", "filter"];
 
 export function TableBar() {
   const { rankBy = "total", rows: wanted = DEFAULT_ROWS } = asked.value ?? {};

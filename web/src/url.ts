@@ -142,3 +142,34 @@ function rowCount(text: string): number {
 export function hasLens(hash: string): boolean {
   return new URLSearchParams(hash.replace(/^#/, "")).has("lens");
 }
+
+/** A component that is looked at by itself. */
+export interface Opened {
+  component: string;
+  /** The dataset that its records are read from; null: the first that has it. */
+  dataset: string | null;
+}
+
+export function encodeOpened(opened: Opened | null): string {
+  if (!opened) return "";
+  const query = new URLSearchParams({ component: opened.component });
+  if (opened.dataset !== null) query.append("dataset", opened.dataset);
+  return `&${query.toString()}`;
+}
+
+/** The component in an address, `null` if there is none; throws a sentence if it is none. */
+export function decodeOpened(hash: string): Opened | null {
+  const query = new URLSearchParams(hash.replace(/^#/, ""));
+  const component = query.get("component");
+  if (component === null) return null;
+  if (!isComponent(component))
+    throw new Error(
+      `This link opens “${component}”; it can be a component such as neuron.3.17, head.2.3 or latent.ID.5.`,
+    );
+  return { component, dataset: query.get("dataset") };
+}
+
+/** Whether the text is the address of a component that records can be about. */
+export function isComponent(text: string): boolean {
+  return /^(?:(?:neuron|head)\.\d{1,9}|latent\.[A-Za-z0-9_-]+)\.\d{1,9}$/.test(text);
+}

@@ -6,7 +6,7 @@ import { encodeFilters, filtered, readFilters, spans, within, withFilter } from 
 import { sampling } from "./generating";
 import { encodeSampling } from "./sampling";
 import * as state from "./state";
-import { encode } from "./url";
+import { encode, encodeOpened } from "./url";
 
 export const cols = computed(() =>
   columns(state.paired.value, SIDE_NAMES[state.compared.value ?? "untouched"]).filter(
@@ -57,7 +57,7 @@ let writing: ReturnType<typeof setTimeout> | undefined;
 export function setFilter(id: string, text: string): void {
   state.filters.value = withFilter(state.filters.value, id, text);
   clearTimeout(writing);
-  writing = setTimeout(writeAddress, WRITE_MS);
+  writing = setTimeout(() => writeAddress(), WRITE_MS);
 }
 
 export function clearFilters(): void {
@@ -73,14 +73,18 @@ export function leavePlaces(): void {
   });
 }
 
-/** The question and the filters as the address: all that a colleague needs to see the same. */
-export function writeAddress(): void {
+/**
+ * The question, the filters and the open component as the address: all that a colleague needs to see the
+ * same. What the back button should come back from is a `place` of its own.
+ */
+export function writeAddress(place = false): void {
   clearTimeout(writing);
   const question = state.asked.value;
-  if (!question) return;
-  history.replaceState(
-    null,
-    "",
-    `#${encode(question)}${encodeFilters(state.filters.value)}${encodeSampling(sampling.value)}${state.lens.value ? "&lens" : ""}`,
-  );
+  if (!question && !state.opened.value) return;
+  const asked = question
+    ? `${encode(question)}${encodeFilters(state.filters.value)}${encodeSampling(sampling.value)}${state.lens.value ? "&lens" : ""}`
+    : "";
+  const hash = `#${asked}${encodeOpened(state.opened.value)}`;
+  if (place && hash !== location.hash) history.pushState(null, "", hash);
+  else history.replaceState(null, "", hash);
 }
