@@ -45,7 +45,7 @@ export function python(
 
 /** The buttons of a view: its exact request for a terminal, a program, or to read. */
 export function CopyButtons({ method, request }: { method: Method; request: unknown }) {
-  const url = address(`${METHODS[method]}/${method}`);
+  const url = address(`${OF_DATASETS.has(method) ? DATASET_SERVICE : SERVICE}/${method}`);
   const streams = STREAMS.has(method);
   const authorised = bearer.get() !== null;
   return (
@@ -69,15 +69,8 @@ export function CopyButtons({ method, request }: { method: Method; request: unkn
   );
 }
 
-/** The service of each method. */
-const METHODS = {
-  Attribute: SERVICE,
-  Generate: SERVICE,
-  DescribeComponent: SERVICE,
-  GetRecord: DATASET_SERVICE,
-  Search: DATASET_SERVICE,
-} as const;
-type Method = keyof typeof METHODS;
+type Method = "Attribute" | "Generate" | "DescribeComponent" | "GetRecord" | "Search";
+const OF_DATASETS: ReadonlySet<Method> = new Set(["GetRecord", "Search"] as const);
 const STREAMS: ReadonlySet<Method> = new Set(["Generate"] as const);
 
 function Copy({ label, title, text }: { label: string; title: string; text: () => string }) {

@@ -73,7 +73,11 @@ export function otherModel(
     if (weightsHash === own.weightsHash) return undefined;
     return id === own.id ? `other weights of ${id}` : `the model ${id}`;
   }
-  return id === own.id ? undefined : `the model ${id || "that it does not name"}`;
+  return id === own.id
+    ? undefined
+    : id === ""
+      ? "a model that it does not name"
+      : `the model ${id}`;
 }
 
 /** Why the latent's records come from another dictionary of the same id, or nothing if they do not. */

@@ -8,7 +8,7 @@ import { Heatmap, Scale } from "./heatmap";
 import { plain } from "./numbers";
 import { scales, type Passage, type Scales, type Side } from "./passages";
 import { problems } from "./problems";
-import { answer, draft } from "./state";
+import { draft } from "./state";
 
 const ATTENTION = "attention probability";
 
@@ -20,7 +20,8 @@ interface OwnTextProps {
 }
 
 export function OwnText({ component, side, recorded }: OwnTextProps) {
-  const [text, setText] = useState(() => answer.value?.question.prompt ?? draft.value.prompt);
+  const [typed, setText] = useState<string | null>(null);
+  const text = typed ?? draft.value.prompt;
   const [found, setFound] = useState<Passage | null>(null);
   const [wrong, setWrong] = useState<string | null>(null);
   const [busy, setBusy] = useState(false);

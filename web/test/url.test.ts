@@ -1,6 +1,14 @@
 // A link shows a colleague exactly the same thing, or says in a sentence why it cannot.
 import { expect, test } from "vitest";
-import { ablation, decode, encode, USUAL, type Question } from "../src/url";
+import {
+  ablation,
+  decode,
+  decodeOpened,
+  encode,
+  encodeOpened,
+  USUAL,
+  type Question,
+} from "../src/url";
 
 const question: Question = {
   model: "demo-gpt2",
@@ -49,4 +57,15 @@ test.each([
   ["rows=many", /many/],
 ])("%s is refused with a sentence", (part, sentence) => {
   expect(() => decode(`#prompt=x&${part}`)).toThrow(sentence);
+});
+
+test("an open component stands beside the question", () => {
+  const opened = { component: "latent.demo-mlp_out-3.17", dataset: "a b" };
+  const hash = `#${encode(question)}${encodeOpened(opened)}`;
+  expect(decodeOpened(hash)).toEqual(opened);
+  expect(decode(hash)).toEqual(question);
+  expect(decodeOpened(`#${encode(question)}`)).toBeNull();
+  expect(decodeOpened("#component=head.1.2")).toEqual({ component: "head.1.2", dataset: null });
+  for (const bad of ["embed~3", "neuron.1", "head.1.2~3-1", "latent.x"])
+    expect(() => decodeOpened(`#component=${bad}`)).toThrow(bad);
 });
