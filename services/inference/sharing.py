@@ -55,10 +55,10 @@ def _padded_tables(members: Sequence[AskedAttribution]) -> int:
 def _runs_fit(model: Model, members: Sequence[AskedRun]) -> bool:
     if _padded_runs(members) > model.batch_tokens:
         return False
-    return needs.of_runs(model.hooks, members) <= model.room.budget
+    return needs.of_runs(model.hooks, members) <= model.room.free
 
 
 def _tables_fit(model: Model, members: Sequence[AskedAttribution]) -> bool:
     if _padded_tables(members) > model.batch_tokens:
         return False
-    return needs.of_attributions(model.hooks, members) <= model.room.budget
+    return needs.of_attributions(model.hooks, members) <= model.room.free

@@ -184,10 +184,10 @@ async def test_states_that_never_fit_are_refused_before_they_wait(
     assert (status, path) == (grpc.StatusCode.FAILED_PRECONDITION, "groups")
     assert "fewer groups" in sentence
     monkeypatch.setattr(model.room, "budget", UNLIMITED)
-    monkeypatch.setattr(model.room, "held", UNLIMITED)
-    status, _, sentence = await refusal_of(stub.Harvest(request(corpus())).read())
+    with model.room.holding(UNLIMITED // 2):
+        status, _, sentence = await refusal_of(stub.Harvest(request(corpus())).read())
     assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "other long work" in sentence
+    assert "beside the work of others" in sentence
 
 
 async def test_one_that_is_left_stops_between_batches_and_gives_memory_back(

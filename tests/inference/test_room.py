@@ -4,6 +4,7 @@ Where memory runs out is faked: passes of more rows, or edits, than the test all
 torch's allocators raise.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,26 @@ import pytest
 import torch
 
 from services.common.addresses import Address, Kind, parse
-from services.common.errors import ResourceExhausted
+from services.common.errors import ResourceExhausted, TdbError
 from services.inference.engine import (
     baselines,
     estimates,
     integrated,
+    needs,
     verification,
     whole_verification,
 )
+from services.inference.engine.asked import AskedAttribution
 from services.inference.engine.attribution import ExplainedRun, NormMode
 from services.inference.engine.baselines import Reference
+from services.inference.engine.batches import Batches
 from services.inference.engine.cancellation import CancelToken
+from services.inference.engine.columns import Column
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Intervention, Zero
 from services.inference.engine.objectives import Along, LogitDiff, Objective
 from services.inference.engine.out_of_memory import in_halves
+from services.inference.engine.tables import Ranking
 from services.inference.engine.verification import Ablation
 from tests.inference.helpers import HEADS, LAYERS, WIDTH, Engine, random_engine
 
@@ -151,7 +157,7 @@ def test_the_other_work_in_parts_that_fit(engine: Engine, failing: Failing) -> N
 
 def test_a_budget_between_takes_some_rows_at_a_time(engine: Engine, failing: Failing) -> None:
     failing.rows.clear()
-    engine.hooks.room.budget = 400_000
+    engine.hooks.room.budget = 800_000
     verified(engine, OBJECTIVES["logits"])
     assert 1 < max(failing.rows) < len(NODES)
 
@@ -229,3 +235,44 @@ def test_what_failed_is_freed_before_the_halves_run() -> None:
         return list(items)
 
     assert in_halves(work, [1, 2]) == [1, 2]
+
+
+def test_what_stays_between_passes_is_held_while_it_lives(engine: Engine) -> None:
+    room, run = engine.hooks.room, ExplainedRun(IDS, (), OBJECTIVES["logits"])
+    gc.disable()
+    try:
+        begun = verification.begin(engine.hooks, run, ablations(engine), CANCEL)
+        recorded = room.held
+        assert recorded > 0
+        nodes = [parse("neuron.1.2~5")]
+        other = integrated.begin(engine.hooks, run, nodes, 3, CANCEL)
+        assert room.held > 2 * recorded
+        begun.chunk(0, CANCEL)
+        del begun
+        assert room.held >= recorded
+        other.chunk(0, CANCEL)
+        del other
+        assert room.held == 0
+    finally:
+        gc.enable()
+
+
+def test_others_wait_for_what_is_held(engine: Engine) -> None:
+    """Holders get half of the budget together; a pass what they leave. Alone, each gets all."""
+    room, run = engine.hooks.room, ExplainedRun(IDS, (), OBJECTIVES["logits"])
+    begun = verification.begin(engine.hooks, run, ablations(engine), CANCEL)
+    room.budget = 3 * room.held
+    with pytest.raises(ResourceExhausted) as busy:
+        integrated.begin(engine.hooks, run, [parse("neuron.1.2~5")], 3, CANCEL)
+    assert busy.value.reason == "MEMORY_BUSY"
+    assert busy.value.retry_after_s
+    table = AskedAttribution((run,), NormMode.LIVE, Ranking(Column.TOTAL_EFFECT, 3))
+    batches = Batches(engine.hooks, 61)
+    room.budget = needs.of_attributions(engine.hooks, [table]) + room.held - 1
+    (refused,) = batches.attribute([table], CANCEL)
+    assert isinstance(refused, ResourceExhausted)
+    begun.chunk(0, CANCEL)  # what goes on goes on
+    del begun
+    (answer,) = batches.attribute([table], CANCEL)
+    assert not isinstance(answer, TdbError)
+    integrated.begin(engine.hooks, run, [parse("neuron.1.2~5")], 3, CANCEL)

@@ -9,6 +9,7 @@ answer, and where the shared pass itself fails, the members are run one by one.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
 
@@ -71,6 +72,7 @@ class Batches:
     ) -> list[AttributeResult | TdbError]:
         if len(asked) == 1 and len(asked[0].runs) > 1 and not self._fit(asked):
             return [self._one_after_the_other(asked[0], cancel.of_member(0))]
+        self._hooks.room.check(needs.of_attributions(self._hooks, asked))
         explanations, times = attribution.explain(
             self._hooks,
             self._architecture,
@@ -113,8 +115,7 @@ class Batches:
         )
 
     def _fit(self, asked: Sequence[AskedAttribution]) -> bool:
-        room = self._hooks.room
-        return needs.of_attributions(self._hooks, asked) <= room.budget
+        return needs.of_attributions(self._hooks, asked) <= self._hooks.room.free
 
     def _one_after_the_other(self, asked: AskedAttribution, cancel: CancelToken) -> AttributeResult:
         """The table of two runs whose passes do not fit into memory together.
@@ -125,6 +126,8 @@ class Batches:
         ranking, started = asked.ranking, time.perf_counter()
 
         def explain(number: int) -> tuple[Explanation, StageTimes]:
+            alone = replace(asked, runs=asked.runs[number : number + 1])
+            self._hooks.room.check(needs.of_attributions(self._hooks, [alone]))
             (explanation,), times = attribution.explain(
                 self._hooks,
                 self._architecture,
@@ -190,6 +193,7 @@ class Batches:
         return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
     def _run(self, asked: Sequence[AskedRun], cancel: CancelToken) -> list[RunResult | TdbError]:
+        self._hooks.room.check(needs.of_runs(self._hooks, asked))
         current = self._hooks.run(
             [Row(each.token_ids, each.edits, logits_at=each.logits_at) for each in asked],
             (),

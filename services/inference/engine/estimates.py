@@ -74,7 +74,7 @@ def parts(hooks: Hooks, run: ExplainedRun, baselines: Sequence[Edit]) -> Iterato
         )
         return memory.passed(hooks.room.sizes, batch)
 
-    size = max(1, hooks.room.most(needed, AT_ONCE))
+    size = max(1, hooks.room.most(needed, AT_ONCE, hooks.room.of_chunk))
     for first in range(0, len(baselines), size):
         yield slice(first, first + size)
 

@@ -22,7 +22,7 @@ from services.inference.engine.captured import Pass, Row
 from services.inference.engine.harvesting.groups import Group
 from services.inference.engine.harvesting.watching import Take, Watched
 from services.inference.engine.interventions import Edit, SourceRun
-from services.inference.engine.memory import Batch, Sizes, passed
+from services.inference.engine.memory import Batch, Sizes, passed, recorded
 from services.inference.engine.points import Point
 from services.inference.engine.resuming import Recording, Resumed
 from services.inference.engine.room import Room
@@ -119,10 +119,17 @@ class Hooks:
         gradients: bool = False,
         dictionaries: Sequence[str] = (),
     ) -> Recording:
-        """Like `run` of one row, remembering what `resume` starts from."""
+        """Like `run` of one row, remembering what `resume` starts from: held while it lives.
+
+        Raises ResourceExhausted besides, where others hold too much.
+        """
+        latents = self.shelf.latents(dictionaries)
+        held = recorded(self.room.sizes, len(row.token_ids), latents)
+        self.room.check_holder(held)
         row = replace(row, edits=self.fill(row.edits, cancel))
         current = Recording([row], tuple(positions), gradients, cancel)
         self._run(current, dictionaries)
+        self.room.hold(current, held)
         return current
 
     def batch(
@@ -151,7 +158,7 @@ class Hooks:
         longest = max(len(source.token_ids) for source in sources)
         edits = [edit for source in sources for edit in source.edits]
         batch = self.batch(len(sources), longest, edits)
-        return passed(self.room.sizes, batch) <= self.room.budget
+        return passed(self.room.sizes, batch) <= self.room.of_chunk
 
     def resume(self, current: Resumed, dictionaries: Sequence[str] = ()) -> Tensor:
         """Runs what is left of a resumed pass; its logits [B, V] at its last token.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from services.inference.engine import memory
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
@@ -80,6 +81,7 @@ class Continuation:
         """None while it goes on."""
         self.text = ""
         self.forward_ms = 0.0
+        self._begun = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -99,7 +101,8 @@ class Continuation:
     def step(self, cancel: CancelToken) -> Generated:
         """One more token; only while `finish` is None.
 
-        Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded.
+        Raises FailedPrecondition (reason NON_FINITE), Cancelled, DeadlineExceeded, and
+        ResourceExhausted before the first where others hold too much memory.
         """
         logits = self._next_logits(cancel).cpu().double()
         # Ids that the tokenizer cannot decode are never chosen, though they count as probabilities.
@@ -124,6 +127,12 @@ class Continuation:
 
     def _next_logits(self, cancel: CancelToken) -> Tensor:
         """[V] after the last token; runs the tokens that are not in the cache yet."""
+        if not self._begun:
+            self._begun = True
+            room, tokens = self._hooks.room, self._prompt_tokens + self._ending.max_new_tokens
+            cached = memory.cached(room.sizes, tokens)
+            room.check_holder(cached)
+            room.hold(self, cached)
         start, end = self._cache.get_seq_length(), len(self._ids)
         self._edits.fill(self._hooks, cancel)
         edits = self._edits.of_step(start, end)

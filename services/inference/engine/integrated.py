@@ -314,7 +314,11 @@ def begin(
     shares = [(step - 0.5) / steps for step in range(1, steps + 1)]
     batches = [tuple(shares[first : first + size]) for first in range(0, steps, size)]
     chunks = tuple((sublayer, batch) for sublayer in moving for batch in batches)
-    return replace(integration, chunks=chunks)
+    integration = replace(integration, chunks=chunks)
+    latents = hooks.shelf.latents(each.dictionary for each in wanted if each.dictionary)
+    summed = memory.summed(hooks.room.sizes, len(run.token_ids), latents)
+    hooks.room.hold(integration, summed)
+    return integration
 
 
 def _rows_at_once(integration: Integration, hooks: Hooks, run: ExplainedRun, most: int) -> int:

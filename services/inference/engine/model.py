@@ -22,6 +22,7 @@ from services.inference.engine import (
     estimates,
     integrated,
     loading,
+    needs,
     tables,
     verification,
     whole_verification,
@@ -45,6 +46,7 @@ from services.inference.engine.generation import Continuation, Ending
 from services.inference.engine.harvesting.harvest import AskedHarvest, Harvest
 from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
+from services.inference.engine.needs import Rows
 from services.inference.engine.numerics import precise
 from services.inference.engine.objectives import LogitDiff, OfLogits
 from services.inference.engine.points import Point
@@ -190,11 +192,18 @@ class Model:
         wanted: Sequence[Point],
         cancel: CancelToken,
     ) -> Captured:
-        """Forward with interventions, for reading the wanted points."""
+        """Forward with interventions, for reading the wanted points: held while it lives.
+
+        Raises FailedPrecondition (NON_FINITE), Cancelled, DeadlineExceeded, and ResourceExhausted
+        where others hold too much memory.
+        """
         row = Row(tuple(token_ids), edits)
         everywhere = Point("logits") in wanted
         positions = range(len(token_ids)) if everywhere else [len(token_ids) - 1]
         read = ReadPoints(activations=tuple(wanted))
+        rows = Rows((len(token_ids),), edits, len(positions), read.dictionaries)
+        held = needs.captured(self.hooks, rows, wanted)
+        self.room.check_holder(held)
         current = self.hooks.run(
             [row],
             positions,
@@ -203,7 +212,9 @@ class Model:
             keep=read.all,
             dictionaries=read.dictionaries,
         )
-        return Captured(current, self.architecture)
+        captured = Captured(current, self.architecture)
+        self.room.hold(captured, held)
+        return captured
 
     def generate(
         self,

@@ -54,6 +54,15 @@ def forward(hooks: Hooks, rows: Rows, points: Sequence[Point] = (), lens: int = 
     return max(passed, borrowed(hooks, rows.edits))
 
 
+def captured(hooks: Hooks, rows: Rows, points: Sequence[Point]) -> int:
+    """What is left of a pass from which points are read one after another."""
+    batch = rows.of(hooks)
+    whole = [activations.size(point, hooks.architecture, batch.tokens) for point in points]
+    batch = replace(batch, kept=sum(whole))
+    sizes = hooks.room.sizes
+    return memory.passed(sizes, batch) - memory.running(sizes, batch)
+
+
 def of_runs(hooks: Hooks, asked: Sequence[AskedRun]) -> int:
     """Runs that share a pass."""
     rows = Rows(
