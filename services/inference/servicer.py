@@ -44,9 +44,18 @@ from services.inference.metrics import device_memory
 from services.inference.scheduler import ForCall, Scheduler
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Result = TypeVar("Result")
 Request = TypeVar("Request")
 Wanted = TypeVar("Wanted")
+Named = TypeVar(
+    "Named",
+    run_pb2.RunRequest,
+    attribute_pb2.AttributeRequest,
+    component_pb2.DescribeComponentRequest,
+    generate_pb2.GenerateRequest,
+    run_pb2.StreamActivationsRequest,
+    harvest_pb2.HarvestRequest,
+)
+"""Requests with a model."""
 
 LIVE_WARNING = (
     "norm mode LIVE: a live norm ignores the length of its input, so direct effects rank nodes but "
@@ -104,9 +113,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
 
     async def Run(self, request: run_pb2.RunRequest, context: Context) -> run_pb2.RunResponse:
         model = self._model(request.model)
-        canonical = run_pb2.RunRequest()
-        canonical.CopyFrom(request)
-        canonical.model = model.identity.id
+        canonical = _named(request, model)
         wanted = await _admitted(requests.read_forward, admission.of_run, canonical, model)
         return await self._answers.one(
             "Run",
@@ -135,9 +142,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, request: attribute_pb2.AttributeRequest, context: Context
     ) -> attribute_pb2.AttributeResponse:
         model = self._model(request.model)
-        canonical = attribute_pb2.AttributeRequest()
-        canonical.CopyFrom(request)
-        canonical.model = model.identity.id
+        canonical = _named(request, model)
         wanted = await _admitted(
             requests.read_attribution, admission.of_attribution, canonical, model
         )
@@ -205,9 +210,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, request: component_pb2.DescribeComponentRequest, context: Context
     ) -> component_pb2.DescribeComponentResponse:
         model = self._model(request.model)
-        canonical = component_pb2.DescribeComponentRequest()
-        canonical.CopyFrom(request)
-        canonical.model = model.identity.id
+        canonical = _named(request, model)
         wanted = await _admitted(
             describe_component.read, admission.of_description, canonical, model
         )
@@ -224,9 +227,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, request: generate_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         model = self._model(request.model)
-        canonical = generate_pb2.GenerateRequest()
-        canonical.CopyFrom(request)
-        canonical.model = model.identity.id
+        canonical = _named(request, model)
         wanted = await _admitted(generate.read, admission.of_generation, canonical, model)
         compute = partial(generate.stream, canonical, wanted, model, self._on_device)
         found = (
@@ -243,9 +244,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, request: run_pb2.StreamActivationsRequest, context: Context
     ) -> AsyncIterator[run_pb2.StreamActivationsResponse]:
         model = self._model(request.model)
-        canonical = run_pb2.StreamActivationsRequest()
-        canonical.CopyFrom(request)
-        canonical.model = model.identity.id
+        canonical = _named(request, model)
         wanted = await _admitted(stream_activations.read, admission.of_points, canonical, model)
         pieces = stream_activations.stream(canonical, wanted, model, self._on_device)
         with self._held.keep(wanted):
@@ -256,9 +255,7 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         self, request: harvest_pb2.HarvestRequest, context: Context
     ) -> AsyncIterator[harvest_pb2.HarvestResponse]:
         model = self._model(request.model)
-        canonical = harvest_pb2.HarvestRequest()
-        canonical.CopyFrom(request)
-        canonical.model = model.identity.id
+        canonical = _named(request, model)
         asked = await _admitted(harvest.read, admission.of_harvest, canonical, model)
         async for response in harvest.stream(canonical, asked, model, self._on_device):
             yield response
@@ -292,6 +289,14 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         if model is None:
             raise Unavailable(f"the model {name!r} is still loading", retry_after_s=2.0)
         return model
+
+
+def _named(request: Named, model: Model) -> Named:
+    """A copy of the request that names the model by its id; reading it makes it canonical."""
+    canonical = type(request)()
+    canonical.CopyFrom(request)
+    canonical.model = model.identity.id
+    return canonical
 
 
 async def _admitted(
