@@ -46,6 +46,7 @@ class Fault:
     error: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: str | None = None
+    reply: str | None = None
     delay_s: float = 0.0
     hang_up: bool = False
     stop_stream_after: int | None = None
@@ -151,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, error = refusal
             self._send(status, json.dumps({"error": error}), {})
         else:
-            said = self.owner.model(body)
+            said = self.owner.model(body) if fault.reply is None else fault.reply
             said = Said(said) if isinstance(said, str) else said
             if body.get("stream"):
                 self._stream(body, said, fault)

@@ -87,16 +87,19 @@ def split_tokens(component: Component, *, seed: int, window: int = WINDOW) -> Sp
         for example, documents in zip(examples, _documents(examples), strict=True)
         for part in _windows(example, documents, window, scale, seed)
     ]
-    return _deal(component.address, cut, scale, seed)
+    return _deal(component.address, cut, scale, seed, needs_quiet=True)
 
 
 def split_pairs(component: Component, *, seed: int) -> Split[HeadExample]:
-    """The halves for a head, its examples whole. Raises as `split_tokens`."""
+    """The halves for a head, its examples whole. Raises as `split_tokens`.
+
+    Weak pairs are in every text, so that there need be no quiet ones.
+    """
     if not component.is_head:
         raise InvalidArgument(f"{component.address} is not a head", field="component")
     examples = [each for each in component.examples if isinstance(each, HeadExample)]
     whole = list(zip(examples, _documents(examples), strict=True))
-    return _deal(component.address, whole, component.scale, seed)
+    return _deal(component.address, whole, component.scale, seed, needs_quiet=False)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,12 @@ def _active(value: float, scale: float) -> bool:
 
 
 def _deal(
-    address: str, examples: Sequence[tuple[E, _Documents]], scale: float, seed: int
+    address: str,
+    examples: Sequence[tuple[E, _Documents]],
+    scale: float,
+    seed: int,
+    *,
+    needs_quiet: bool,
 ) -> Split[E]:
     active: dict[str, list[E]] = {}
     quiet: dict[str, list[E]] = {}
@@ -156,7 +164,7 @@ def _deal(
     for side in range(2):
         groups = set(firing[side::2]) | set(rest[side::2])
         half = _half(groups, active, quiet, names, seed)
-        if not half.active or not half.quiet:
+        if not half.active or (needs_quiet and not half.quiet):
             raise FailedPrecondition(
                 f"{address} has examples of {len(firing)} documents that activate it and of "
                 f"{len(rest)} others: too few to explain on some and to score on the rest",
