@@ -41,7 +41,7 @@ def statistics(state: State) -> Statistics:
         variance=np.where(varies, variance, 0.0),
         skewness=state["m3"] / state.count / deviation**3,
         kurtosis=state["m4"] / state.count / deviation**4,
-        fraction_active=state["active"] / state.count,
+        fraction_active=state["histogram"][:, bins.FIRST_POSITIVE :].sum(1) / state.count,
         smallest=state["smallest"],
         largest=state["largest"],
     )

@@ -56,8 +56,7 @@ class State:
     lengths              int32   [S]        their tokens
     mean, m2, m3, m4     float64 [N]        mean, and sums of powers 2..4 of what differs from it
     smallest, largest    float32 [N]
-    active               int64   [N]        values above 0
-    histogram            int64   [N, BINS]  of all values
+    histogram            int64   [N, BINS]  of all values (`bins`)
     maxima               int64   [N, BINS]  of the sequences' largest values
     top_keys             int64   [N, K]     ascending; K is what is kept of any component
     top_activations      float32 [N, K, P]  of the sequences of top_keys; 0 behind the shorter ones
@@ -132,7 +131,7 @@ def _moments(state: State) -> dict[str, Array]:
 
 
 def _added(state: State) -> Iterator[str]:
-    yield from ("active", "histogram", "maxima", "token_counts", "token_sums")
+    yield from ("histogram", "maxima", "token_counts", "token_sums")
     if state.is_of_heads:
         yield from ("key_token_counts", "key_token_sums")
 

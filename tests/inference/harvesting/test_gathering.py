@@ -25,7 +25,7 @@ GROUP = Group(Kind.NEURON, 2, "", 5)
 KEEP = Keep(top=3, random=2, strata=2, per_stratum=2, seed=11)
 TOKENS = (1, 4, 7)
 EXACT = (
-    *("sequences", "lengths", "smallest", "largest", "active", "histogram", "maxima"),
+    *("sequences", "lengths", "smallest", "largest", "histogram", "maxima"),
     *("top_keys", "top_activations", "random_keys", "random_activations"),
     *("strata_keys", "strata_activations", "tokens", "token_counts"),
 )

@@ -22,9 +22,10 @@ class Counts:
 
 def binned(values: Tensor) -> Tensor:
     """The bin of each float32, int32 of the same shape."""
-    code = values.view(torch.int32).bitwise_and(0x7FFFFFFF)
+    code = values.abs().view(torch.int32)
     code >>= bins.SHIFT
     code -= bins.LOWEST_CODE - 1
     code.clamp_(0, bins.PER_SIGN + 1)
-    below = bins.FIRST_POSITIVE - 1 - code
-    return torch.where(values > 0, code.add_(bins.FIRST_POSITIVE), below)
+    # Turns code into -1 - code where a value is not positive; a `where` takes three times as long.
+    code ^= (values <= 0).int().neg_()
+    return code.add_(bins.FIRST_POSITIVE)

@@ -94,7 +94,6 @@ class Gathering:
             "m4": _array(moments.m4),
             "smallest": _array(moments.smallest),
             "largest": _array(moments.largest),
-            "active": _array(moments.active),
             "histogram": _array(self._histogram.counts),
             "maxima": _array(self._maxima.counts),
         }

@@ -10,6 +10,7 @@ Activations lie in slots that stay where they are: only those of sequences that 
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from services.common.harvest import keys
@@ -61,24 +62,30 @@ class Kept(ABC):
     def _enter(self, values: Tensor, candidates: Tensor, components: Tensor, first: int) -> None:
         rows = components + first
         staying, places = self._choose(torch.cat((self.keys[rows], candidates), 1))
+        new = (places >= self.capacity) & (staying != keys.EMPTY)
+        changed = new.any(1).nonzero()[:, 0]
+        if len(changed) < len(rows):
+            rows, components = rows[changed], components[changed]
+            staying, places, new = staying[changed], places[changed], new[changed]
         old = places < self.capacity
         slots = self._slots[rows]
         # The j-th newcomer takes the j-th slot whose sequence left.
-        taken = torch.zeros(len(rows), self.capacity + candidates.shape[1], dtype=torch.int8)
-        taken = taken.to(slots.device).scatter_(1, places, 1)[:, : self.capacity]
+        width = self.capacity + candidates.shape[1]
+        taken = torch.zeros(len(rows), width, dtype=torch.int8, device=slots.device)
+        taken = taken.scatter_(1, places, 1)[:, : self.capacity]
         free = slots.gather(1, torch.argsort(taken, dim=1, stable=True))
         nth = ((~old).cumsum(1) - 1).clamp_min(0)
         present = slots.gather(1, places.clamp_max(self.capacity - 1))
         chosen = torch.where(old, present, free.gather(1, nth))
         self.keys[rows] = staying
         self._slots[rows] = chosen
-        row, place = (~old & (staying != keys.EMPTY)).nonzero(as_tuple=True)
+        row, place = new.nonzero(as_tuple=True)
         activations = values[places[row, place] - self.capacity, :, components[row]]
-        where = rows[row], chosen[row, place]
-        width = values.shape[1]
-        if width < self._rows.shape[2]:
-            self._rows[where] = 0
-        self._rows[*where, :width] = activations
+        longest = self._rows.shape[2]
+        if values.shape[1] < longest:
+            activations = F.pad(activations, (0, longest - values.shape[1]))
+        where = rows[row] * self.capacity + chosen[row, place]
+        self._rows.view(-1, longest).index_copy_(0, where, activations)
 
 
 class Top(Kept):

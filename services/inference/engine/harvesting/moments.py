@@ -1,4 +1,4 @@
-"""Running mean and central sums, extremes and the share above 0 of every component.
+"""Running mean, central sums and extremes of every component.
 
 Each sequence is summed by itself around its own mean, in float32, and joined to what went before in
 float64: a mean far from 0 costs no digits, and the result does not depend on what shares a batch.
@@ -23,7 +23,6 @@ class Moments:
         self.mean, self.m2, self.m3, self.m4 = (zeros.clone() for _ in range(4))
         self.smallest = torch.full((components,), torch.inf, device=device)
         self.largest = -self.smallest
-        self.active = torch.zeros(components, dtype=torch.long, device=device)
 
     def add(self, values: Tensor, largest: Tensor, smallest: Tensor, part: slice) -> None:
         """values: [B, P, n] of the components `part`; largest, smallest: over places, [B, n]."""
@@ -39,7 +38,6 @@ class Moments:
         self._join(sums, values.shape[1], part)
         self.smallest[part] = torch.minimum(self.smallest[part], bottom)
         self.largest[part] = torch.maximum(self.largest[part], top)
-        self.active[part] += (values > 0).flatten(0, 1).sum(0)
 
     def advance(self, sequences: int, places: int) -> None:
         """Counts a batch whose parts were all added."""
