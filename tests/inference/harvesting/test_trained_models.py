@@ -89,7 +89,8 @@ def magnitudes(pattern: Tensor, values: Tensor, w_o: Tensor) -> Tensor:
     """[H, T, T], [T, H, dh], [H, dh, d] -> [pairs, H]"""
     lengths = torch.einsum("khw,hwd->khd", values, w_o).norm(dim=-1)
     rows, columns = np.tril_indices(values.shape[0])
-    return (pattern * lengths.T[:, None]).permute(1, 2, 0)[rows, columns]
+    found: Tensor = (pattern * lengths.T[:, None]).permute(1, 2, 0)[rows, columns]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_the_demo_s_neurons_and_heads(demo: Model, corpus: list[CorpusSequence])
     modules = {"into down": "transformer.h.3.mlp.c_proj", "qkv": "transformer.h.2.attn.c_attn"}
     found = stood(DEMO / "model", corpus, modules)
     states = in_segments(demo, ["neuron.3", "head.2"], corpus)
-    brute.check(states["neuron.3"], seen(corpus, found["into down"]), ROUNDING, every_nth=5)
+    brute.check(states["neuron.3"], seen(corpus, found["into down"]), ROUNDING, every_nth=16)
     weights = load_file(DEMO / "model" / "model.safetensors")
     w_o = weights["transformer.h.2.attn.c_proj.weight"].float().view(8, -1, 128)
     pairs = [
@@ -140,7 +141,7 @@ def test_the_demo_s_latents(
         latents.append(torch.where(pre >= ordered[:, k - 1 : k], pre.clamp_min(0), 0))
     group = f"latent.demo-{name}"
     state = in_segments(demo, [group], corpus)[group]
-    brute.check(state, seen(corpus, latents), ROUNDING, every_nth=7)
+    brute.check(state, seen(corpus, latents), ROUNDING, every_nth=23)
     dead = np.nonzero(state["largest"] == 0)[0]
     assert len(dead)
     assert reading.intervals(state, int(dead[0]), 4) == []
