@@ -150,6 +150,7 @@ def main() -> int:
                 "model": source.name,
                 "seconds": seconds,
                 "activation_mib": models[source.name].room.budget // 2**20,
+                "batch_tokens": models[source.name].batch_tokens,
             }
             _log.info("model loaded", extra={"fields": fields})
         readiness = Readiness(server, scheduler, models)

@@ -9,11 +9,11 @@ from torch import Tensor
 from services.common.addresses import Address
 from services.inference.engine.asked import AskedAttribution, AttributeResult, RunResult
 from services.inference.engine.attribution import Explanation
-from services.inference.engine.batches import Batches
+from services.inference.engine.batches import Batches, Unread
 from services.inference.engine.columns import COLUMNS, Column
 from services.inference.engine.interventions import Receipt
 from services.inference.engine.predictions import NextTokens
-from services.inference.engine.tables import NodeValues, Ranking
+from services.inference.engine.tables import NodeValues, Ranking, Table
 
 Explanations = tuple[Explanation, ...]
 
@@ -21,21 +21,23 @@ Explanations = tuple[Explanation, ...]
 class RememberingBatches(Batches):
     """Batches whose answers can be compared whole: explanations of the last ones live on."""
 
-    remembered: ClassVar[dict[int, tuple[AttributeResult, Explanations]]] = {}
+    remembered: ClassVar[dict[int, tuple[Table, Explanations]]] = {}
+    """By the table."""
 
     def _attributed(
         self, asked: AskedAttribution, explanations: Explanations, *others: Any
-    ) -> AttributeResult:
-        result = super()._attributed(asked, explanations, *others)
-        self.remembered[id(result)] = result, explanations
+    ) -> Unread:
+        unread = super()._attributed(asked, explanations, *others)
+        table = unread.result.table
+        self.remembered[id(table)] = table, explanations
         if len(self.remembered) > REMEMBERED:
             del self.remembered[next(iter(self.remembered))]
-        return result
+        return unread
 
     @classmethod
     def explanations_of(cls, result: AttributeResult) -> Explanations:
-        same, explanations = cls.remembered[id(result)]
-        assert same is result
+        same, explanations = cls.remembered[id(result.table)]
+        assert same is result.table
         return explanations
 
 

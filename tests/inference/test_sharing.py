@@ -126,7 +126,7 @@ def test_a_pass_stays_within_tokens_and_bytes(
     assert not fitting(model, 4)
     one = requests.read_attribution(attribution(IDS[2]), model)
     rows = needs.Rows((len(IDS[2]), len(IDS[2])))
-    enough = needs.table(model.hooks, rows, Listing(5, read_out_rows=5))
+    enough = needs.table(model.hooks, rows, Listing(5, read_out_rows=2 * 5))
     monkeypatch.setattr(model.room, "budget", enough)
     assert one.padded_tokens == len(IDS[2])
     assert fitting(model, 2)

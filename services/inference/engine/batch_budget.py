@@ -18,7 +18,7 @@ from services.inference.engine import memory
 from services.inference.engine.captured import Row
 from services.inference.engine.forward import Hooks
 
-LEAST, MOST = 64, 8192
+LEAST, MOST = 128, 8192
 """Tokens."""
 GAIN = 1.025
 """Where twice the tokens would not bring so many times the tokens per second, it is enough."""

@@ -1,7 +1,8 @@
 """Batches: calls of several users as rows of one padded pass, each answered as if it were alone.
 
     one forward, one backward     all rows at once
-    table, read-outs, predictions member by member, of its own rows without their padding
+    tables, predictions           member by member, of its own rows without their padding
+    read-outs                     scored together
 
 A refusal of one member leaves the others as they are: what goes wrong in its own part is its own
 answer, and where the shared pass itself fails, the members are run one by one.
@@ -9,8 +10,8 @@ answer, and where the shared pass itself fails, the members are run one by one.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -34,7 +35,13 @@ from services.inference.engine.forward import Hooks
 from services.inference.engine.lens import lens_logits
 from services.inference.engine.points import Point
 from services.inference.engine.predictions import AT_ONCE, NextTokens, Predicting
-from services.inference.engine.readouts import ReadOut, read_out
+from services.inference.engine.readouts import (
+    Directions,
+    ReadOut,
+    directions_of,
+    read_out,
+    read_outs,
+)
 from services.inference.engine.sublayers import Sublayer
 from services.inference.engine.tables import NodeRow
 
@@ -42,6 +49,17 @@ TOP_TOKENS = 10
 
 Asked = TypeVar("Asked", AskedAttribution, AskedRun)
 Answer = TypeVar("Answer", AttributeResult, RunResult)
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An answer whose nodes are still to be read out."""
+
+    result: AttributeResult
+    directions: list[Directions]
+    """Per run."""
+    tokens: int
 
 
 class Batches:
@@ -84,10 +102,34 @@ class Batches:
         rows = iter(explanations)
         own = [tuple(islice(rows, len(each.runs))) for each in asked]
 
-        def answer(member: int) -> AttributeResult:
+        def answer(member: int) -> Unread:
             return self._attributed(asked[member], own[member], times, cancel.of_member(member))
 
-        return [_refusable(answer, member) for member in range(len(asked))]
+        return self._read_out([_refusable(answer, member) for member in range(len(asked))])
+
+    def _read_out(self, unread: Sequence[Unread | TdbError]) -> list[AttributeResult | TdbError]:
+        """The answers with their read-outs, which all are scored together."""
+        started = time.perf_counter()
+        wanted = [
+            (each, one.tokens)
+            for one in unread
+            if not isinstance(one, TdbError)
+            for each in one.directions
+        ]
+        found = iter(read_outs(self._architecture, wanted, self._listed))
+        took_ms = (time.perf_counter() - started) * 1e3
+        return [
+            one
+            if isinstance(one, TdbError)
+            else replace(
+                one.result,
+                read_outs=dict(
+                    chain.from_iterable(each.items() for each in islice(found, len(one.directions)))
+                ),
+                own_ms=one.result.own_ms + took_ms,
+            )
+            for one in unread
+        ]
 
     def _attributed(
         self,
@@ -95,24 +137,27 @@ class Batches:
         explanations: tuple[Explanation, ...],
         times: StageTimes,
         cancel: CancelToken,
-    ) -> AttributeResult:
+    ) -> Unread:
         cancel.check()
         started = time.perf_counter()
         starts = self._starts(explanations[0], asked.reference, cancel) if asked.reference else {}
         table = tables.build(explanations, asked.ranking)
         cancel.check()
-        read_outs: dict[Address, ReadOut] = {}
-        for explanation, nodes in zip(explanations, _read_in(table.rows), strict=False):
-            read_outs |= self._read_outs(asked, explanation, nodes)
-        return AttributeResult(
+        directions = [
+            directions_of(self._architecture, explanation, nodes, asked.sources)
+            for explanation, nodes in zip(explanations, _read_in(table.rows), strict=False)
+            if asked.read_out_tokens and nodes
+        ]
+        result = AttributeResult(
             tuple(explanation.outcome for explanation in explanations),
             table,
             tuple(self._top(explanation.logits) for explanation in explanations),
-            read_outs,
+            {},
             times,
             starts,
             (time.perf_counter() - started) * 1e3,
         )
+        return Unread(result, directions, asked.read_out_tokens)
 
     def _fit(self, asked: Sequence[AskedAttribution]) -> bool:
         return needs.of_attributions(self._hooks, asked) <= self._hooks.room.free
@@ -265,7 +310,7 @@ def _isolated(
     ]
 
 
-def _refusable(answer: Callable[[int], Answer], member: int) -> Answer | TdbError:
+def _refusable(answer: Callable[[int], Part], member: int) -> Part | TdbError:
     try:
         return answer(member)
     except TdbError as error:

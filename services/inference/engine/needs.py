@@ -84,7 +84,9 @@ def of_attributions(hooks: Hooks, asked: Sequence[AskedAttribution]) -> int:
         max(len(run.objective.logit_positions) for run in runs),
         (*asked[0].dictionaries, *(name for run in runs for name in run.objective.dictionaries)),
     )
-    return table(hooks, rows, _largest([listing(each) for each in asked]))
+    listings = [listing(each) for each in asked]
+    read_out = sum(each.read_out_rows for each in listings)  # which are scored together
+    return table(hooks, rows, replace(_largest(listings), read_out_rows=read_out))
 
 
 def listing(asked: AskedAttribution, top_k: int | None = None) -> Listing:

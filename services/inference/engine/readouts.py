@@ -5,7 +5,7 @@ embedding; only the tokens of largest absolute score leave the device.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,24 +55,83 @@ def read_out(
 
     `sources`: positions listed per latent of an attention dictionary.
     """
+    directions = directions_of(architecture, explanation, nodes, sources)
+    (found,) = read_outs(architecture, [(directions, tokens)], vocabulary)
+    return found
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What read-outs of nodes of a run are scored by."""
+
+    nodes: tuple[Address, ...]
+    outputs: Tensor
+    """[nodes, d]"""
+    inputs: Tensor
+    """[those with inputs and then pairs through their keys, d]"""
+    sources: dict[Address, tuple[tuple[int, float], ...]]
+
+    @property
+    def reading(self) -> list[Address]:
+        return [node for node in self.nodes if node.kind in _READING]
+
+    @property
+    def pairs(self) -> list[Address]:
+        return [node for node in self.nodes if node.kind is Kind.HEAD]
+
+
+def directions_of(
+    architecture: Architecture, explanation: Explanation, nodes: Sequence[Address], sources: int = 0
+) -> Directions:
+    """Of nodes that exist in the run."""
     reader = _Reader(architecture, explanation)
-    w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
-    embed_scale = architecture.embed_scale
-    outputs = scored(reader.output_directions(nodes), w_u, tokens, architecture.w_u_mean)
-    with_inputs = [node for node in nodes if node.kind in _READING]
-    heads = [node for node in nodes if node.kind is Kind.HEAD]
-    directions = [
-        reader.directions(with_inputs, through_key=False),
-        reader.directions(heads, through_key=True),
+    found = Directions(
+        tuple(nodes),
+        reader.output_directions(nodes),
+        torch.empty(0),
+        reader.sources(nodes, sources) if sources else {},
+    )
+    inputs = [
+        reader.directions(found.reading, through_key=False),
+        reader.directions(found.pairs, through_key=True),
     ]
-    inputs = scored(torch.cat(directions) * embed_scale, w_e, tokens)
-    of_input = dict(zip(with_inputs, inputs[: len(with_inputs)], strict=True))
-    of_key = dict(zip(heads, inputs[len(with_inputs) :], strict=True))
-    of_source = reader.sources(nodes, sources) if sources else {}
-    return {
-        node: ReadOut(output, of_input.get(node, ()), of_key.get(node, ()), of_source.get(node, ()))
-        for node, output in zip(nodes, outputs, strict=True)
-    }
+    return replace(found, inputs=torch.cat(inputs) * architecture.embed_scale)
+
+
+def read_outs(
+    architecture: Architecture, wanted: Sequence[tuple[Directions, int]], vocabulary: int
+) -> list[dict[Address, ReadOut]]:
+    """Reads out nodes of several runs, as many tokens of each as it says, in the same products."""
+    if not wanted:
+        return []
+    w_u, w_e = architecture.w_u[:vocabulary], architecture.w_e[:vocabulary]
+    most = max(tokens for _, tokens in wanted)
+    outputs = iter(
+        scored(torch.cat([each.outputs for each, _ in wanted]), w_u, most, architecture.w_u_mean)
+    )
+    inputs = iter(scored(torch.cat([each.inputs for each, _ in wanted]), w_e, most))
+    found = []
+    for each, tokens in wanted:
+        of_output, of_input, of_key = (
+            {node: next(scores)[:tokens] for node in nodes}
+            for nodes, scores in (
+                (each.nodes, outputs),
+                (each.reading, inputs),
+                (each.pairs, inputs),
+            )
+        )
+        found.append(
+            {
+                node: ReadOut(
+                    of_output[node],
+                    of_input.get(node, ()),
+                    of_key.get(node, ()),
+                    each.sources.get(node, ()),
+                )
+                for node in each.nodes
+            }
+        )
+    return found
 
 
 def scored(
