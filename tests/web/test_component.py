@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from tdb.dataset.v1 import dataset_pb2, record_pb2
 
 from services.dataset import groups
@@ -21,8 +21,9 @@ pytestmark = pytest.mark.browser
 
 DATASET = "component-test"
 ELSEWHERE = "of-another-model"
-LAYER = 3
-NEURONS = 40
+LAYER = 1
+HEADS = 3
+ABSENT = 39
 HELD = 30
 TEXTS = [
     f"When {giver} and {taker} went to the {place}, {giver} gave a {thing} to {taker}"
@@ -122,7 +123,7 @@ def write(folder: Path, seen: Seen, model: dataset_pb2.RecordedModel) -> None:
     with DatasetWriter(folder, header) as writer:
         for name, made in (
             (f"neuron.{LAYER}", [seen.neuron(index) for index in range(HELD)]),
-            (f"head.{LAYER}", [seen.head(index) for index in range(4)]),
+            (f"head.{LAYER}", [seen.head(index) for index in range(HEADS)]),
         ):
             writer.write(groups.parse_component(f"{name}.0")[0], 0, made)
         writer.finish(seen.vocabulary())
@@ -266,7 +267,7 @@ def test_a_row_opens_its_component_and_back_closes_it(page: Page, seen: Seen) ->
 
 
 def test_what_is_missing_is_said(page: Page, seen: Seen) -> None:
-    view = visit(page, f"neuron.{LAYER}.{NEURONS - 1}")
+    view = visit(page, f"neuron.{LAYER}.{ABSENT}")
     expect(view).to_contain_text(f"Of neuron.{LAYER} it has 0 to {HELD - 1}.")
     view = visit(page, f"neuron.{LAYER}.{seen.strong}", "nowhere")
     expect(view).to_contain_text("There is no dataset named nowhere.")
@@ -300,3 +301,99 @@ def test_a_damaged_record_leaves_the_others(page: Page, seen: Seen, product_fold
         expect(other.locator(".example").first).to_be_visible()
     finally:
         file.write_bytes(whole)
+
+
+def test_an_open_row_shows_where_its_component_fires(page: Page, seen: Seen) -> None:
+    start(page)
+    asked: list[str] = []
+    page.on("request", lambda made: asked.append(made.url) if "GetRecord" in made.url else None)
+    for _ in range(12):
+        page.keyboard.press("j")
+    held = [f"head.{LAYER}.{index}" for index in range(HEADS)]
+    nodes = [row.get_attribute("data-node") or "" for row in rows(page).all()]
+    node = next((node for node in nodes if node.split("~")[0] in held), None)
+    assert node is not None, nodes
+    page.locator(f"tr.row[data-node='{node}']").click()
+    lines = page.locator(".in-row-line")
+    expect(lines).to_have_count(3)
+    expect(lines.first.locator("[style*='--heat: 1.000']").first).to_be_attached()
+    assert len(asked) <= 2, "whoever moves through rows asks for none of them"
+    spare = page.locator(".details-box").evaluate("e => e.scrollHeight - e.clientHeight")
+    assert spare <= 0
+    shoot(page, "component-row")
+    before = len(asked)
+    page.locator(f"tr.row[data-node='{node}']").click()
+    page.locator(f"tr.row[data-node='{node}']").click()
+    expect(lines).to_have_count(3)
+    assert len(asked) == before
+
+
+def library(page: Page) -> Locator:
+    page.get_by_role("button", name=re.compile(r"^(\d+ datasets?|no dataset|datasets)")).click()
+    return page.get_by_role("dialog", name="Datasets")
+
+
+def test_the_library_finds_components(page: Page, seen: Seen) -> None:
+    start(page)
+    shown = library(page)
+    expect(shown.get_by_role("row", name=re.compile(ELSEWHERE))).to_contain_text("not the loaded")
+    own = shown.get_by_role("row", name=re.compile(DATASET))
+    expect(own).to_contain_text("neurons of 1 layer, heads of 1 layer")
+    expect(own).to_contain_text(str(HELD + HEADS))
+    shown.get_by_role("combobox", name="Dataset").select_option(DATASET)
+    shown.get_by_role("combobox", name="Components").select_option(f"neuron.{LAYER}")
+    shown.get_by_role("button", name="search", exact=True).click()
+    first = shown.locator(".dataset-search tbody tr").first
+    expect(first).to_contain_text(f"neuron.{LAYER}.{seen.strong}")
+    shown.get_by_role("textbox", name="text", exact=True).fill("nobody wrote this")
+    shown.get_by_role("button", name="search", exact=True).click()
+    expect(shown).to_contain_text("nothing meets this")
+    shown.get_by_role("textbox", name="text", exact=True).fill("Anna gave a BOOK")
+    shown.get_by_role("button", name="search", exact=True).click()
+    expect(first).to_be_visible()
+    shoot(page, "datasets")
+    shown.get_by_role("textbox", name="≥").fill("many")
+    shown.get_by_role("button", name="search", exact=True).click()
+    expect(shown.get_by_role("alert")).to_contain_text("“many” is no number")
+    first.get_by_role("button").click()
+    expect(page.locator("[data-component]")).to_be_visible()
+    assert f"dataset={DATASET}" in page.url
+
+
+def test_a_build_shows_how_far_it_is(page: Page, seen: Seen) -> None:
+    build = {
+        "dataset": "being-built",
+        "state": "BUILD_STATE_RUNNING",
+        "model": seen.model["id"],
+        "phase": "harvesting",
+        "done": "430",
+        "total": "1000",
+        "unit": "tokens",
+        "rate": 1200,
+        "secondsLeft": 20,
+    }
+    asked = []
+
+    def answer(route: Route) -> None:
+        asked.append(route)
+        if len(asked) > 3:
+            route.continue_()
+        else:
+            route.fulfill(json={"builds": [build]})
+
+    page.route("**/tdb.dataset.v1.DatasetService/ListDatasets", answer)
+    view = visit(page, f"neuron.{LAYER}.{seen.strong}", None)
+    expect(view.get_by_role("progressbar", name="Building being-built")).to_be_visible()
+    expect(view).to_contain_text("harvesting 43 %, 1200 tokens/s, 20 seconds left")
+    expect(page.get_by_role("button", name="0 datasets (building 43 %)")).to_be_visible()
+    expect(view.locator(".example").first).to_be_visible(timeout=20_000)
+
+
+def test_the_view_is_readable_in_the_dark_and_on_a_tablet(page: Page, seen: Seen) -> None:
+    page.set_viewport_size({"width": 820, "height": 1100})
+    view = visit(page, f"neuron.{LAYER}.{seen.strong}")
+    expect(view.locator(".example").first).to_be_visible()
+    page.get_by_role("button", name=re.compile("^Colours")).click()
+    wide = page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert wide
+    shoot(page, "component-tablet")

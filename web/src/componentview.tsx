@@ -10,13 +10,17 @@ import {
   listed,
   otherDictionary,
   otherModel,
-  useDatasets,
+  refreshDatasets,
 } from "./datasets";
 import { Examples, Legend } from "./examples";
 import type { DatasetJson } from "./gen/tdb/dataset/v1/dataset_pb";
-import type { ComponentRecordJson, TextScoreJson } from "./gen/tdb/dataset/v1/record_pb";
+import type {
+  ComponentRecordJson,
+  TextScoreJson,
+  TokenStatisticJson,
+} from "./gen/tdb/dataset/v1/record_pb";
 import { holding, Missing } from "./missing";
-import { full, num, signed } from "./numbers";
+import { full, num, plain, signed } from "./numbers";
 import { closeComponent, openComponent } from "./opening";
 import { OwnText } from "./owntext";
 import { examples, scales, type Side } from "./passages";
@@ -28,9 +32,13 @@ import { useLatest } from "./tokenise";
 import { visible } from "./tokens";
 import { isComponent, type Opened } from "./url";
 
+const MEANS = 12;
+
 export function ComponentView() {
   const shown = opened.value;
-  useDatasets(shown !== null);
+  useEffect(() => {
+    if (shown !== null) void refreshDatasets(); // what was imported meanwhile is there at once
+  }, [shown === null]);
   const loaded = model.value;
   if (!shown || !loaded) return null;
   const named = shown.dataset;
@@ -96,6 +104,7 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
         <aside>
           {known && <Statistics statistics={known.statistics ?? {}} pairs={pairs} />}
           <Directions component={component} onChoose={(each) => openComponent(each)} />
+          {known && <Means record={known} />}
           {known && <Listed record={known} />}
         </aside>
         <div class="component-main">
@@ -233,8 +242,49 @@ function DatasetChoice({ component, dataset }: { component: string; dataset: Dat
   );
 }
 
+interface RecordProps {
+  record: ComponentRecordJson;
+}
+
+/** The tokens at which it is strongest on average. */
+function Means({ record: { tokenStatistics = [], keyTokenStatistics = [] } }: RecordProps) {
+  if (tokenStatistics.length === 0 && keyTokenStatistics.length === 0) return null;
+  const pairs = keyTokenStatistics.length > 0;
+  const chips = (name: string, meaning: string, all: TokenStatisticJson[]) =>
+    all.length > 0 && (
+      <>
+        <dt title={meaning}>{name}</dt>
+        <dd>
+          {all.slice(0, MEANS).map(({ tokenId = 0, tokenText = "", count, mean }) => (
+            <span
+              key={tokenId}
+              class="chip"
+              title={`token ${tokenId}: ${full(num(mean) ?? 0)} on average, counted ${count ?? 0} times`}
+            >
+              <span class="token">{visible(tokenText) || `<${tokenId}>`}</span>{" "}
+              <small>{plain(num(mean) ?? 0)}</small>
+            </span>
+          ))}
+        </dd>
+      </>
+    );
+  return (
+    <section aria-label="Tokens by mean activation">
+      <h2>strongest on average</h2>
+      <dl class="read-outs">
+        {chips(
+          pairs ? "by the token that reads" : "at the token",
+          "Tokens with the largest mean activation over the corpus",
+          tokenStatistics,
+        )}
+        {chips("by the token that is read", "The same by the key of the pair", keyTokenStatistics)}
+      </dl>
+    </section>
+  );
+}
+
 /** Tokens that the records' source lists, where it does. */
-function Listed({ record: { promoted = [], suppressed = [] } }: { record: ComponentRecordJson }) {
+function Listed({ record: { promoted = [], suppressed = [] } }: RecordProps) {
   if (promoted.length === 0 && suppressed.length === 0) return null;
   const chips = (name: string, scores: TextScoreJson[]) =>
     scores.length > 0 && (

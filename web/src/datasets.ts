@@ -5,6 +5,7 @@
  */
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
+import { isUnderWay } from "./builds";
 import { listDatasets } from "./dataset";
 import type { DatasetJson, ListDatasetsResponseJson } from "./gen/tdb/dataset/v1/dataset_pb";
 import type { GetModelResponseJson } from "./gen/tdb/inference/v1/model_pb";
@@ -35,17 +36,21 @@ export function refreshDatasets(): Promise<void> {
 }
 
 const AGAIN_MS = 5_000;
+const BUILDING_MS = 2_000;
 
-/** Asks when the caller appears, and while `often` or the service is away again and again. */
-export function useDatasets(on: boolean, often = false): void {
-  const again = often || listProblem.value?.retry === true;
+/** Asks while the caller is there: once, and again while a dataset is being built or the service is away. */
+export function useDatasets(): void {
+  const building = listed.value?.builds?.some(isUnderWay) ?? false;
+  const away = listProblem.value?.retry === true;
+  const every = building ? BUILDING_MS : away ? AGAIN_MS : null;
   useEffect(() => {
-    if (!on || locked.value) return;
-    if (!listed.value || often) void refreshDatasets();
-    if (!again) return;
-    const timer = setInterval(() => !document.hidden && void refreshDatasets(), AGAIN_MS);
+    if (!locked.value && !listed.value) void refreshDatasets();
+  }, [locked.value]);
+  useEffect(() => {
+    if (every === null || locked.value) return;
+    const timer = setInterval(() => !document.hidden && void refreshDatasets(), every);
     return () => clearInterval(timer);
-  }, [on, often, again, locked.value]);
+  }, [every, locked.value]);
 }
 
 /** Address without its last number, and that number. */

@@ -3,6 +3,7 @@ import { Actions } from "./actions";
 import { Component, componentHeight, describable } from "./component";
 import { QUANTITIES, value, type Quantity } from "./columns";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
+import { InRowExamples, inRowHeight } from "./inrow";
 import { full } from "./numbers";
 import { hasReadOuts, ReadOuts } from "./readouts";
 import { answer, paired } from "./state";
@@ -12,7 +13,9 @@ import { cols } from "./view";
 /** Room that an open row takes, the line below included: fixed, so that the table's window can count. */
 export function detailsHeight(row: NodeRowJson | undefined): number {
   const numbers = paired.value ? 118 : 82;
-  return numbers + componentHeight(row?.node ?? "") + (row && hasReadOuts(row) ? 98 : 26);
+  const node = row?.node ?? "";
+  const known = componentHeight(node) + inRowHeight(node);
+  return numbers + known + (row && hasReadOuts(row) ? 98 : 26);
 }
 
 export function Details({ row, width }: { row: NodeRowJson; width: number }) {
@@ -35,6 +38,7 @@ export function Details({ row, width }: { row: NodeRowJson; width: number }) {
             ))}
           </dl>
           <ReadOuts row={row} />
+          {describable(node) && <InRowExamples key={`${node} examples`} node={node} />}
           {describable(node) && <Component key={node} node={node} />}
         </div>
       </td>

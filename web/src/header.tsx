@@ -1,5 +1,6 @@
 /** The top line: which model, on what; what went wrong, if it concerns no field; the look. */
 import { start, switchModel } from "./asking";
+import { DatasetsButton } from "./datasetlist";
 import { change } from "./editing";
 import { LibraryButton } from "./library";
 import { plain } from "./numbers";
@@ -45,6 +46,7 @@ export function Header() {
             {facts.device}
           </span>
           <LibraryButton />
+          <DatasetsButton />
         </p>
       )}
       <Notices />

@@ -38,10 +38,18 @@ interface LineProps extends Pick<HeatmapProps, "passage" | "unit" | "label"> {
 }
 
 function Line({ passage, values, scales, side, unit, label }: LineProps) {
+  const start = passage.start ?? 0;
   return (
     <p class="passage" role="group" aria-label={label}>
       {passage.texts.map((text, at) => (
-        <Cell key={at} text={text} at={at} x={values[at]} scale={scales.token[side]} unit={unit} />
+        <Cell
+          key={at}
+          text={text}
+          at={start + at}
+          x={values[at]}
+          scale={scales.token[side]}
+          unit={unit}
+        />
       ))}
     </p>
   );

@@ -1,15 +1,18 @@
 /** Why there are no records to see, and what would bring them. */
+import { isUnderWay } from "./builds";
 import type { DatasetJson } from "./gen/tdb/dataset/v1/dataset_pb";
 import { groupOf, holds, listed, listProblem, otherModel, refreshDatasets } from "./datasets";
+import { BuildProgress } from "./progress";
 import { model } from "./state";
 
 /** Where a dataset comes from, as commands. */
 export function HowToGetOne() {
   return (
     <p class="quiet-text">
-      A dataset says, for each component, which texts of a corpus made it fire. Others’ records are
-      imported with <code>tdb dataset import NAME FOLDER --format openai|neuronpedia</code>; what is
-      put into <code>datasets/</code> of the data folder is served at once.
+      A dataset says, for each component, which texts of a corpus made it fire.{" "}
+      <code>tdb dataset build NAME …</code> builds one from a corpus, and{" "}
+      <code>tdb dataset import NAME FOLDER --format openai|neuronpedia</code> takes over others’
+      records; <code>--help</code> says more. It is here as soon as it is whole.
     </p>
   );
 }
@@ -23,7 +26,26 @@ interface MissingProps {
 export function Missing({ component, named, onChoose }: MissingProps) {
   const found = listed.value;
   if (!found) return <Away />;
-  const { datasets = [], unreadable = [] } = found;
+  const { datasets = [], unreadable = [], builds = [] } = found;
+  const own = builds.filter(({ dataset, model: of }) =>
+    named === null ? of === model.value?.model?.id : dataset === named,
+  );
+  if (own.length > 0)
+    return (
+      <>
+        <p>The records of {component} may come with a dataset that is not finished:</p>
+        <ul>
+          {own.map((build) => (
+            <li key={build.dataset}>
+              <strong>{build.dataset}</strong> <BuildProgress build={build} />
+            </li>
+          ))}
+        </ul>
+        {own.some(isUnderWay) && (
+          <p class="quiet-text">They appear here by themselves when it is.</p>
+        )}
+      </>
+    );
   const broken = unreadable.find(({ name }) => name === named);
   if (broken)
     return (

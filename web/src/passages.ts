@@ -15,6 +15,8 @@ export interface Passage {
   ids: number[];
   /** Of a neuron or latent, one per token; of a head empty. */
   values: Value[];
+  /** Position of the first token, where only a part of the text is shown. */
+  start?: number;
   /** Of a head, for each query the values of keys 0 .. query; else null. */
   pairs: Value[][] | null;
   documentId: string;
@@ -135,4 +137,20 @@ export function peak({ values, pairs }: Passage): number {
     if ((x ?? -Infinity) > (strength[at] ?? -Infinity)) at = i;
   });
   return at;
+}
+
+const BEFORE = 14;
+const AFTER = 24;
+
+/** The part of a passage around its peak that fits a line; not for pairs. */
+export function around(whole: Passage): Passage {
+  const from = Math.max(0, peak(whole) - BEFORE);
+  const to = from + BEFORE + AFTER;
+  return {
+    ...whole,
+    texts: whole.texts.slice(from, to),
+    ids: whole.ids.slice(from, to),
+    values: whole.values.slice(from, to),
+    start: from,
+  };
 }

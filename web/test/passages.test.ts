@@ -1,6 +1,16 @@
 // A record's examples as heatmaps need them: one value per token, a head's pairs by query and key.
 import { expect, test } from "vitest";
-import { byToken, examples, heat, pairsOf, passage, peak, scales, triangle } from "../src/passages";
+import {
+  around,
+  byToken,
+  examples,
+  heat,
+  pairsOf,
+  passage,
+  peak,
+  scales,
+  triangle,
+} from "../src/passages";
 
 const head = passage({ tokenTexts: ["a", "b", "c"], pairActivations: [1, 2, 3, 4, 5, 6] });
 const neuron = passage({ tokenIds: [7, 8], activations: [-2, 0.5], documentId: "d" });
@@ -50,4 +60,14 @@ test("examples keep the interval they were drawn from", () => {
     { lower: 0, upper: 2, fraction: undefined },
     { lower: 0, upper: 2, fraction: undefined },
   ]);
+});
+
+test("a line shows the part around the peak, and still says where it is", () => {
+  const texts = Array.from({ length: 60 }, (_, i) => `t${i}`);
+  const long = passage({ tokenTexts: texts, activations: texts.map((_, i) => (i === 40 ? 1 : 0)) });
+  const shown = around(long);
+  expect(shown.start).toBe(26);
+  expect(shown.texts[40 - 26]).toBe("t40");
+  expect(shown.values[40 - 26]).toBe(1);
+  expect(around(neuron).start).toBe(0);
 });
