@@ -181,8 +181,8 @@ def flat(service: Process, count: int) -> None:
         pytest.fail(service.errors[0])
 
 
-def test_a_thousand_requests(service: Process) -> None:
-    flat(service, 1_000)
+def test_six_hundred_requests(service: Process) -> None:
+    flat(service, 600)
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
 """Random requests of every RPC over gRPC: answers or refusals, never INTERNAL, UNKNOWN or silence.
 
-1,500 requests in `make test`, 20,000 in `make test-long`. The requests come from the protos'
+1,000 requests in `make test`, 20,000 in `make test-long`. The requests come from the protos'
 descriptors (`random_messages`), so a new RPC or field is among them without a word here.
 """
 
@@ -28,7 +28,7 @@ from tests.faults.conftest import WORLD
 from tests.faults.random_messages import requests, spoiled
 from tests.faults.served import in_thread
 
-FEW, MANY = 1_500, 20_000
+FEW, MANY = 1_000, 20_000
 AT_ONCE = 6
 HANG_S = 60.0
 # What needs the model or a data set stands for more of the requests than what only looks it up.

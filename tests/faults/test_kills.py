@@ -85,6 +85,7 @@ def seen_killed(up: Up, name: str) -> None:
     until("the crash to show", lambda: sum("SIGKILL" in line for line in up.errors) > before)
 
 
+@pytest.mark.long
 def test_redis_killed_under_load_costs_nothing(model: Path, tmp_path: Path) -> None:
     with (
         running() as redis,

@@ -55,6 +55,7 @@ def test_what_runs_is_finished_and_nothing_new_begins(model: Path, tmp_path: Pat
         assert not service.errors
 
 
+@pytest.mark.long
 def test_what_runs_longer_than_the_grace_is_told_so(model: Path, tmp_path: Path) -> None:
     with Process(model, tmp_path, TDB_DRAIN_SECONDS="0") as service, service.channel() as channel:
         stub = service_pb2_grpc.InferenceServiceStub(channel)
