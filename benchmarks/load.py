@@ -393,6 +393,12 @@ def report(name: str, found: Found, users: Sequence[str]) -> None:
     print(f"  waited for the device  {ms(found.queued)}")
     for kind, (count, seconds) in found.pieces.items():
         print(f"  {kind:22} {count:.0f} pieces of {seconds * 1e3:.1f} ms on average")
+    longest = max(
+        (seconds for kind, (_, seconds) in found.pieces.items() if "Verify" in kind), default=0
+    )
+    print(
+        f"  two slices             {2 * longest * 1e3:.1f} ms, of the longest kind that a sweep has"
+    )
     print(f"  health                 {ms(found.health)}")
     print(
         f"  device time            sweeper {found.shares[SWEEPER]:.2f} s, each of the others "
