@@ -97,11 +97,15 @@ def bootstrap(
     places = [np.flatnonzero(member == number) for number in range(len(names))]
     if not places:
         return None
+    alone = np.concatenate(places)
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(resamples):
         drawn = generator.integers(len(places), size=len(places))
-        chosen = np.concatenate([places[each] for each in drawn])
+        if len(places) == len(groups):
+            chosen = alone[drawn]
+        else:
+            chosen = np.concatenate([places[each] for each in drawn])
         value = measure(first[chosen], second[chosen])
         if value is not None:
             found.append(value)
