@@ -139,6 +139,8 @@ class Child:
                 self.listening.set_result(int(str(event["port"])))
             elif event.get("event") == "metrics":
                 say(f"{self.service.name}: metrics on port {event['port']}")
+            elif event.get("event") == "progress":
+                say(f"{self.service.name}: {event['message']}")
 
     async def _read_errors(self) -> None:
         async for line in _lines(self._process.stderr):

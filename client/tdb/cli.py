@@ -165,7 +165,8 @@ def _check_up(
         env["TDB_DICTIONARIES"] = ",".join(dictionaries)
     if options.demo:
         env["TDB_MODEL"] = f"{DEMO_NAME}={_demo_folder()}"
-        env["TDB_REFLECTION"] = env.get("TDB_REFLECTION", "").strip() or "1"
+        for variable in ("TDB_REFLECTION", "TDB_DEMO_DATASET"):
+            env[variable] = env.get(variable, "").strip() or "1"
         of_demo = _demo_folder().parent / "dictionaries"
         if of_demo.is_dir():
             given = env.get("TDB_DICTIONARIES", "").strip()

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from services.common.cache.redis_url import RedisUrl
+from services.common.tokens import TOKEN
 
 DATA_TYPES = ("float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -33,6 +34,13 @@ class DictionarySource:
     """A path, `hf://org/repo/path[@revision]` or `org/repo/path`; `#site=` may end it."""
     unchecked: bool
     """Serve it even if its self-test says that it does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Secret:
+    """What is never shown; "" where there is none."""
+
+    value: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,12 @@ def host(text: str) -> str:
 
 def hosts(text: str) -> tuple[str, ...]:
     return tuple(host(entry.strip().lower()) for entry in text.split(",") if entry.strip())
+
+
+def secret(text: str) -> Secret:
+    if text and not TOKEN.match(text):
+        raise ValueError("must be a token: visible ASCII without a comma")
+    return Secret(text)
 
 
 def header(text: str) -> str:

@@ -19,6 +19,7 @@ from services.common.setting_values import LOG_LEVELS
 from services.common.setting_values import DictionarySource as DictionarySource
 from services.common.setting_values import ModelSource as ModelSource
 from services.common.setting_values import RemoteDataset as RemoteDataset
+from services.common.setting_values import Secret as Secret
 from services.common.setting_values import is_loopback as is_loopback
 from services.common.tokens import Tokens
 
@@ -175,7 +176,8 @@ class Settings:
     inference_address: str = _setting(
         "TDB_INFERENCE_ADDRESS",
         "",
-        "`host:port` of an inference service on another machine, for a gateway that is run alone. "
+        "`host:port` of an inference service on another machine, for a gateway or dataset service "
+        "that is run alone. "
         "A name with several addresses, or `ipv4:HOST:PORT,HOST:PORT`, is several replicas, and "
         "calls go round those that are SERVING. Empty: `TDB_INFERENCE_PORT` on this machine.",
         values.address,
@@ -214,6 +216,13 @@ class Settings:
         "`TDB_DATA_DIR`. What was used last stays.",
         values.mebibytes,
     )
+    demo_dataset: bool = _setting(
+        "TDB_DEMO_DATASET",
+        "0",
+        "1: the dataset service builds the demo's dataset, `demo`, where there is none of the "
+        "default model yet, and keeps it. `tdb up --demo` sets 1 unless it is set.",
+        values.switch,
+    )
     data_dir: Path = _setting(  # noqa: RUF009  # a Field, not a value
         "TDB_DATA_DIR",
         _default_data_dir,
@@ -227,6 +236,13 @@ class Settings:
         "Who may call: `name:token` entries separated by commas, or the path of a file with one "
         "per line. Empty: no token is asked for.",
         Tokens.parse,
+    )
+    service_token: Secret = _setting(  # noqa: RUF009
+        "TDB_SERVICE_TOKEN",
+        "",
+        "One of `TDB_TOKENS`, which services show each other when they work for somebody: the "
+        "dataset service builds datasets with it. Empty: the first of `TDB_TOKENS`.",
+        values.secret,
     )
     tls_cert: Path | None = _setting(  # noqa: RUF009
         "TDB_TLS_CERT",

@@ -13,6 +13,7 @@ from services.common.settings import (
     DictionarySource,
     ModelSource,
     RemoteDataset,
+    Secret,
     Settings,
     setting_fields,
 )
@@ -60,6 +61,8 @@ def _shown(value: Any) -> str:
         return str(int(value))
     if isinstance(value, Tokens):
         return f"(tokens of {', '.join(value.users)})" if value else ""
+    if isinstance(value, Secret):
+        return "(secret)" if value.value else ""
     if isinstance(value, tuple):
         return ",".join(_shown(item) for item in value)
     if isinstance(value, ModelSource):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*\Z")
-_TOKEN = re.compile(r"[\x21-\x2b\x2d-\x7e]+\Z")  # visible ASCII without the comma
+TOKEN = re.compile(r"[\x21-\x2b\x2d-\x7e]+\Z")  # visible ASCII without the comma
 _BEARER = "bearer "
 
 
@@ -38,7 +38,7 @@ class Tokens:
         pairs: list[tuple[str, str]] = []
         for number, entry in enumerate(entries, start=1):
             name, _, token = entry.partition(":")
-            if not _NAME.match(name) or not _TOKEN.match(token):
+            if not _NAME.match(name) or not TOKEN.match(token):
                 raise ValueError(f"has an entry that is not name:token (number {number})")
             if any(token == other for _, other in pairs):
                 raise ValueError(f"gives the token of entry {number} twice")

@@ -26,7 +26,12 @@ from services.dataset.remote import RemoteStorage
 from services.dataset.storage import LocalStorage, Storage
 from services.dataset.store import BUILD
 
-HOW_TO_GET_ONE = "`tdb dataset import` makes one from OpenAI's or Neuronpedia's records"
+HOW_TO_GET_ONE = (
+    "`tdb dataset build` makes one from a corpus, `tdb dataset import` from OpenAI's or "
+    "Neuronpedia's records"
+)
+BUILDING = "building"
+"""The folder within a dataset's that holds a build which is not finished."""
 REFRESH_S = 60.0
 RETRY_S = 5.0
 """How long a remote dataset that could not be opened is not asked for again."""
@@ -165,9 +170,9 @@ class Library:
                 f"the dataset {name!r} is remote: TDB_REMOTE_DATASETS no longer naming it is all "
                 "that can be done here"
             )
-        if not any((folder / mark).exists() for mark in (manifest.NAME, BUILD)):
+        if not any((folder / mark).exists() for mark in (manifest.NAME, BUILD, BUILDING)):
             raise self._not_found(name)
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         # Gone at once for every reader; what takes time comes after.
         away = self._folder / f"{_DELETED}{uuid.uuid4().hex}"
         try:

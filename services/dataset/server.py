@@ -14,6 +14,7 @@ from services.common.settings import Settings, SettingsError
 from services.common.tracing import Tracing
 from services.dataset import http_files
 from services.dataset.block_cache import BlockCache
+from services.dataset.building.builds import Builds
 from services.dataset.http_files import HttpFiles
 from services.dataset.library import Library
 from services.dataset.remote import RemoteStorage
@@ -67,11 +68,16 @@ def main() -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
-    servicer = DatasetServicer(library)
+    builds = Builds(settings, library, settings.folder("datasets"))
+    servicer = DatasetServicer(library, builds)
 
     async def prepare(server: ServiceServer) -> None:
         served = await asyncio.to_thread(library.warm_up)
         _log.info("local datasets opened", extra={"fields": {"datasets": served}})
+        servicer.stopped = server.stopped
+        builds.resume()
+        if settings.demo_dataset:
+            builds.keep_demo()
         await server.set_serving()
 
     try:

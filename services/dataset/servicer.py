@@ -5,8 +5,10 @@ next one only when gRPC's flow control has taken the last, so a slow reader cost
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -18,34 +20,43 @@ from tdb.dataset.v1 import (
     service_pb2_grpc,
 )
 
-from services.common.errors import NotFound, TdbError, Unimplemented, inside
+from services.common import calls
+from services.common.errors import NotFound, TdbError, Unavailable, inside
 from services.dataset import batches, cursors, requests, search, views
 from services.dataset.batches import Batch
-from services.dataset.library import Library
+from services.dataset.building.builds import Builds, Job
+from services.dataset.library import Library, check_name
 from services.dataset.reader import DatasetReader
 
 THREADS = 16
 """More than remote reads at once, so that a remote side that hangs leaves some for the others."""
+
+PROGRESS_S = 1.0
+"""How often a build says how far it is."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
 
 
 class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
-    """Serves the datasets of `library`."""
+    """Serves the datasets of `library`, and builds more."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, builds: Builds) -> None:
         self._library = library
+        self._builds = builds
+        self.stopped = asyncio.Event()
+        """Set when the service stops: those who follow a build are let go."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dataset")
 
     def close(self) -> None:
+        self._builds.close()
         self._threads.shutdown(cancel_futures=True)
         self._library.close()
 
     async def ListDatasets(
         self, request: dataset_pb2.ListDatasetsRequest, context: Context
     ) -> dataset_pb2.ListDatasetsResponse:
-        return await self._in_thread(lambda: _list(self._library))
+        return await self._in_thread(lambda: _list(self._library, self._builds))
 
     async def GetRecord(
         self, request: read_pb2.GetRecordRequest, context: Context
@@ -78,27 +89,54 @@ class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
     ) -> dataset_pb2.DeleteDatasetResponse:
         def delete() -> int:
             with inside("dataset"):
-                return self._library.delete(request.dataset)
+                return self._builds.delete(request.dataset)
 
         return dataset_pb2.DeleteDatasetResponse(bytes=await self._in_thread(delete))
 
     async def BuildDataset(
         self, request: build_pb2.BuildDatasetRequest, context: Context
     ) -> AsyncIterator[build_pb2.BuildDatasetResponse]:
-        raise Unimplemented("BuildDataset is not built yet")
-        yield
+        call = calls.current()
+        user = call.user if call else calls.LOCAL_USER
+        job = await self._in_thread(lambda: self._builds.start(request, user))
+        yield build_pb2.BuildDatasetResponse(progress=job.progress.message())
+        while not await self._has_ended(job):
+            yield build_pb2.BuildDatasetResponse(progress=job.progress.message())
+        if job.error is not None:
+            raise copy(job.error)
+        name = request.dataset
+        yield build_pb2.BuildDatasetResponse(
+            dataset=await self._in_thread(lambda: _describe(self._library.open(name), False))
+        )
+
+    async def _has_ended(self, job: Job) -> bool:
+        """Whether it ends within PROGRESS_S. Raises Unavailable when the service does."""
+        end = time.monotonic() + PROGRESS_S
+        while not job.ended.is_set():
+            if self.stopped.is_set():
+                raise Unavailable(
+                    "the service stops; the build goes on when it is back", retry_after_s=1
+                )
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.05)
+        return True
 
     async def CancelBuild(
         self, request: build_pb2.CancelBuildRequest, context: Context
     ) -> build_pb2.CancelBuildResponse:
-        raise Unimplemented("CancelBuild is not built yet")
+        def cancel() -> dataset_pb2.Build:
+            with inside("dataset"):
+                return self._builds.cancel(check_name(request.dataset)).progress.message()
+
+        return build_pb2.CancelBuildResponse(build=await self._in_thread(cancel))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-def _list(library: Library) -> dataset_pb2.ListDatasetsResponse:
-    response = dataset_pb2.ListDatasetsResponse()
+def _list(library: Library, builds: Builds) -> dataset_pb2.ListDatasetsResponse:
+    response = dataset_pb2.ListDatasetsResponse(builds=builds.list())
     for name in library.names():
         try:
             response.datasets.append(_describe(library.open(name), library.is_remote(name)))

@@ -9,6 +9,7 @@ from tdb.dataset.v1 import dataset_pb2, record_pb2, service_pb2_grpc
 
 from services.common.server import ServiceServer
 from services.dataset import groups, records
+from services.dataset.building.builds import Builds
 from services.dataset.library import Library
 from services.dataset.reader import DatasetReader
 from services.dataset.server import build_server
@@ -105,10 +106,16 @@ def write(
         writer.finish(vocabulary)
 
 
+def servicer_of(library: Library, folder: Path, **variables: str) -> DatasetServicer:
+    """Serves the datasets in `folder`, in whose parent corpora are."""
+    found = settings(**{"TDB_DATA_DIR": str(folder.parent), **variables})
+    return DatasetServicer(library, Builds(found, library, folder))
+
+
 @asynccontextmanager
 async def serving(folder: Path, **variables: str) -> AsyncIterator[ServiceServer]:
     """The datasets in `folder` behind a real server on a free port."""
-    servicer = DatasetServicer(Library(folder))
+    servicer = servicer_of(Library(folder), folder, **variables)
     try:
         async with build_server(settings(**variables), servicer, 0) as server:
             await server.set_serving()
@@ -122,7 +129,7 @@ async def connected_to(
     library: Library,
 ) -> AsyncIterator["service_pb2_grpc.DatasetServiceAsyncStub"]:
     """A stub to a service over `library`."""
-    servicer = DatasetServicer(library)
+    servicer = servicer_of(library, Path("/nowhere"))
     try:
         async with build_server(settings(), servicer, 0) as server, channel_to(server) as channel:
             yield service_pb2_grpc.DatasetServiceStub(channel)
