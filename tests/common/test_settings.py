@@ -220,14 +220,18 @@ def test_the_settings_and_their_printed_form_hide_tokens() -> None:
     assert "TDB_HOST=127.0.0.1  # default" in lines
 
 
+def test_memory_for_passes_is_measured_unless_it_is_given() -> None:
+    assert read().activation_bytes is None
+    assert read(TDB_ACTIVATION_MIB="auto").activation_bytes is None
+    assert read(TDB_ACTIVATION_MIB="3").activation_bytes == 3 * 2**20
+
+
 def test_redis_is_a_url_with_or_without_a_password() -> None:
     assert read().redis is None
     assert read(TDB_REDIS_URL="redis://box").redis == RedisUrl("box", 6379, 0, False, "", "")
     full = read(TDB_REDIS_URL="rediss://ann:p%40ss%2F@[::1]:7000/3").redis
     assert full == RedisUrl("::1", 7000, 3, True, "ann", "p@ss/")
     assert read(TDB_CACHE_MIB="0").cache_bytes == 0
-    assert read().activation_bytes is None
-    assert read(TDB_ACTIVATION_MIB="3").activation_bytes == 3 * 2**20
     assert read(TDB_CACHE_MIB="2").cache_bytes == 2 * 2**20
 
 

@@ -1,4 +1,5 @@
-"""Estimates of memory against what the allocator gave: never less than that, never twice as much.
+"""Estimates of memory against what the allocator gave: never less than that, and at most twice as
+much, or what a test says.
 
 The peaks are torch's own, over passes of random models of sizes at which tensors outweigh what is
 fixed; nothing here shares a formula with the engine.
@@ -81,11 +82,11 @@ def _config(family: str) -> PretrainedConfig:
 
 
 @cache
-def engine_of(family: str) -> Engine:
+def engine_of(family: str, dtype: torch.dtype = torch.float32) -> Engine:
     torch.manual_seed(0)
     config = _config(family)
     config._attn_implementation = attention.IMPLEMENTATION
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
     architecture = resolve(model)
     return Engine(Hooks(model, architecture), architecture)
 
@@ -158,6 +159,15 @@ def test_tables(family: str, rows: int, tokens: int) -> None:
     # How many tokens each expert gets is not known beforehand.
     most = 2.2 if family == "mixtral" else 2
     assert 1 <= ratio(estimate, tabled(engine, [run_of(tokens)] * rows, column, mode)) < most
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_tables_in_half_precision(family: str) -> None:
+    """Softmax and norms are float32 there too in Llama, not in GPT-2."""
+    engine = engine_of(family, torch.bfloat16)
+    sizes = Sizes.of(engine.architecture)
+    estimate = table_memory.table(sizes, Batch(2, 64, gradients=True), Listing(20))
+    assert 1 <= ratio(estimate, tabled(engine, [run_of(64)] * 2)) < 2.5
 
 
 def test_without_the_quadratic_term_long_prompts_are_underestimated() -> None:

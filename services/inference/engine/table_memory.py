@@ -70,7 +70,7 @@ def _read_out(sizes: Sizes, batch: Batch, listing: Listing) -> int:
     once = batch.tokens * sizes.heads_width * 3 * size
     again = 0
     if batch.dictionaries:
-        again = _READ * (8 * sizes.heads * batch.tokens + sizes.graph) * sizes.floats
+        again = _READ * (8 * sizes.heads * batch.tokens * sizes.floats + sizes.graph)
     return directions + max(weights + once, scores, again)
 
 
