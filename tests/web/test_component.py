@@ -14,6 +14,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 from tdb.dataset.v1 import dataset_pb2, record_pb2
 
 from services.dataset import groups
+from services.dataset.importers import importing
 from services.dataset.store import DatasetWriter
 from tests.web.driving import answered, rows, shoot, start
 
@@ -41,6 +42,11 @@ def call(product: str, method: str, request: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def tensor(point: dict[str, Any]) -> NDArray[np.float32]:
+    made = point["tensor"]
+    return np.frombuffer(base64.b64decode(made["data"]), np.float32).reshape(made["shape"])
+
+
 class Seen:
     """What the demo computes on TEXTS, by its own answers."""
 
@@ -58,17 +64,17 @@ class Seen:
             self.ids.append([token.get("id", 0) for token in found["tokens"]])
             for token in found["tokens"]:
                 self.texts[token.get("id", 0)] = token["text"]
-            neurons, attention = (
-                np.frombuffer(base64.b64decode(each["tensor"]["data"]), np.float32).reshape(
-                    each["tensor"]["shape"]
-                )
-                for each in found["activations"]
-            )
+            neurons, attention = map(tensor, found["activations"])
             self.neurons.append(neurons)
             self.attention.append(attention)
         peaks = np.max([each[:, :HELD].max(axis=0) for each in self.neurons], axis=0)
         self.strong = int(np.argmax(peaks))
         """The neuron that fires most."""
+
+    def activations(self, text: str, point: str) -> NDArray[np.float32]:
+        run = {"run": {"prompt": {"text": text}}, "activations": [point]}
+        found = call(self.product, "tdb.inference.v1.InferenceService/Run", run)
+        return tensor(found["activations"][0])
 
     def vocabulary(self) -> list[str]:
         size = max(self.texts) + 1
@@ -234,6 +240,43 @@ def test_your_own_text_has_the_values_of_the_records(page: Page, seen: Seen) -> 
         assert told == pytest.approx(float(value), abs=1e-5)
 
 
+def test_your_own_text_on_a_latent_and_a_head(page: Page, seen: Seen) -> None:
+    for component, point in (
+        ("latent.demo-mlp_out-1.5", "latents.demo-mlp_out-1"),
+        (f"head.{LAYER}.0", f"attn_probs.{LAYER}"),
+    ):
+        view = visit(page, component)
+        field = view.get_by_role("textbox", name="try your own text")
+        field.fill("Mary went home")
+        field.press("Enter")
+        own = view.locator(".own-text .passage")
+        expect(own).to_be_visible()
+        values = seen.activations("Mary went home", point)
+        if component.startswith("latent"):
+            wanted = values[:, 5].tolist()
+        else:
+            wanted = values[0].sum(axis=0).tolist()
+            view.get_by_role("button", name="is read", exact=True).click()
+        told = [value_in(cell) for cell in own.locator("[data-at]").all()]
+        assert told == pytest.approx(wanted, abs=1e-5)
+
+
+def test_records_of_others_have_text_and_no_ids(
+    page: Page, seen: Seen, product_folder: Path, shared_data: Path
+) -> None:
+    """Neuronpedia's real records, of a model and a dictionary that are not loaded."""
+    folder = product_folder / "data" / "datasets" / "res-jb"
+    importing.import_neuronpedia(shared_data / "neuronpedia-records", folder)
+    listed = call(seen.product, "tdb.dataset.v1.DatasetService/ListDatasets", {})["datasets"]
+    own = next(each for each in listed if each["name"] == "res-jb")
+    view = visit(page, f"{own['groups'][0]['name']}.0", "res-jb")
+    expect(view.locator(".example").first).to_be_visible()
+    expect(view.get_by_role("alert")).to_contain_text("are about the model")
+    expect(view).to_contain_text("The loaded model serves no dictionary with this latent.")
+    shoot(page, "component-neuronpedia")
+    call(seen.product, "tdb.dataset.v1.DatasetService/DeleteDataset", {"dataset": "res-jb"})
+
+
 def test_a_text_is_debugged(page: Page, seen: Seen) -> None:
     view = visit(page, f"neuron.{LAYER}.{seen.strong}")
     place = int(seen.neuron(seen.strong).top[0].document_id.removeprefix("doc-"))
@@ -251,6 +294,7 @@ def test_a_row_opens_its_component_and_back_closes_it(page: Page, seen: Seen) ->
     row = page.locator("tr.row[data-node^='head.']").first
     node = (row.get_attribute("data-node") or "").split("~")[0]
     row.click()
+    page.locator("main").evaluate("main => main.scrollTo(0, 120)")
     page.keyboard.press("o")
     view = page.locator(f"[data-component='{node}']")
     expect(view).to_be_visible()
@@ -259,6 +303,7 @@ def test_a_row_opens_its_component_and_back_closes_it(page: Page, seen: Seen) ->
     page.go_back()
     expect(view).to_have_count(0)
     answered(page)
+    assert page.locator("main").evaluate("main => main.scrollTop") == 120
     page.go_forward()
     expect(view).to_be_visible()
     page.keyboard.press("Escape")

@@ -126,11 +126,11 @@ export function Directions({
       <h2 title="From the weights alone, without a prompt">writes and reads</h2>
       {why && <p class="quiet-text">{why}</p>}
       {wrong && <p class="error">{wrong}</p>}
-      {!why && !wrong && !shown && <p class="quiet-text">Reading the weights…</p>}
-      {shown && (
-        <dl class="read-outs">
-          {(shown.directions ?? []).flatMap((direction) => lines(direction))}
-          <Similar value={shown} onChoose={onChoose} />
+      {!why && !wrong && !value && <p class="quiet-text">Reading the weights…</p>}
+      {value && !wrong && (
+        <dl class="read-outs" data-waiting={shown ? undefined : ""}>
+          {(value.directions ?? []).flatMap((direction) => lines(direction))}
+          <Similar value={value} onChoose={onChoose} />
         </dl>
       )}
     </section>

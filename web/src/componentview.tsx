@@ -2,37 +2,22 @@
 import { useEffect, useState } from "preact/hooks";
 import { site } from "./address";
 import { Directions } from "./component";
+import { Address, DatasetChoice, Neighbours } from "./componenthead";
 import { CopyButtons } from "./copy";
-import {
-  chosen,
-  groupOf,
-  holds,
-  listed,
-  otherDictionary,
-  otherModel,
-  refreshDatasets,
-} from "./datasets";
+import { chosen, holds, listed, otherDictionary, otherModel, refreshDatasets } from "./datasets";
 import { Examples, Legend } from "./examples";
 import type { DatasetJson } from "./gen/tdb/dataset/v1/dataset_pb";
-import type {
-  ComponentRecordJson,
-  TextScoreJson,
-  TokenStatisticJson,
-} from "./gen/tdb/dataset/v1/record_pb";
 import { holding, Missing } from "./missing";
-import { full, num, plain, signed } from "./numbers";
 import { closeComponent, openComponent } from "./opening";
 import { OwnText } from "./owntext";
 import { examples, scales, type Side } from "./passages";
 import { problems } from "./problems";
 import { record } from "./records";
+import { RecordTokens } from "./recordtokens";
 import { model, opened } from "./state";
 import { Statistics } from "./statistics";
 import { useLatest } from "./tokenise";
-import { visible } from "./tokens";
-import { isComponent, type Opened } from "./url";
-
-const MEANS = 12;
+import type { Opened } from "./url";
 
 export function ComponentView() {
   const shown = opened.value;
@@ -52,14 +37,14 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
   const [side, setSide] = useState<Side>("reads");
   const held = dataset && holds(dataset, component) ? dataset : null;
   const request = { dataset: held?.name ?? "", component };
-  const key = held ? `${held.manifestHash} ${held.name} ${component}` : null;
-  const { value, error } = useLatest(
-    key,
-    (signal) => record(request, held?.manifestHash ?? "", signal),
-    0,
-  );
-  const known = held && value?.component === component ? value : null;
-  const wrong = held && error && !known ? problems(error)[0]?.text : undefined;
+  const [tries, setTries] = useState(0);
+  const key = held ? `${held.manifestHash} ${held.name} ${component} ${tries}` : null;
+  const latest = useLatest(key, (signal) => record(request, held?.manifestHash ?? "", signal), 0);
+  const wrong = held && latest.error && latest.key === key ? problems(latest.error)[0] : undefined;
+  const arrived = held !== null && latest.key === key && !wrong;
+  // The record before stays, dimmed, until the new one is there: nothing jumps.
+  const before = latest.value && site(latest.value.component ?? "").kind === site(component).kind;
+  const known = arrived || (held && !wrong && before) ? latest.value : null;
   const all = known ? examples(known) : null;
   const most = all
     ? scales(
@@ -68,6 +53,7 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
           .map((each) => each.passage),
       )
     : null;
+  const waiting = arrived ? undefined : "";
   const other = foreign(dataset, component);
   useEffect(() => {
     document.querySelector<HTMLElement>(".component-view")?.focus({ preventScroll: true });
@@ -76,7 +62,7 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
     <main
       class="component-view"
       aria-label={`Component ${component}`}
-      aria-busy={held !== null && !known && !wrong}
+      aria-busy={held !== null && !arrived && !wrong}
       tabIndex={-1}
       data-component={component}
     >
@@ -102,20 +88,23 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
       )}
       <div class="component-columns">
         <aside>
-          {known && <Statistics statistics={known.statistics ?? {}} pairs={pairs} />}
+          {known && (
+            <div data-waiting={waiting}>
+              <Statistics statistics={known.statistics ?? {}} pairs={pairs} />
+              <RecordTokens record={known} />
+            </div>
+          )}
           <Directions component={component} onChoose={(each) => openComponent(each)} />
-          {known && <Means record={known} />}
-          {known && <Listed record={known} />}
         </aside>
         <div class="component-main">
           <OwnText
             key={component}
             component={component}
             side={side}
-            recorded={other ? null : most}
+            recorded={other || !arrived ? null : most}
           />
           {known && all && most ? (
-            <>
+            <div data-waiting={waiting}>
               <Legend scales={most} side={side} pairs={pairs} onSide={setSide} />
               <Examples
                 key={component}
@@ -124,13 +113,20 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
                 side={side}
                 exact={!other && (held?.hasTokenIds ?? false)}
               />
-            </>
+            </div>
           ) : wrong ? (
             <div class="missing">
               <p class="error" role="alert">
-                {wrong}
+                {wrong.text}{" "}
+                {wrong.retry && (
+                  <button type="button" class="small" onClick={() => setTries((n) => n + 1)}>
+                    Try again
+                  </button>
+                )}
               </p>
-              <p class="quiet-text">The dataset’s other records are served all the same.</p>
+              {!wrong.retry && (
+                <p class="quiet-text">The dataset’s other records are served all the same.</p>
+              )}
             </div>
           ) : held ? (
             <p class="quiet-text missing">Reading the record…</p>
@@ -161,153 +157,4 @@ function foreign(dataset: DatasetJson | null, component: string): string | undef
   const loaded = model.value;
   if (!dataset || !loaded) return undefined;
   return otherModel(dataset, loaded) ?? otherDictionary(dataset, component, loaded);
-}
-
-/** The title, which is a field: another address goes there. */
-function Address({ component }: { component: string }) {
-  const [text, setText] = useState(component);
-  const bad = text !== component && !isComponent(text.trim());
-  return (
-    <form
-      onSubmit={(event) => {
-        event.preventDefault();
-        if (isComponent(text.trim())) openComponent(text.trim(), opened.value?.dataset ?? null);
-      }}
-    >
-      <h2 class="unseen">{component}</h2>
-      <input
-        class="field address"
-        type="text"
-        spellcheck={false}
-        autocomplete="off"
-        aria-label="Component; another address goes there"
-        title="neuron.LAYER.INDEX, head.LAYER.INDEX or latent.DICTIONARY.INDEX; Enter goes there"
-        aria-invalid={bad}
-        size={Math.max(14, text.length + 1)}
-        value={text}
-        onInput={(event) => setText(event.currentTarget.value)}
-      />
-    </form>
-  );
-}
-
-function Neighbours({ component, dataset }: { component: string; dataset: string | null }) {
-  const { group, index } = groupOf(component);
-  const end = sizeOf(group);
-  const step = (to: number, name: string, sign: string) => (
-    <button
-      type="button"
-      class="small"
-      aria-label={`${name} component`}
-      disabled={to < 0 || (end !== undefined && to >= end)}
-      onClick={() => openComponent(`${group}.${to}`, dataset)}
-    >
-      {sign}
-    </button>
-  );
-  return (
-    <span class="segments">
-      {step(index - 1, "Previous", "‹")}
-      {step(index + 1, "Next", "›")}
-    </span>
-  );
-}
-
-/** How many components the group has in the loaded model. */
-function sizeOf(group: string): number | undefined {
-  const { dimensions, dictionaries = [] } = model.value ?? {};
-  if (group.startsWith("neuron.")) return dimensions?.neurons;
-  if (group.startsWith("head.")) return dimensions?.heads;
-  return dictionaries.find(({ id }) => group === `latent.${id}`)?.latents;
-}
-
-function DatasetChoice({ component, dataset }: { component: string; dataset: DatasetJson | null }) {
-  const all = listed.value?.datasets ?? [];
-  if (all.length === 0) return null;
-  return (
-    <label>
-      dataset{" "}
-      <select
-        value={dataset?.name ?? ""}
-        onChange={(event) => openComponent(component, event.currentTarget.value)}
-      >
-        {!dataset && <option value="">none has it</option>}
-        {all.map(({ name }) => (
-          <option key={name} value={name}>
-            {name}
-          </option>
-        ))}
-      </select>
-    </label>
-  );
-}
-
-interface RecordProps {
-  record: ComponentRecordJson;
-}
-
-/** The tokens at which it is strongest on average. */
-function Means({ record: { tokenStatistics = [], keyTokenStatistics = [] } }: RecordProps) {
-  if (tokenStatistics.length === 0 && keyTokenStatistics.length === 0) return null;
-  const pairs = keyTokenStatistics.length > 0;
-  const chips = (name: string, meaning: string, all: TokenStatisticJson[]) =>
-    all.length > 0 && (
-      <>
-        <dt title={meaning}>{name}</dt>
-        <dd>
-          {all.slice(0, MEANS).map(({ tokenId = 0, tokenText = "", count, mean }) => (
-            <span
-              key={tokenId}
-              class="chip"
-              title={`token ${tokenId}: ${full(num(mean) ?? 0)} on average, counted ${count ?? 0} times`}
-            >
-              <span class="token">{visible(tokenText) || `<${tokenId}>`}</span>{" "}
-              <small>{plain(num(mean) ?? 0)}</small>
-            </span>
-          ))}
-        </dd>
-      </>
-    );
-  return (
-    <section aria-label="Tokens by mean activation">
-      <h2>strongest on average</h2>
-      <dl class="read-outs">
-        {chips(
-          pairs ? "by the token that reads" : "at the token",
-          "Tokens with the largest mean activation over the corpus",
-          tokenStatistics,
-        )}
-        {chips("by the token that is read", "The same by the key of the pair", keyTokenStatistics)}
-      </dl>
-    </section>
-  );
-}
-
-/** Tokens that the records' source lists, where it does. */
-function Listed({ record: { promoted = [], suppressed = [] } }: RecordProps) {
-  if (promoted.length === 0 && suppressed.length === 0) return null;
-  const chips = (name: string, scores: TextScoreJson[]) =>
-    scores.length > 0 && (
-      <>
-        <dt title="As the source of the records lists them: logits per unit of activation">
-          {name}
-        </dt>
-        <dd>
-          {scores.map(({ text = "", score }, i) => (
-            <span key={i} class="chip" title={full(num(score) ?? 0)}>
-              <span class="token">{visible(text)}</span> <small>{signed(num(score) ?? 0)}</small>
-            </span>
-          ))}
-        </dd>
-      </>
-    );
-  return (
-    <section aria-label="Tokens listed by the source">
-      <h2>by the records’ source</h2>
-      <dl class="read-outs">
-        {chips("promotes", promoted)}
-        {chips("suppresses", suppressed)}
-      </dl>
-    </section>
-  );
 }

@@ -41,13 +41,14 @@ function request(dataset: string, node: string): GetRecordRequestJson {
 export function InRowExamples({ node }: { node: string }) {
   const dataset = datasetOf(node);
   const { component, kind } = site(node);
-  const { value, error } = useLatest(
-    dataset ? `${dataset.manifestHash} ${component}` : null,
+  const wanted = dataset ? `${dataset.manifestHash} ${dataset.name} ${component}` : null;
+  const { value, error, key } = useLatest(
+    wanted,
     (signal) => record(request(dataset?.name ?? "", node), dataset?.manifestHash ?? "", signal),
     PAUSE_MS,
   );
-  const known = value?.component === component ? value : null;
-  const wrong = error && !known ? problems(error)[0]?.text : undefined;
+  const known = key === wanted && !error ? value : null;
+  const wrong = error ? problems(error)[0]?.text : undefined;
   const passages = known ? examples(known).top.map(({ passage }) => passage) : [];
   const most = scales(passages);
   const unit = kind === "head" ? "write magnitude, the largest that it reads" : "activation";

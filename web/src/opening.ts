@@ -17,6 +17,9 @@ export function closeComponent(): void {
   if (!state.opened.value) return;
   state.opened.value = null;
   writeAddress(true);
+  requestAnimationFrame(() =>
+    document.querySelector<HTMLElement>("[data-chosen] .address")?.focus({ preventScroll: true }),
+  );
 }
 
 /** Why the node has no view of its own, or nothing if it has. */
