@@ -24,18 +24,31 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from services.common.addresses import parse
-from services.inference.engine import attention, memory, table_memory, tables, verification
+from services.inference.engine import (
+    attention,
+    integrated,
+    memory,
+    needs,
+    table_memory,
+    tables,
+    verification,
+)
 from services.inference.engine.architecture import resolve
+from services.inference.engine.asked import AskedRun, ReadPoints
 from services.inference.engine.attribution import ExplainedRun, NormMode, explain
+from services.inference.engine.batches import Batches
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Row
 from services.inference.engine.columns import Column
-from services.inference.engine.dictionaries.sites import Point
+from services.inference.engine.dictionaries.sites import Point as SitePoint
 from services.inference.engine.forward import Hooks
 from services.inference.engine.interventions import Edit, Intervention, Mask, Zero
 from services.inference.engine.memory import Batch, Latents, Sizes
+from services.inference.engine.needs import Rows
 from services.inference.engine.objectives import LogitDiff
+from services.inference.engine.points import Point
 from services.inference.engine.readouts import read_out
+from services.inference.engine.room import UNLIMITED
 from services.inference.engine.table_memory import Listing
 from services.inference.engine.verification import Ablation
 from tests.inference import planted
@@ -202,7 +215,7 @@ def test_tables_with_dictionaries(activation: str, monkeypatch: pytest.MonkeyPat
             f"{point}-{layer}", point, layer, activation, width=lambda point: WIDTH
         )
         for layer in range(LAYERS)
-        for point in (Point.MLP_OUT, Point.ATTN_OUT)
+        for point in (SitePoint.MLP_OUT, SitePoint.ATTN_OUT)
     ]
     shelf = shelf_of(dictionaries, engine.architecture, torch.float32)
     monkeypatch.setattr(engine.hooks, "shelf", shelf)
@@ -250,6 +263,38 @@ def test_verification(family: str, targets: str, position: int) -> None:
     estimate = memory.resumed(sizes, batch, first=chunk.first)
     # The layers before the first change are not run, which the estimate does not count on.
     assert 1 <= ratio(estimate, lambda: started.chunk(number, CancelToken())) < 3
+
+
+@pytest.mark.parametrize("name", ["attn_scores", "mlp_act", "logits"])
+def test_runs_whose_points_are_read(name: str) -> None:
+    engine, tokens = engine_of("llama"), 96
+    points = [Point(name)] if name == "logits" else [Point(name, n) for n in range(LAYERS)]
+    ids = run_of(tokens).token_ids
+    lens = (Point("resid_post", 1),)
+    asked = AskedRun(ids, (), tuple(range(tokens)), 5, (), ReadPoints(lens, tuple(points)))
+    estimate = needs.of_runs(engine.hooks, [asked])
+    batches = Batches(engine.hooks, VOCABULARY)
+    assert 1 <= ratio(estimate, lambda: batches.run([asked], CancelToken())) < 2.5
+
+
+def test_integration() -> None:
+    """A recording, sums in float64 of all sublayers at most, and one point of the way."""
+    engine, tokens = engine_of("gpt2"), 96
+    nodes = [parse("head.1.2~50-3"), parse("neuron.0.3~9"), parse("embed~3")]
+    run = run_of(tokens)
+    engine.hooks.room.budget = 1  # one point at a time
+
+    def integrate() -> integrated.Integration:
+        begun = integrated.begin(engine.hooks, run, nodes, 2, CancelToken())
+        for number in range(len(begun.chunks)):
+            begun.chunk(number, CancelToken())
+        return begun
+
+    estimate = needs.integration(engine.hooks, Rows((tokens,)), starts=False)
+    try:
+        assert 1 <= ratio(estimate, integrate) < 2.5
+    finally:
+        engine.hooks.room.budget = UNLIMITED
 
 
 def test_what_autograd_saves_of_an_activation() -> None:
