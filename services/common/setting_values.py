@@ -261,14 +261,25 @@ def remote_datasets(text: str) -> tuple[RemoteDataset, ...]:
             raise ValueError(f"must be NAME=URL entries, not {entry.partition('?')[0]!r}")
         if any(name == other.name for other in found):
             raise ValueError(f"names two datasets {name!r}")
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        if not host or parts.username or parts.password or parts.fragment:
-            raise ValueError(f"must give {name} a URL of a host and a path, nothing else")
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
-            raise ValueError(f"must give {name} an https URL (http only on this machine)")
-        found.append(RemoteDataset(name, url))
+        found.append(RemoteDataset(name, _url(f"give {name}", url)))
     return tuple(found)
+
+
+def base_url(text: str) -> str:
+    """A URL below which files are, without a query; empty where there is none."""
+    if "?" in text:
+        raise ValueError("must be a URL without a query")
+    return _url("be", text) if text else ""
+
+
+def _url(must: str, url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if not host or parts.username or parts.password or parts.fragment:
+        raise ValueError(f"must {must} a URL of a host and a path, nothing else")
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+        raise ValueError(f"must {must} an https URL (http only on this machine)")
+    return url
 
 
 def is_loopback(host: str) -> bool:

@@ -209,6 +209,14 @@ class Settings:
         "See [datasets.md](datasets.md).",
         values.remote_datasets,
     )
+    openai_records: str = _setting(
+        "TDB_OPENAI_RECORDS",
+        "",
+        "The URL below which OpenAI's published records of GPT-2 lie, for example "
+        "`https://openaipublic.blob.core.windows.net/neuron-explainer`; they are then served, each "
+        "record fetched when it is asked for. Empty: not served. See [datasets.md](datasets.md).",
+        values.base_url,
+    )
     dataset_cache_bytes: int = _setting(
         "TDB_DATASET_CACHE_MIB",
         "1024",

@@ -12,7 +12,6 @@ from services.dataset.damage import Damaged
 from services.dataset.reader import DatasetReader
 from services.dataset.requests import Stream
 
-MOST_RECORDS = 64
 MOST_BYTES = 512 * 1024
 """As sent. A larger record travels alone, and with what came before it fits one message."""
 
@@ -38,7 +37,7 @@ class Batch:
     @property
     def room(self) -> int:
         """How many more fit."""
-        return MOST_RECORDS - self.count
+        return self._reader.batch_records - self.count
 
     @property
     def is_full(self) -> bool:

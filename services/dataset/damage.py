@@ -3,15 +3,21 @@
 from services.common.errors import FailedPrecondition
 
 
+_REMEDY = "build or import the dataset again to replace it"
+
+
 class Damaged(FailedPrecondition):
     """Raised for one record, or for everything of a shard (`component` is empty)."""
 
     default_reason = "DAMAGED"
 
-    def __init__(self, file: str, what: str, component: str = "") -> None:
+    def __init__(
+        self, file: str, what: str, component: str = "", remedy: str = _REMEDY, *, said: str = ""
+    ) -> None:
+        """`said` is the whole sentence, where another is needed."""
         whose = f"the record of {component} in " if component else ""
         super().__init__(
-            f"{whose}{file} {what}; build or import the dataset again to replace it",
+            said or f"{whose}{file} {what}; {remedy}",
             metadata={"file": file, "component": component},
         )
         self.file = file

@@ -21,6 +21,7 @@ from threading import Lock
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, TdbError
 from services.dataset import manifest
 from services.dataset.manifest import ManifestError
+from services.dataset.openai_remote import OpenAIReader
 from services.dataset.reader import DatasetReader
 from services.dataset.remote import RemoteStorage
 from services.dataset.storage import LocalStorage, Storage
@@ -72,11 +73,13 @@ class Library:
         folder: Path,
         remotes: Sequence[RemoteStorage] = (),
         clock: Callable[[], float] = time.monotonic,
+        published: Sequence[OpenAIReader] = (),
     ) -> None:
-        """`clock` gives seconds."""
+        """`clock` gives seconds; `published` need no opening."""
         self._folder = folder
         self._clock = clock
         self._remotes = {each.name: _Remote(each, Lock()) for each in remotes}
+        self._published = {each.name: each for each in published}
         self._opened: dict[str, tuple[tuple[int, ...], DatasetReader]] = {}
         self._lock = Lock()
         for left in folder.glob(_DELETED + "*"):
@@ -87,7 +90,7 @@ class Library:
         is wrong with one is said when it is asked for."""
         served = 0
         for name in self.names():
-            if name not in self._remotes:
+            if not self.is_remote(name):
                 with suppress(TdbError):
                     self.open(name).vocabulary()
                     served += 1
@@ -97,14 +100,18 @@ class Library:
         """Ends connections to remote datasets."""
         for remote in self._remotes.values():
             remote.storage.close()
+        for published in self._published.values():
+            published.close()
 
     def names(self) -> list[str]:
         """All remote datasets and all folders with a manifest, readable or not."""
         local = (path.parent.name for path in self._folder.glob(f"*/{manifest.NAME}"))
-        return sorted({*self._remotes, *(name for name in local if _NAME.fullmatch(name))})
+        return sorted(
+            {*self._remotes, *self._published, *(name for name in local if _NAME.fullmatch(name))}
+        )
 
     def is_remote(self, name: str) -> bool:
-        return name in self._remotes
+        return name in self._remotes or name in self._published
 
     def open(self, name: str) -> DatasetReader:
         """Raises InvalidArgument, NotFound, FailedPrecondition (damaged); for a remote one also
@@ -112,6 +119,8 @@ class Library:
         check_name(name)
         if (remote := self._remotes.get(name)) is not None:
             return self._open_remote(remote)
+        if (published := self._published.get(name)) is not None:
+            return published
         return self._open_local(name)
 
     def _open_local(self, name: str) -> DatasetReader:
@@ -165,10 +174,11 @@ class Library:
         Raises InvalidArgument, NotFound, FailedPrecondition (it is remote, or the disk refuses).
         """
         folder = self._folder / check_name(name)
-        if name in self._remotes:
+        if self.is_remote(name):
+            setting = "TDB_REMOTE_DATASETS" if name in self._remotes else "TDB_OPENAI_RECORDS"
             raise FailedPrecondition(
-                f"the dataset {name!r} is remote: TDB_REMOTE_DATASETS no longer naming it is all "
-                "that can be done here"
+                f"the dataset {name!r} is remote: {setting} no longer naming it is all that can "
+                "be done here"
             )
         if not any((folder / mark).exists() for mark in (manifest.NAME, BUILD, BUILDING)):
             raise self._not_found(name)

@@ -110,10 +110,11 @@ class Manifest:
     def write(self, folder: Path) -> None:
         files.sync_folder(folder)
         with files.atomic(folder / NAME) as file:
-            file.write(self._content())
+            file.write(self.content())
         files.sync_folder(folder)
 
-    def _content(self) -> bytes:
+    def content(self) -> bytes:
+        """The file."""
         document = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

@@ -25,11 +25,19 @@ from services.dataset.storage import Storage
 from services.dataset.vocabulary import Vocabulary
 
 OPEN_SHARDS = 64
+MAX_RECORDS = 2**31 - 1
 
 Record = record_pb2.ComponentRecord
 
 
 class DatasetReader:
+    stream_records = MAX_RECORDS
+    """How many one stream may ask for."""
+    batch_records = 64
+    """How many at most come in one batch of a stream."""
+    unsearchable = ""
+    """Why it cannot be searched; empty where it can."""
+
     def __init__(self, storage: Storage) -> None:
         """Raises ManifestError where this is no dataset that can be served, FileNotFoundError where
         it is none at all."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tdb.dataset.v1 import read_pb2, search_pb2
 
-from services.common.errors import InvalidArgument, NotFound, inside
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, inside
 from services.dataset import cursors, groups, views
 from services.dataset.groups import Group
 from services.dataset.library import Library
@@ -13,7 +13,6 @@ from services.dataset.reader import DatasetReader
 from services.dataset.search import Condition, Question
 
 MAX_SELECTIONS = 100_000
-MAX_TOTAL = 2**31 - 1
 MAX_TEXT = 1_000
 MAX_GROUPS = 10_000
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1_000
@@ -83,8 +82,12 @@ def stream(reader: DatasetReader, request: read_pb2.StreamRecordsRequest) -> Str
         for group in _groups_of(reader, ranges):
             views.check(request.view, group.kind)
     total = sum(stop - start for start, stop in ranges)
-    if total > MAX_TOTAL:
-        raise InvalidArgument(f"at most {MAX_TOTAL} records fit in one call", field="selections")
+    if total > reader.stream_records:
+        raise InvalidArgument(
+            f"at most {reader.stream_records} records of {reader.name!r} fit in one call, these "
+            f"are {total}: select some",
+            field="selections",
+        )
     question = cursors.question_hash(
         b"StreamRecords",
         request.dataset.encode(),
@@ -151,6 +154,8 @@ class Search:
 
 def search(reader: DatasetReader, request: search_pb2.SearchRequest) -> Search:
     """Raises InvalidArgument, NotFound, FailedPrecondition."""
+    if reader.unsearchable:
+        raise FailedPrecondition(reader.unsearchable, field="dataset", reason="NOT_SEARCHABLE")
     if len(request.groups) > MAX_GROUPS:
         raise InvalidArgument(f"at most {MAX_GROUPS} fit in one call", field="groups")
     wanted = []

@@ -17,6 +17,8 @@ from services.dataset.block_cache import BlockCache
 from services.dataset.building.builds import Builds
 from services.dataset.http_files import HttpFiles
 from services.dataset.library import Library
+from services.dataset.openai_catalogue import PUBLISHED
+from services.dataset.openai_remote import OpenAIReader
 from services.dataset.remote import RemoteStorage
 from services.dataset.servicer import DatasetServicer
 
@@ -29,7 +31,7 @@ def open_library(settings: Settings) -> Library:
     """The datasets of this deployment. Raises SettingsError where a folder cannot be made, or a
     remote dataset has the name of one here."""
     folder = settings.folder("datasets")
-    if not settings.remote_datasets:
+    if not (settings.remote_datasets or settings.openai_records):
         return Library(folder)
     cache = BlockCache(settings.folder("cache", "datasets"), settings.dataset_cache_bytes)
     at_once = BoundedSemaphore(http_files.AT_ONCE)
@@ -40,7 +42,18 @@ def open_library(settings: Settings) -> Library:
                 f"TDB_REMOTE_DATASETS names {each.name}, but {folder / each.name} is here already."
             )
         remotes.append(RemoteStorage(each.name, HttpFiles(each.url, at_once), cache))
-    return Library(folder, remotes)
+    published = []
+    if settings.openai_records:
+        bucket = HttpFiles(settings.openai_records, at_once)
+        published = [OpenAIReader(each, bucket, cache) for each in PUBLISHED]
+        taken = {each.name for each in settings.remote_datasets}
+        for reader in published:
+            if reader.name in taken or (folder / reader.name).exists():
+                raise SettingsError(
+                    f"TDB_OPENAI_RECORDS serves {reader.name}, but there is another dataset of "
+                    "this name: give that one another"
+                )
+    return Library(folder, remotes, published=published)
 
 
 def build_server(

@@ -138,7 +138,7 @@ async def test_ranges_and_lists_are_sent_as_asked(library: Path) -> None:
 async def test_a_stream_goes_on_from_any_cursor_without_loss_or_repetition(
     library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.dataset.batches.MOST_RECORDS", 3)
+    monkeypatch.setattr("services.dataset.reader.DatasetReader.batch_records", 3)
     selections = [
         ranged("neuron.0.3", "neuron.10.1"),
         single("head.0.2"),
