@@ -2,7 +2,6 @@
 
 from services.common.errors import FailedPrecondition
 
-
 _REMEDY = "build or import the dataset again to replace it"
 
 

@@ -1,9 +1,9 @@
 """The records that OpenAI has published for Transformer Debugger, as paths below the bucket's base
 URL: `PATH/LAYER/INDEX.json`, one file for each component.
 
-The paths are those that Transformer Debugger's own table uses; its documents spell some otherwise.
-Left out is `.../resid_delta_attn_v4/collated-activations-by-token-pair`: it gives a latent one value
-per pair of tokens, and here only heads have pairs.
+The paths are those of Transformer Debugger's own table; its documents spell some otherwise. Left
+out is `.../resid_delta_attn_v4/collated-activations-by-token-pair`: it gives a latent one value per
+pair of tokens, and here only heads have pairs.
 """
 
 from collections.abc import Iterator
