@@ -16,6 +16,7 @@ VENV := .venv/bin
 WITH_VENV := PATH="$(CURDIR)/$(VENV):$$PATH"
 NPM := $(WITH_VENV) npm --prefix web
 CONNECT_CLIENT := tests/gateway/connect_client
+AZURITE := tests/dataset/azurite
 PROTOS := $(shell find protos -name '*.proto')
 PAGE_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/src/gen -prune -o -type f -print)
 
@@ -29,7 +30,7 @@ demo: setup
 # Workers share the cores, so each has one thread. A file's tests stay together: they share fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/pytest --numprocesses auto --dist loadfile
 
-test: setup .make/connect-client
+test: setup .make/connect-client .make/azurite
 	$(PYTEST) -m "not long"
 	$(NPM) test
 
@@ -65,7 +66,7 @@ compose-env: .env
 
 clean:
 	rm -rf .venv .make gateway/static web/node_modules web/dist web/src/gen test-results
-	rm -rf $(CONNECT_CLIENT)/node_modules $(CONNECT_CLIENT)/gen
+	rm -rf $(CONNECT_CLIENT)/node_modules $(CONNECT_CLIENT)/gen $(AZURITE)/node_modules
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find client/tdb -name '*_pb2*.py*' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -125,4 +126,9 @@ NODE_IS_NEW := const [a, b] = process.versions.node.split(".").map(Number); \
 .make/connect-client: .make/connect-npm .make/stubs tools/gen_connect_client.py \
     $(CONNECT_CLIENT)/echo.proto
 	$(WITH_VENV) $(VENV)/python -m tools.gen_connect_client
+	@touch $@
+
+# An Azure Blob server to read from in tests. Nothing of it is built, so no script of a package runs.
+.make/azurite: .make/node $(AZURITE)/package.json $(AZURITE)/package-lock.json
+	$(WITH_VENV) npm --prefix $(AZURITE) ci --no-audit --no-fund --ignore-scripts
 	@touch $@
