@@ -8,8 +8,9 @@ each time on another prompt of random tokens, and again as soon as the answer is
 one client asks for a while, then all of them do; medians over the rounds are compared.
 
 Printed per length: answers per second of one client and of all together, and their ratio; how many
-requests shared a pass on average; and the longest that anybody waited in the fair share, which is
-the time in which all clients together get one answer each.
+requests shared a pass on average; the longest that anybody waited in the fair share, which is the
+time in which all clients together get one answer each; and the processor time of the service per
+answer, whose ratio is the gain on a CPU that other programs use too.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from tdb.inference.v1 import attribute_pb2
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
@@ -36,6 +38,8 @@ class Round:
 
     rate: float
     """Answers per second, all clients together."""
+    processor_s: float
+    """Processor time of the service per answer."""
     shared_by: float
     """Requests in the pass of an answer, on average."""
     worst: float
@@ -83,12 +87,20 @@ def ask_all(
     began = time.perf_counter() + 1e9
     end = began
     together.wait()
+    used = processor_seconds()
     began = time.perf_counter()
     end = began + seconds
     for thread in threads:
         thread.join()
     rate = len(waits) / (max(finished) - began)
-    return Round(rate, statistics.mean(shared), max(waits) * rate / len(users))
+    processor_s = (processor_seconds() - used) / len(waits)
+    return Round(rate, processor_s, statistics.mean(shared), max(waits) * rate / len(users))
+
+
+def processor_seconds() -> float:
+    """What the service, our only child, has used."""
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return sum(each.user + each.system for each in times)
 
 
 def compare(
@@ -103,10 +115,14 @@ def compare(
         ones.append(ask_all(service, users[:1], tokens, vocabulary, arguments.seconds))
         alls.append(ask_all(service, users, tokens, vocabulary, arguments.seconds))
     one, every = (statistics.median(each.rate for each in rounds) for rounds in (ones, alls))
+    alone, together = (
+        statistics.median(each.processor_s for each in rounds) for rounds in (ones, alls)
+    )
     print(
         f"{tokens:6d} {one:12.2f}/s {every:12.2f}/s {every / one:8.2f} x"
         f" {statistics.mean(each.shared_by for each in alls):12.1f}"
-        f" {max(each.worst for each in alls):16.2f}"
+        f" {max(each.worst for each in alls):19.2f}"
+        f" {alone:10.2f} s {together:5.2f} s {alone / together:6.2f} x"
     )
 
 
@@ -128,7 +144,10 @@ def main() -> None:
         users = ["sweeper", *(f"user-{number}" for number in range(1, arguments.clients))]
         print(f"{os.cpu_count()} cores, torch {torch.__version__}")
         with serving(folder, users) as service:
-            print("tokens   one client  all clients    ratio  shared by   worst / fair share")
+            print(
+                "tokens   one client  all clients    ratio    shared by   worst / fair share"
+                "   processor per answer"
+            )
             for tokens in arguments.tokens:
                 compare(service, users, tokens, vocabulary, arguments)
 
