@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("config", help="print every setting and its value")
     _add_status(commands.add_parser("status", help="say who waits for what", allow_abbrev=False))
-    commands.add_parser("dataset", help="import activation records (tdb dataset --help)")
+    commands.add_parser("dataset", help="activation records: build, import, list, delete")
     return parser
 
 

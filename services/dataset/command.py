@@ -1,7 +1,7 @@
 """`tdb dataset ...`, as a process of its own: `python -m services.dataset.command`.
 
-It works on the folder of datasets itself, so it needs no running service; one that runs serves what
-was imported at once.
+`import` works on the folder of datasets itself, so it needs no running service; one that runs
+serves what was imported at once. The others ask the running service (`service_commands`).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from services.common.addresses import Kind
 from services.common.errors import TdbError
 from services.common.settings import Settings, SettingsError
-from services.dataset import library
+from services.dataset import library, service_commands
 from services.dataset.groups import Group
 from services.dataset.importers import importing
 from services.dataset.manifest import Manifest
@@ -28,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env = dict(os.environ)
     if options.data_dir is not None:
         env["TDB_DATA_DIR"] = options.data_dir
+    token = env.pop("TDB_TOKEN", "")
     try:
+        if options.command != "import":
+            service_commands.run(options, Settings.from_env(env), token)
+            return 0
         folder = Settings.from_env(env).folder("datasets") / library.check_name(options.name)
         manifest = _import(parser, options, folder)
-    except (TdbError, SettingsError) as error:
+    except (TdbError, SettingsError, service_commands.Refused) as error:
         print(f"tdb: {error}", file=sys.stderr)
         return 1
     print(
@@ -45,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tdb dataset", description="Activation records on this machine.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    service_commands.add(commands)
     imports = commands.add_parser(
         "import",
         help="make a dataset from OpenAI's or Neuronpedia's records",

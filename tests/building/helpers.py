@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 from google.protobuf.json_format import ParseDict
 from tdb.dataset.v1 import build_pb2, dataset_pb2, service_pb2_grpc
 
@@ -15,7 +16,7 @@ from services.dataset.building.builds import Builds
 from services.dataset.library import Library
 from services.dataset.server import build_server
 from services.dataset.servicer import DatasetServicer
-from tests.common.backend import channel_to, settings
+from tests.common.backend import settings
 
 WORDS = [
     "When",
@@ -61,10 +62,8 @@ def request(**more: Any) -> build_pb2.BuildDatasetRequest:
 
 
 @asynccontextmanager
-async def serving(
-    data: Path, inference_port: int, **variables: str
-) -> AsyncIterator["service_pb2_grpc.DatasetServiceAsyncStub"]:
-    """The dataset service over a data folder."""
+async def serving_at(data: Path, inference_port: int, **variables: str) -> AsyncIterator[int]:
+    """The dataset service over a data folder, and its port."""
     found = settings(TDB_DATA_DIR=str(data), TDB_INFERENCE_PORT=str(inference_port), **variables)
     folder = found.folder("datasets")
     library = Library(folder)
@@ -77,10 +76,21 @@ async def serving(
             if found.demo_dataset:
                 builds.keep_demo()
             await server.set_serving()
-            async with channel_to(server) as channel:
-                yield service_pb2_grpc.DatasetServiceStub(channel)
+            yield server.port
     finally:
         servicer.close()
+
+
+@asynccontextmanager
+async def serving(
+    data: Path, inference_port: int, **variables: str
+) -> AsyncIterator["service_pb2_grpc.DatasetServiceAsyncStub"]:
+    """A stub to that."""
+    async with (
+        serving_at(data, inference_port, **variables) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        yield service_pb2_grpc.DatasetServiceStub(channel)
 
 
 async def build(

@@ -68,7 +68,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../secrets.txt", "a/../../b", "a//b", "./a"])
 def test_nothing_outside_the_folder_can_be_named(tmp_path: Path, path: str) -> None:
-    with pytest.raises(TdbError, match="must be a file or folder in") as refusal:
+    with pytest.raises(TdbError, match="must be a file or folder in `corpora`") as refusal:
         files(tmp_path / "corpora", path)
     assert (refusal.value.code, refusal.value.field) == ("INVALID_ARGUMENT", "path")
 

@@ -12,6 +12,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from services.common.errors import (
     TdbError,
     inside,
 )
-from services.common.settings import Settings
+from services.common.settings import Settings, SettingsError
 from services.dataset import files, manifest
 from services.dataset.building import asked, demo_dataset, terminal
 from services.dataset.building.build import Build
@@ -104,10 +105,10 @@ class Builds:
     def start(self, request: build_pb2.BuildDatasetRequest, user: str) -> Job:
         """Begins a build, or finds the one of the same request. Raises TdbError."""
         canonical = asked.canonical(request)
-        asked.corpus(canonical, self._folder)
+        asked.corpus(canonical, self._settings.data_dir / CORPORA)
         name = canonical.dataset
         with inside("dataset"), self._lock:
-            if self._library.is_remote(name) or (self._folder / name / manifest.NAME).exists():
+            if self._library.is_remote(name) or not self._is_unfinished(name):
                 raise FailedPrecondition(
                     f"there is a dataset {name!r} already: delete it or choose another name"
                 )
@@ -151,8 +152,12 @@ class Builds:
         """Raises NotFound."""
         with self._lock:
             job = self._jobs.get(name)
-            if job is None or not job.is_under_way:
-                under_way = [key for key, each in self._jobs.items() if each.is_under_way]
+            if job is None or not job.is_under_way or not self._is_unfinished(name):
+                under_way = [
+                    key
+                    for key, each in self._jobs.items()
+                    if each.is_under_way and self._is_unfinished(key)
+                ]
                 there = ", ".join(sorted(under_way)[:10]) or "none"
                 raise NotFound(f"no build of {name!r} is under way; under way: {there}")
             self._stopped(job, CANCELLED)
@@ -167,14 +172,17 @@ class Builds:
             return [
                 self._jobs[name].progress.message()
                 for name in sorted(self._jobs)
-                if not (self._folder / name / manifest.NAME).exists()
+                if self._is_unfinished(name)
             ]
+
+    def _is_unfinished(self, name: str) -> bool:
+        return not (self._folder / name / manifest.NAME).exists()
 
     def delete(self, name: str) -> int:
         """Deletes a dataset, finished or not. Raises TdbError."""
         with self._lock:
             job = self._jobs.get(name)
-            if job is not None and job.is_under_way:
+            if job is not None and job.is_under_way and self._is_unfinished(name):
                 raise FailedPrecondition(f"the dataset {name!r} is being built: cancel that first")
             size = self._library.delete(name)
             self._jobs.pop(name, None)
@@ -206,27 +214,30 @@ class Builds:
             if state == CANCELLED and self._closing:
                 job.ended.set()
                 return
-            if state == FAILED and not (self._folder / name / BUILDING / CHECKPOINT).exists():
-                shutil.rmtree(self._folder / name, ignore_errors=True)
+            if (self._folder / name / BUILDING / JOB).exists():
+                self._stopped(job, state, error.message if state == FAILED else "")
+            else:
                 self._jobs.pop(name, None)
-            elif state == FAILED:
-                self._stopped(job, FAILED, error.message)
             self._end(job, state, error)
         if state == FAILED:
             _log.warning(f"the dataset {name!r} was not built: {error.message}")
 
     def _build(self, job: Job) -> None:
         job.stop.check()
-        inference = Inference(self._settings, job.user, job.stop, job.progress.waiting)
+        try:
+            inference = Inference(self._settings, job.user, job.stop, job.progress.waiting)
+        except SettingsError as error:
+            raise FailedPrecondition(str(error)) from None
         dataset = self._folder / job.request.dataset
+        corpora = self._settings.data_dir / CORPORA
         try:
             if job.is_demo and not demo_dataset.is_wanted(dataset, inference.model("")):
                 return
             self._keep(job)
-            with WorkFolder(dataset) as folder:
-                corpora = self._settings.data_dir / CORPORA
+            with WorkFolder(dataset) as folder, _nothing_left_of_what_is_refused(folder):
+                build = Build(job.request, folder, corpora, inference, job.progress, job.stop)
                 with terminal.showing(job.progress):
-                    Build(job.request, folder, corpora, inference, job.progress, job.stop).run()
+                    build.run()
         finally:
             inference.close()
 
@@ -258,6 +269,19 @@ class Builds:
                 file.write(json.dumps(content).encode())
         except FailedPrecondition as error:
             _log.warning(error.message)
+
+
+@contextmanager
+def _nothing_left_of_what_is_refused(folder: WorkFolder) -> Iterator[None]:
+    """Before the first segment is whole there is nothing to go on with."""
+    try:
+        yield
+    except Cancelled:
+        raise
+    except TdbError:
+        if not (folder.path / CHECKPOINT).exists():
+            shutil.rmtree(folder.dataset, ignore_errors=True)
+        raise
 
 
 def _read(path: Path) -> Job:

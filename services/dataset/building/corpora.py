@@ -95,7 +95,8 @@ class FilesCorpus:
     def _paths(self) -> list[Path]:
         if not self._root.exists():
             raise NotFound(
-                f"there is no {self.name} in the folder of corpora", field="corpus.files.path"
+                f"there is no {self.name} in `corpora` in the service's data folder",
+                field="corpus.files.path",
             )
         if self._root.is_file():
             found = [self._root]
@@ -114,7 +115,8 @@ def _within(folder: Path, path: str) -> Path:
     parts = path.split("/")
     if not path or path.startswith("/") or any(part in ("", ".", "..") for part in parts):
         raise InvalidArgument(
-            f"{path[:200]!r} must be a file or folder in {folder}, written like texts/news.jsonl"
+            f"{path[:200]!r} must be a file or folder in `corpora` in the service's data folder, "
+            "written like texts/news.jsonl"
         )
     return folder.joinpath(*parts)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from tdb.dataset.v1 import dataset_pb2
 
-from services.dataset.building.progress import Progress
+from services.dataset.building.progress import CANCELLED, FAILED, Progress
 
 EVERY_S = 15.0
 
@@ -36,10 +36,21 @@ def showing(progress: Progress) -> Iterator[None]:
         thread.join()
 
 
+def finished(dataset: dataset_pb2.Dataset) -> str:
+    """What a dataset is, in one line."""
+    of = dataset.header.model.id or "an unknown model"
+    where = "remote" if dataset.is_remote else f"{dataset.bytes / 2**20:.1f} MiB"
+    return f"{dataset.name}: {dataset.records:,} records of {of}, {where}"
+
+
 def sentence(build: dataset_pb2.Build) -> str:
     """How far a build is, in one line."""
+    if build.state == FAILED:
+        return f"{build.dataset}: failed: {build.message}"
+    if build.state == CANCELLED:
+        return f"{build.dataset}: cancelled"
     if build.message:
-        return f"{build.dataset}: waiting, {build.message}"
+        return f"{build.dataset}: waiting: {build.message}"
     if not build.total:
         return f"{build.dataset}: queued"
     text = f"{build.dataset}: {build.phase}, {build.done:,} of {build.total:,} {build.unit}"
