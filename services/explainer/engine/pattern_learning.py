@@ -37,23 +37,22 @@ _Key = tuple[int, int]
 
 def learn(places: Iterable[Place], *, max_rules: int = MAX_RULES) -> tuple[Rule, ...]:
     """The rules for these places, the first that holds deciding."""
-    known = _Conditions()
-    keys_at: list[list[_Key]] = []
-    values: list[float] = []
+    places = list(places)
+    values = [value for _, value in places]
+    # What never goes with an activation explains none: only what holds at active places matters.
+    known = _Conditions(holding for holding, value in places if value > 0)
     sums: dict[_Key, float] = defaultdict(float)
+    for holding, value in places:
+        if value > 0:
+            for key in known.keys(holding):
+                sums[key] += value
+    keys_at = [[key for key in known.keys(holding) if key in sums] for holding, _ in places]
     counts: dict[_Key, int] = defaultdict(int)
     where: dict[_Key, list[int]] = defaultdict(list)
-    for number, (holding, value) in enumerate(places):
-        keys = known.keys(holding)
-        keys_at.append(keys)
-        values.append(value)
+    for number, keys in enumerate(keys_at):
         for key in keys:
             counts[key] += 1
             where[key].append(number)
-        # What never goes with an activation explains none.
-        if value > 0:
-            for key in keys:
-                sums[key] += value
     total = sum(value * value for value in values)
     candidates = list(sums)
     covered = [False] * len(values)
@@ -70,7 +69,7 @@ def learn(places: Iterable[Place], *, max_rules: int = MAX_RULES) -> tuple[Rule,
         if gain < _LEAST_SHARE * total or strength < _LEAST_STRENGTH:
             break
         # As it is written, so that reading the text gives these rules.
-        rules.append(Rule(known.of(best), float(f"{min(strength, 1.0) * SCALE:.3g}")))
+        rules.append(Rule(_said(known.of(best)), float(f"{min(strength, 1.0) * SCALE:.3g}")))
         for number in where[best]:
             if covered[number]:
                 continue
@@ -84,19 +83,19 @@ def learn(places: Iterable[Place], *, max_rules: int = MAX_RULES) -> tuple[Rule,
 
 
 class _Conditions:
-    """Conditions by number, since there are many places where few hold."""
+    """The conditions that hold at some of the given places, by number; others are left out."""
 
-    def __init__(self) -> None:
-        self._numbers: dict[Condition, int] = {}
-        self._known: list[Condition] = []
+    def __init__(self, places: Iterable[Sequence[Condition]]) -> None:
+        self._known = list(dict.fromkeys(each for holding in places for each in holding))
+        self._numbers = {condition: number for number, condition in enumerate(self._known)}
 
     def keys(self, holding: Sequence[Condition]) -> list[_Key]:
         """Each condition, and each that says what with each that says where."""
         what, where, every = [], [], []
         for condition in holding:
-            number = self._numbers.setdefault(condition, len(self._known))
-            if number == len(self._known):
-                self._known.append(condition)
+            number = self._numbers.get(condition)
+            if number is None:
+                continue
             every.append((number, -1))
             if condition.relation in _WHAT:
                 what.append(number)
@@ -111,6 +110,13 @@ class _Conditions:
         """Smaller is plainer."""
         conditions = self.of(key)
         return len(conditions), [(_RANK[each.relation], each.text) for each in conditions]
+
+
+def _said(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    """With a subject: `any token after "x"`."""
+    if conditions[0].relation in (Relation.PREVIOUS, Relation.NEAR):
+        return Condition(Relation.ANY), *conditions
+    return conditions
 
 
 def _gain(total: float, count: int, narrowed: bool) -> float:
