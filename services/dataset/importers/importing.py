@@ -7,23 +7,27 @@ nothing of it is kept.
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tdb.dataset.v1 import dataset_pb2, record_pb2
 
 from services.common.addresses import Kind
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, TdbError
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.dataset import groups
 from services.dataset.groups import Group
-from services.dataset.importers import openai_records
+from services.dataset.importers import explanations, neuronpedia_export, openai_records
+from services.dataset.importers.about import about
 from services.dataset.importers.neuronpedia_batch import Batch
 from services.dataset.manifest import Manifest
 from services.dataset.store import DatasetWriter
 
 SHARD_RECORDS = 4096
+EXPORT_SHARD_RECORDS = 1024
+"""Fewer: their sequences are held together."""
+ROOM_LEFT_BYTES = 64 * 2**20
 
 OPENAI_NOTE = "Tokens are known by their text only: OpenAI's records do not hold ids."
 OPENAI_NEURON_NOTE = (
@@ -78,10 +82,12 @@ def import_openai(
     )
 
     def read(group: Group, index: int, path: Path) -> record_pb2.ComponentRecord:
-        with _about(path):
+        with about(path):
             return openai_records.parse(path.read_bytes(), group, index)
 
-    plan = {"files": _listing(source, [path for found in files.values() for _, path in found])}
+    paths = [path for found in files.values() for _, path in found]
+    _check_room(target, paths)
+    plan = {"files": _listing(source, paths)}
     with DatasetWriter(target, header, plan) as writer:
         for group in sorted(files, key=lambda each: each.order):
             total = len(files[group])
@@ -96,18 +102,20 @@ def import_openai(
 def import_neuronpedia(
     source: Path, target: Path, dictionary: str = "", progress: Progress = silent
 ) -> Manifest:
-    """Imports a folder of `batch-N.json` of one model.
+    """Imports a folder of `batch-N.json` of one model, or an export of one source.
 
     `dictionary` names the latents' dictionary instead of Neuronpedia's LAYER-SET; it takes batches
     of one dictionary. Raises as `import_openai`.
     """
+    if neuronpedia_export.is_one(source):
+        return _import_export(source, target, dictionary, progress)
     paths = sorted(source.glob("batch-*.json"), key=_batch_number)
     if not paths:
-        raise NotFound(f"{source} holds no batch-N.json")
+        raise NotFound(f"{source} holds no batch-N.json, nor features/batch-N.jsonl.gz")
     found: dict[str, list[_Batched]] = {}
     models, corpora = set(), set()
     for path in paths:
-        with _about(path):
+        with about(path):
             batch = Batch.parse(path.read_bytes())
             indices = batch.indices()
         if not indices:
@@ -136,9 +144,10 @@ def import_neuronpedia(
     )
 
     def read(path: Path) -> Iterator[record_pb2.ComponentRecord]:
-        with _about(path):
+        with about(path):
             yield from Batch.parse(path.read_bytes()).records(dictionary)
 
+    _check_room(target, paths)
     with DatasetWriter(target, header, {"files": _listing(source, paths)}) as writer:
         for name in sorted(found):
             group = Group(Kind.LATENT, dictionary=dictionary or name)
@@ -149,6 +158,49 @@ def import_neuronpedia(
                 done += each.count
                 progress(group, done, total)
         return writer.finish()
+
+
+def _import_export(source: Path, target: Path, dictionary: str, progress: Progress) -> Manifest:
+    export = neuronpedia_export.scan(source)
+    indices = export.indices()
+    if not indices:
+        raise NotFound(f"{source} holds no features")
+    group = Group(Kind.LATENT, dictionary=dictionary or export.dictionary)
+    header = dataset_pb2.DatasetHeader(
+        source=dataset_pb2.SOURCE_NEURONPEDIA,
+        model=dataset_pb2.RecordedModel(
+            id=export.model,
+            dictionaries=[dataset_pb2.RecordedDictionary(id=group.dictionary)],
+        ),
+        notes=[NEURONPEDIA_NOTE],
+    )
+    _check_room(target, export.paths)
+    with DatasetWriter(target, header, {"files": _listing(source, export.paths)}) as writer:
+        for part, start in enumerate(range(0, len(indices), EXPORT_SHARD_RECORDS)):
+            some = indices[start : start + EXPORT_SHARD_RECORDS]
+            if not writer.has(group, part):
+                writer.write(group, part, export.records(group, some))
+            progress(group, start + len(some), len(indices))
+        explanations.write(target, export.explained(group))
+        return writer.finish()
+
+
+def _check_room(target: Path, paths: Iterable[Path]) -> None:
+    """Raises FailedPrecondition where the disk has not the room that records of these files may
+    take: as much as what is compressed, a quarter of what is not."""
+    needed = 0
+    for path in paths:
+        size = path.stat().st_size
+        needed += size if path.suffix == ".gz" else size // 4
+    folder = next(each for each in (target, *target.parents) if each.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed + ROOM_LEFT_BYTES:
+        raise FailedPrecondition(
+            f"the import may need {needed / 2**20:,.0f} MiB in {folder}, where "
+            f"{ROOM_LEFT_BYTES / 2**20:,.0f} MiB more should stay free, and there are "
+            f"{free / 2**20:,.0f} MiB: make room first",
+            reason="DISK_FULL",
+        )
 
 
 @dataclass(frozen=True)
@@ -206,15 +258,3 @@ def _listing(source: Path, paths: Iterable[Path]) -> str:
         line = f"{path.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         digest.update(line.encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Refusals of what a file holds name the file."""
-    try:
-        yield
-    except TdbError as error:
-        where = f"{path}, {error.field}" if error.field else str(path)
-        raise InvalidArgument(f"{where}: {error.message}") from None
-    except OSError as error:
-        raise FailedPrecondition(f"{path} cannot be read: {error.strerror}") from None

@@ -83,10 +83,11 @@ class Batch:
         group = Group(Kind.LATENT, dictionary=dictionary or self.dictionary)
         for index, number in sorted((index, n) for n, index in enumerate(self.indices())):
             with inside(f"features[{number}]"):
-                yield _record(self.features[number], group.component(index))
+                yield record(self.features[number], group.component(index))
 
 
-def _record(feature: dict[str, Any], component: str) -> record_pb2.ComponentRecord:
+def record(feature: dict[str, Any], component: str) -> record_pb2.ComponentRecord:
+    """The record of one of `features`. Raises InvalidArgument."""
     record = record_pb2.ComponentRecord(component=component)
     quantiles: dict[tuple[float, float, float], record_pb2.QuantileExamples] = {}
     top: list[record_pb2.Example] = []
