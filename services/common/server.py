@@ -43,9 +43,11 @@ MAX_CALLS_AT_THE_DOOR = 16_384
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Beyond 1,000 that no handler has taken yet, gRPC would begin to throw calls away as CANCELLED.
+    # Of calls that no handler has taken yet gRPC would throw some away as CANCELLED: beyond 1,000,
+    # and those that wait for 30 s.
     ("grpc.server.max_pending_requests", MAX_CALLS_AT_THE_DOOR),
     ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS_AT_THE_DOOR),
+    ("grpc.server_max_unrequested_time_in_server", 600),
     # Otherwise a second server binds the same port without an error and steals calls.
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 60_000),
