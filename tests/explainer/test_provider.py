@@ -112,6 +112,24 @@ async def test_a_question_is_paid_for_once(server: OpenAIServer) -> None:
     assert (len(server.requests), ledger.calls, ledger.cached) == (1, 1, 1)
 
 
+async def test_two_who_ask_the_same_at_once_pay_once(server: OpenAIServer) -> None:
+    server.faults.append(Fault(delay_s=0.05))
+    async with provider(server) as asked:
+        replies = await asyncio.gather(
+            *(asked.complete(PROMPT, ledger) for ledger in (Ledger(), Ledger(), Ledger()))
+        )
+    assert [each.text for each in replies] == [SAID] * 3
+    assert [each.cached for each in replies] == [False, True, True]
+    assert len(server.requests) == 1
+
+
+async def test_a_model_that_thinks_has_room_for_it(server: OpenAIServer) -> None:
+    server.faults.append(Fault(no_usage=True))
+    await ask_once(server, ledger := Ledger(), THINKING_TOKENS="1000")
+    assert server.requests[0]["max_tokens"] == 1050
+    assert ledger.completion_tokens == 1050
+
+
 @pytest.mark.parametrize(
     "change",
     [{"user": "x"}, {"system": "x"}, {"temperature": 1.0}, {"seed": 1}, {"max_tokens": 51}],
@@ -410,6 +428,7 @@ def test_no_provider_says_how_to_have_one() -> None:
         ({"CONCURRENCY": "0"}, "CONCURRENCY"),
         ({"CONCURRENCY": "1.5"}, "CONCURRENCY"),
         ({"TIMEOUT_SECONDS": "nan"}, "TIMEOUT"),
+        ({"THINKING_TOKENS": "-1"}, "THINKING_TOKENS is not a whole number from 0"),
     ],
 )
 def test_settings_that_cannot_be_right(env: dict[str, str], says: str) -> None:

@@ -30,7 +30,7 @@ class OfflineSimulator:
         for text in texts:
             expected = pattern.on_tokens(text.token_texts)
             marked = [expected[place] for place in sorted(text.marked)]
-            found.append(_probability(sum(marked) / len(marked)))
+            found.append(_probability(sum(marked) / max(len(marked), 1)))
         return found
 
     async def simulate(

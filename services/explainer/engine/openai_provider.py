@@ -18,6 +18,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import openai
 from openai import Omit
@@ -70,6 +71,7 @@ class OpenAIProvider:
         self._sleep = sleep
         self._jitter = jitter or random.Random()
         self._slots = asyncio.Semaphore(settings.concurrency)
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._unknown: set[str] = set()
         # Else the package would tell any endpoint the account that OPENAI_ORG_ID names.
         headers: Any = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
@@ -114,25 +116,27 @@ class OpenAIProvider:
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None
     ) -> Reply:
         key = self._key(prompt)
-        kept = await self._cache.get(key)
-        if kept is not None:
-            ledger.cached += 1
-            reply = Reply.from_json(kept)
-            if on_text is not None:
-                on_text(reply.text)
+        # Whoever asks the same meanwhile waits, and finds the reply in the cache.
+        async with self._asking.setdefault(key, asyncio.Lock()):
+            kept = await self._cache.get(key)
+            if kept is not None:
+                ledger.cached += 1
+                reply = Reply.from_json(kept)
+                if on_text is not None:
+                    on_text(reply.text)
+                return reply
+            async with self._slots:
+                reply = await self._ask(prompt, ledger, on_text)
+            if reply.failure is None:
+                await self._cache.put(key, reply.to_json())
             return reply
-        async with self._slots:
-            reply = await self._ask(prompt, ledger, on_text)
-        if reply.failure is None:
-            await self._cache.put(key, reply.to_json())
-        return reply
 
     def _key(self, prompt: Prompt) -> str:
         parts = f"{self._settings.url}\n{self.model}\n{prompt.hash}"
         return hashlib.sha256(parts.encode()).hexdigest()
 
     async def _ask(self, prompt: Prompt, ledger: Ledger, on_text: OnText | None) -> Reply:
-        most = Usage(prompt.token_bound, prompt.max_tokens, bounded=True)
+        most = Usage(prompt.token_bound, self._longest(prompt), bounded=True)
         failure = FailureKind.UNAVAILABLE
         attempt = 0
         while attempt < ATTEMPTS:
@@ -170,6 +174,9 @@ class OpenAIProvider:
                 await self._sleep(self._wait(attempt, asked_to_wait))
         return Reply(failure=failure)
 
+    def _longest(self, prompt: Prompt) -> int:
+        return prompt.max_tokens + self._settings.thinking_tokens
+
     def _wait(self, attempt: int, asked: float | None) -> float:
         longest = min(_FIRST_WAIT_S * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
         jitter: float = self._jitter.uniform(0, longest)
@@ -190,7 +197,7 @@ class OpenAIProvider:
 
     def _parameters(self, prompt: Prompt, *, stream: bool) -> dict[str, Any]:
         wanted: dict[str, Any] = {
-            "max_tokens": prompt.max_tokens,
+            "max_tokens": self._longest(prompt),
             "temperature": prompt.temperature,
             "seed": prompt.seed,
             "response_format": {

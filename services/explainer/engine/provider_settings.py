@@ -12,7 +12,8 @@ URL, MODEL, KEY = "TDB_PROVIDER_URL", "TDB_PROVIDER_MODEL", "TDB_PROVIDER_KEY"
 PRICES = "TDB_PROVIDER_PRICES"
 CONCURRENCY = "TDB_PROVIDER_CONCURRENCY"
 TIMEOUT = "TDB_PROVIDER_TIMEOUT_SECONDS"
-VARIABLES = (URL, MODEL, KEY, PRICES, CONCURRENCY, TIMEOUT)
+THINKING = "TDB_PROVIDER_THINKING_TOKENS"
+VARIABLES = (URL, MODEL, KEY, PRICES, CONCURRENCY, TIMEOUT, THINKING)
 
 
 class ProviderNotConfigured(FailedPrecondition):
@@ -29,7 +30,10 @@ class ProviderMisconfigured(FailedPrecondition):
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderSettings:
-    """An OpenAI-compatible endpoint. The key is not part of the `repr`."""
+    """An OpenAI-compatible endpoint. The key is not part of the `repr`.
+
+    `thinking_tokens` may be used up before each reply, by models that think first.
+    """
 
     url: str
     model: str
@@ -37,6 +41,7 @@ class ProviderSettings:
     prices: Prices | None = None
     concurrency: int = 8
     timeout_s: float = 120.0
+    thinking_tokens: int = 0
 
     @property
     def host(self) -> str:
@@ -62,6 +67,7 @@ class ProviderSettings:
             prices=_prices(values[PRICES]) if values[PRICES] else None,
             concurrency=int(_number(CONCURRENCY, values[CONCURRENCY] or "8", whole=True)),
             timeout_s=_number(TIMEOUT, values[TIMEOUT] or "120"),
+            thinking_tokens=int(_number(THINKING, values[THINKING] or "0", whole=True, least=0)),
         )
 
 
@@ -103,5 +109,6 @@ def _number(name: str, text: str, *, whole: bool = False, least: float = 1e-9) -
     except ValueError:
         value = math.nan
     if not least <= value < math.inf:
-        raise ValueError(f"{name} is not a {'whole ' if whole else ''}number above 0")
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name} is not a {kind} {'above' if least > 0 else 'from'} 0")
     return value
