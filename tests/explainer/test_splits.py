@@ -157,13 +157,14 @@ def test_heads_are_split_whole() -> None:
 
 def test_pairs_stand_in_the_records_order() -> None:
     whole = HeadExample(token_texts=("a", "b", "c"), pair_activations=(0, 10, 11, 20, 21, 22))
-    assert [(pair.query, pair.key, pair.value) for pair in whole.pairs] == [
+    assert [(pair.query, pair.key, pair.value) for pair in whole.pairs(range(6))] == [
         (0, 0, 0), (1, 0, 10), (1, 1, 11), (2, 0, 20), (2, 1, 21), (2, 2, 22),
     ]  # fmt: skip
+    assert (whole.strongest.query, whole.strongest.key) == (2, 2)
     narrow = HeadExample(
         token_texts=("a", "b", "c"), pair_activations=(0, 10, 11, 21, 22), pair_width=2
     )
-    assert [(pair.query, pair.key) for pair in narrow.pairs] == [
+    assert [(pair.query, pair.key) for pair in narrow.pairs(range(5))] == [
         (0, 0), (1, 0), (1, 1), (2, 1), (2, 2),
     ]  # fmt: skip
 

@@ -6,6 +6,7 @@ text comes from strangers: it is data here, and `prompts.py` is where it meets a
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,15 +92,22 @@ class HeadExample:
             query, key = query[visible], key[visible]
         return query, key
 
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
+    def pairs(self, places: Sequence[int]) -> tuple[Pair, ...]:
+        """The pairs that stand at these places of `pair_activations`."""
         query, key = self.places
-        places = zip(query.tolist(), key.tolist(), self.pair_activations, strict=True)
-        return tuple(Pair(*place) for place in places)
+        return tuple(
+            Pair(int(query[place]), int(key[place]), self.pair_activations[place])
+            for place in places
+        )
 
     @property
     def peak(self) -> float:
         return max(self.pair_activations)
+
+    @property
+    def strongest(self) -> Pair:
+        """The first pair with the largest activation."""
+        return self.pairs([self.pair_activations.index(self.peak)])[0]
 
 
 @dataclass(frozen=True)

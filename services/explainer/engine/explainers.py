@@ -7,6 +7,8 @@ the explanation's provenance, and scorers hold to it.
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
+
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.explainer.engine import instructions
 from services.explainer.engine.budget import Ledger
@@ -202,7 +204,7 @@ def _highlighted(example: Example) -> object:
 def _head_pairs(split: Split[HeadExample]) -> object:
     found = []
     for example in split.explaining.strongest(_PAIRS):
-        pair = max(example.pairs, key=lambda each: each.value)
+        pair = example.strongest
         found.append(pair_segments(MarkedPair(example.token_texts, pair.query, pair.key)))
     return found
 
@@ -241,13 +243,11 @@ def _pair_places(split: Split[HeadExample]) -> list[Place]:
     examples = (*half.spread(_LEARNT_EXAMPLES), *half.quiet[:_LEARNT_EXAMPLES])
     found: list[Place] = []
     for example in examples:
-        name = example.document_id
-        pairs = sorted(
-            example.pairs,
-            key=lambda pair: keyed(split.seed, name, f"{pair.query}-{pair.key}"),
-        )
-        loud = sorted(pairs, key=lambda pair: -pair.value)[:_LEARNT_PAIRS]
-        for pair in dict.fromkeys((*loud, *pairs[:_LEARNT_PAIRS])):
+        values = np.array(example.pair_activations)
+        generator = np.random.default_rng(keyed(split.seed, "pairs", *example.token_texts))
+        drawn = generator.permutation(len(values))[:_LEARNT_PAIRS].tolist()
+        loud = np.argsort(-values, kind="stable")[:_LEARNT_PAIRS].tolist()
+        for pair in example.pairs(list(dict.fromkeys((*loud, *drawn)))):
             holding = pair_conditions(example.token_texts, pair.query, pair.key)
             found.append((holding, max(pair.value, 0.0) / split.scale))
     return found

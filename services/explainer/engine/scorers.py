@@ -147,13 +147,14 @@ async def head_pairs(
     found: list[tuple[int, HeadExample, Pair]] = []
     active = split.scoring.spread(count)
     for number, example in enumerate(active):
-        best = max(example.pairs, key=lambda pair: pair.value)
-        found.append((1, example, best))
+        found.append((1, example, example.strongest))
         quiet = split.scoring.quiet
         other = quiet[number // 2 % len(quiet)] if quiet and number % 2 else example
-        weak = [pair for pair in other.pairs if pair.value <= ACTIVE_SHARE * split.scale]
-        if weak:
-            found.append((0, other, weak[keyed(seed, "weak", str(number)) % len(weak)]))
+        limit = ACTIVE_SHARE * split.scale
+        weak = np.flatnonzero(np.array(other.pair_activations) <= limit)
+        if weak.size:
+            place = int(weak[keyed(seed, "weak", str(number)) % len(weak)])
+            found.append((0, other, other.pairs([place])[0]))
     found.sort(key=lambda each: keyed(seed, "pair", str(each[2]), *each[1].token_texts))
     pairs = [MarkedPair(each.token_texts, pair.query, pair.key) for _, each, pair in found]
     said = await judge.relate(explanation, pairs, seed=seed)
