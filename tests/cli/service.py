@@ -2,8 +2,8 @@
 
 It listens, announces itself and answers `/readyz` as the gateway does, so that the supervisor is
 tested alone and in a second. BEHAVIOUR is `refuse` (one sentence, exit 1), `crash` (no sentence),
-`loading` (never ready), `stubborn` (ignores SIGTERM) or `lost` (once asked for `/lose`, ends as a
-service does whose device failed).
+`loading` (never ready), `stubborn` (ignores SIGTERM), `building` (says how far it is) or `lost`
+(once asked for `/lose`, ends as a service does whose device failed).
 """
 
 import http.server
@@ -42,4 +42,8 @@ follow_parent(2)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else signal.SIG_DFL)
 server = http.server.HTTPServer(("127.0.0.1", int(os.environ[variable])), Handler)
 print(json.dumps({"event": "listening", "service": name, "port": server.server_port}), flush=True)
+if behaviour == "building":
+    print(
+        json.dumps({"event": "progress", "service": name, "message": "5 of 7 tokens"}), flush=True
+    )
 server.serve_forever()

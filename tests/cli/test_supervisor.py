@@ -48,6 +48,13 @@ def test_warnings_of_services_are_shown(tmp_path: Path) -> None:
         up.stop()
 
 
+def test_how_far_a_service_is_with_long_work_is_shown(tmp_path: Path) -> None:
+    with supervise(tmp_path, "building") as up:
+        up.url()
+        until("the line", lambda: "inference: 5 of 7 tokens" in up.errors)
+        up.stop()
+
+
 @pytest.mark.parametrize("which", ["inference", "gateway"])
 def test_a_service_that_refuses_before_ready_ends_everything(tmp_path: Path, which: str) -> None:
     with supervise(tmp_path, **{which: "refuse"}) as up:

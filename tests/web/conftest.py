@@ -66,6 +66,7 @@ def _started(folder: Path, *flags: str) -> Iterator[str]:
         "TDB_INFERENCE_PORT": "0",
         "TDB_DATASET_PORT": "0",
         "TDB_DATA_DIR": str(folder / "data"),
+        "TDB_DEMO_DATASET": "0",
     }
     said = folder / "said.txt"
     with (
