@@ -7,7 +7,8 @@ are there: idle time earns no credit. But who was behind them and left for a mom
 between two slices, comes back as far behind.
 
 INTERACTIVE work goes before BULK work, so a click waits for one slice of a sweep at most. But a
-user of bulk work who is behind those who click by more than `OWED_S` gets a slice: nobody starves.
+user of bulk work who falls behind those who click gets a slice: nobody starves. How far behind is
+`OWED_S` shared among those who click, which takes them about that long, however many they are.
 Of one user's own work every `OWN_BULK_TURN`-th piece is bulk, where there is both.
 
 A departure from deficit round robin, which DESIGN names: there a click waits for a whole rotation.
@@ -205,7 +206,8 @@ class FairQueue(Generic[E]):
             return (sweep, Priority.BULK) if sweep else None
         if sweep is None:
             return click, Priority.INTERACTIVE
-        owed = sweep.used_s + OWED_S < click.used_s
+        clicking = sum(bool(each.waiting[Priority.INTERACTIVE]) for each in self._accounts.values())
+        owed = sweep.used_s + OWED_S / clicking < click.used_s
         turn = click is sweep and click.turns >= OWN_BULK_TURN - 1
         return (sweep, Priority.BULK) if owed or turn else (click, Priority.INTERACTIVE)
 

@@ -123,6 +123,21 @@ def test_a_sweep_that_waits_for_each_answer_gets_its_share_too() -> None:
     assert all(0.8 * fair < each < 1.2 * fair for each in used.values()), used
 
 
+def test_a_sweep_that_comes_to_a_busy_device_is_served_within_seconds() -> None:
+    """However many click: it is owed a slice once they have used about a second between them."""
+    queue: FairQueue[Entry] = FairQueue(100, 1000)
+    for number in range(15):
+        queue.add(entry(f"user {number}"))
+    run_for(queue, 300, again)
+    queue.add(entry("sweeper", SWEEP, 0.3))
+    seconds = 0.0
+    while (taken := queue.take())[0].user != "sweeper":
+        seconds += sum(each.cost_s for each in taken)
+        queue.settle(taken, taken[0].cost_s)
+        queue.add(again(taken[0]))
+    assert seconds < 4 * OWED_S
+
+
 def test_of_ones_own_work_clicks_go_first_and_sweeps_do_not_starve() -> None:
     queue: FairQueue[Entry] = FairQueue(1000, 1000)
     for _ in range(20):
