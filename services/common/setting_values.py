@@ -55,6 +55,15 @@ class RemoteDataset:
         return self.url.partition("?")[0]
 
 
+@dataclass(frozen=True)
+class ImportSource:
+    """A place from which callers may have records imported."""
+
+    name: str
+    location: Path | str
+    """A folder, or a URL."""
+
+
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 _HUB_PATH = re.compile(
@@ -262,6 +271,24 @@ def remote_datasets(text: str) -> tuple[RemoteDataset, ...]:
         if any(name == other.name for other in found):
             raise ValueError(f"names two datasets {name!r}")
         found.append(RemoteDataset(name, _url(f"give {name}", url)))
+    return tuple(found)
+
+
+def import_sources(text: str) -> tuple[ImportSource, ...]:
+    found: list[ImportSource] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, _, location = entry.partition("=")
+        if not _DATASET_NAME.match(name):
+            raise ValueError(f"must be NAME=FOLDER or NAME=URL entries, not {entry!r}")
+        if any(name == other.name for other in found):
+            raise ValueError(f"names two places {name!r}")
+        if location.startswith("/"):
+            found.append(ImportSource(name, Path(location)))
+        elif "?" in location:
+            raise ValueError(f"must give {name} a URL without a query")
+        else:
+            url = _url(f"give {name} a folder from the root or", location)
+            found.append(ImportSource(name, url))
     return tuple(found)
 
 

@@ -17,6 +17,7 @@ from services.common.cache.redis_url import RedisUrl
 from services.common.networks import Networks
 from services.common.setting_values import LOG_LEVELS
 from services.common.setting_values import DictionarySource as DictionarySource
+from services.common.setting_values import ImportSource as ImportSource
 from services.common.setting_values import ModelSource as ModelSource
 from services.common.setting_values import RemoteDataset as RemoteDataset
 from services.common.setting_values import Secret as Secret
@@ -216,6 +217,14 @@ class Settings:
         "`https://openaipublic.blob.core.windows.net/neuron-explainer`; they are then served, each "
         "record fetched when it is asked for. Empty: not served. See [datasets.md](datasets.md).",
         values.base_url,
+    )
+    import_sources: tuple[ImportSource, ...] = _setting(
+        "TDB_IMPORT_SOURCES",
+        "",
+        "Places from which ImportDataset may import, separated by commas, each `NAME=FOLDER` or "
+        "`NAME=URL`. Callers name a place and a folder in it; nothing else can be reached. "
+        "`imports` in `TDB_DATA_DIR` is always allowed. See [datasets.md](datasets.md).",
+        values.import_sources,
     )
     dataset_cache_bytes: int = _setting(
         "TDB_DATASET_CACHE_MIB",

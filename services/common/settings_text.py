@@ -11,6 +11,7 @@ from typing import Any
 
 from services.common.settings import (
     DictionarySource,
+    ImportSource,
     ModelSource,
     RemoteDataset,
     Secret,
@@ -71,6 +72,8 @@ def _shown(value: Any) -> str:
         return f"{value.name}={value.uri}" + (",unchecked" if value.unchecked else "")
     if isinstance(value, RemoteDataset):
         return f"{value.name}={value.shown}"
+    if isinstance(value, ImportSource):
+        return f"{value.name}={value.location}"
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)

@@ -16,6 +16,7 @@ from services.dataset import http_files
 from services.dataset.block_cache import BlockCache
 from services.dataset.building.builds import Builds
 from services.dataset.http_files import HttpFiles
+from services.dataset.importers.imports import Imports
 from services.dataset.library import Library
 from services.dataset.openai_catalogue import PUBLISHED
 from services.dataset.openai_remote import OpenAIReader
@@ -81,8 +82,9 @@ def main() -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
-    builds = Builds(settings, library, settings.folder("datasets"))
-    servicer = DatasetServicer(library, builds)
+    folder = settings.folder("datasets")
+    builds = Builds(settings, library, folder)
+    servicer = DatasetServicer(library, builds, Imports(settings, library, folder))
 
     async def prepare(server: ServiceServer) -> None:
         served = await asyncio.to_thread(library.warm_up)

@@ -5,6 +5,7 @@ next one only when gRPC's flow control has taken the last, so a slow reader cost
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import grpc.aio
 from tdb.dataset.v1 import (
     build_pb2,
     dataset_pb2,
+    import_pb2,
     read_pb2,
     search_pb2,
     service_pb2_grpc,
@@ -25,6 +27,7 @@ from services.common.errors import NotFound, TdbError, Unavailable, inside
 from services.dataset import batches, cursors, requests, search, views
 from services.dataset.batches import Batch
 from services.dataset.building.builds import Builds, Job
+from services.dataset.importers.imports import Imports
 from services.dataset.library import Library, check_name
 from services.dataset.reader import DatasetReader
 
@@ -41,8 +44,9 @@ Result = TypeVar("Result")
 class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
     """Serves the datasets of `library`, and builds more."""
 
-    def __init__(self, library: Library, builds: Builds) -> None:
+    def __init__(self, library: Library, builds: Builds, imports: Imports) -> None:
         self._library = library
+        self._imports = imports
         self._builds = builds
         self.stopped = asyncio.Event()
         """Set when the service stops: those who follow a build are let go."""
@@ -130,6 +134,39 @@ class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
                 return self._builds.cancel(check_name(request.dataset)).progress.message()
 
         return build_pb2.CancelBuildResponse(build=await self._in_thread(cancel))
+
+    async def ImportDataset(
+        self, request: import_pb2.ImportDatasetRequest, context: Context
+    ) -> AsyncIterator[import_pb2.ImportDatasetResponse]:
+        loop = asyncio.get_running_loop()
+        said: asyncio.Queue[import_pb2.ImportProgress] = asyncio.Queue()
+        stop = threading.Event()
+
+        def say(progress: import_pb2.ImportProgress) -> None:
+            loop.call_soon_threadsafe(said.put_nowait, progress)
+
+        work = asyncio.ensure_future(self._in_thread(lambda: self._imports.run(request, say, stop)))
+        try:
+            while not (work.done() and said.empty()):
+                if self.stopped.is_set():
+                    raise Unavailable(
+                        "the service stops; the same request goes on when it is back",
+                        retry_after_s=1,
+                    )
+                try:
+                    progress = await asyncio.wait_for(said.get(), 0.05)
+                except TimeoutError:
+                    continue
+                yield import_pb2.ImportDatasetResponse(progress=progress)
+            await work
+        finally:
+            stop.set()
+            # A thread cannot be taken back: what it still raises is nobody's.
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        name = request.dataset
+        yield import_pb2.ImportDatasetResponse(
+            dataset=await self._in_thread(lambda: _describe(self._library.open(name), False))
+        )
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -13,6 +13,7 @@ from tdb.dataset.v1 import build_pb2, dataset_pb2, service_pb2_grpc
 
 from services.common.server import ServiceServer
 from services.dataset.building.builds import Builds
+from services.dataset.importers.imports import Imports
 from services.dataset.library import Library
 from services.dataset.server import build_server
 from services.dataset.servicer import DatasetServicer
@@ -68,7 +69,7 @@ async def serving_at(data: Path, inference_port: int, **variables: str) -> Async
     folder = found.folder("datasets")
     library = Library(folder)
     builds = Builds(found, library, folder)
-    servicer = DatasetServicer(library, builds)
+    servicer = DatasetServicer(library, builds, Imports(found, library, folder))
     try:
         async with build_server(found, servicer, 0) as server:
             servicer.stopped = server.stopped

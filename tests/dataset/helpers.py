@@ -10,6 +10,7 @@ from tdb.dataset.v1 import dataset_pb2, record_pb2, service_pb2_grpc
 from services.common.server import ServiceServer
 from services.dataset import groups, records
 from services.dataset.building.builds import Builds
+from services.dataset.importers.imports import Imports
 from services.dataset.library import Library
 from services.dataset.reader import DatasetReader
 from services.dataset.server import build_server
@@ -109,7 +110,7 @@ def write(
 def servicer_of(library: Library, folder: Path, **variables: str) -> DatasetServicer:
     """Serves the datasets in `folder`, in whose parent corpora are."""
     found = settings(**{"TDB_DATA_DIR": str(folder.parent), **variables})
-    return DatasetServicer(library, Builds(found, library, folder))
+    return DatasetServicer(library, Builds(found, library, folder), Imports(found, library, folder))
 
 
 @asynccontextmanager

@@ -33,7 +33,7 @@ AT_ONCE = 6
 HANG_S = 60.0
 # What needs the model or a data set stands for more of the requests than what only looks it up.
 CHEAP = {"ListModels", "GetModel", "GetQueue", "GetStatus", "Tokenize", "ListDatasets"}
-CHEAP |= {"BuildDataset", "CancelBuild", "DeleteDataset"}
+CHEAP |= {"BuildDataset", "CancelBuild", "ImportDataset", "DeleteDataset"}
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
