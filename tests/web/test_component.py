@@ -32,7 +32,8 @@ TEXTS = [
     for place in ("store", "park")
     for thing in ("drink", "book", "ball", "ring")
 ]
-RECORDS = "**/tdb.dataset.v1.DatasetService/GetRecord"
+SLOW_MS = 30_000
+"""For what waits behind the start page's own questions."""
 
 
 def call(product: str, method: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +236,7 @@ def test_your_own_text_has_the_values_of_the_records(page: Page, seen: Seen) -> 
     field.fill(TEXTS[0])
     field.press("Enter")
     own = view.locator(".own-text .passage")
+    expect(own).to_be_visible(timeout=SLOW_MS)
     for position, value in enumerate(seen.neurons[0][:, seen.strong]):
         told = value_in(own.locator(f"[data-at='{position}']"))
         assert told == pytest.approx(float(value), abs=1e-5)
@@ -250,7 +252,7 @@ def test_your_own_text_on_a_latent_and_a_head(page: Page, seen: Seen) -> None:
         field.fill("Mary went home")
         field.press("Enter")
         own = view.locator(".own-text .passage")
-        expect(own).to_be_visible()
+        expect(own).to_be_visible(timeout=SLOW_MS)
         values = seen.activations("Mary went home", point)
         if component.startswith("latent"):
             wanted = values[:, 5].tolist()

@@ -3,7 +3,7 @@ import { useState } from "preact/hooks";
 import { site } from "./address";
 import { currentModel } from "./asking";
 import { CopyButtons } from "./copy";
-import { whyNot } from "./features";
+import { dictionaryOf, whyNot } from "./features";
 import type {
   ComponentDirectionJson,
   DescribeComponentRequestJson,
@@ -112,7 +112,10 @@ export function Directions({
   component: string;
   onChoose: (component: string) => void;
 }) {
-  const why = whyNot("describe_component");
+  const unserved = site(component).kind === "latent" && !dictionaryOf(component);
+  const why = unserved
+    ? "The loaded model serves no dictionary with this latent."
+    : whyNot("describe_component");
   const request = description(component, MORE_TOKENS);
   const { value, error } = useLatest(
     why === undefined ? JSON.stringify(request) : null,

@@ -66,15 +66,18 @@ interface CellProps {
 
 function Cell({ text, at, x, scale, unit, mark }: CellProps) {
   return (
-    <span
-      class="token heat sequential"
-      style={{ "--heat": heat(x, scale).toFixed(3) }}
-      title={said(text, at, x, scale, unit)}
-      data-at={at}
-      data-mark={mark ? "" : undefined}
-    >
-      {visible(text)}
-    </span>
+    <>
+      {/^\s/.test(text) && <wbr />}
+      <span
+        class="token heat sequential"
+        style={{ "--heat": heat(x, scale).toFixed(3) }}
+        title={said(text, at, x, scale, unit)}
+        data-at={at}
+        data-mark={mark ? "" : undefined}
+      >
+        {visible(text)}
+      </span>
+    </>
   );
 }
 
