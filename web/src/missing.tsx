@@ -10,8 +10,8 @@ export function HowToGetOne() {
   return (
     <p class="quiet-text">
       A dataset says, for each component, which texts of a corpus made it fire.{" "}
-      <code>tdb dataset build NAME --files FOLDER --tokens 2000000</code> builds one from a corpus, and{" "}
-      <code>tdb dataset import NAME FOLDER --format openai|neuronpedia</code> takes over others’
+      <code>tdb dataset build NAME --files FOLDER --tokens 2000000</code> builds one from a corpus,
+      and <code>tdb dataset import NAME FOLDER --format openai|neuronpedia</code> takes over others’
       records; <code>--help</code> says more. It is here as soon as it is whole.
     </p>
   );
