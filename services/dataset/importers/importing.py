@@ -18,7 +18,12 @@ from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.dataset import groups
 from services.dataset.groups import Group
-from services.dataset.importers import explanations, neuronpedia_export, openai_records
+from services.dataset.importers import (
+    explanations,
+    neuronpedia_export,
+    openai_explanations,
+    openai_records,
+)
 from services.dataset.importers.about import about
 from services.dataset.importers.neuronpedia_batch import Batch
 from services.dataset.manifest import Manifest
@@ -57,13 +62,16 @@ def import_openai(
     dictionary: str = "",
     progress: Progress = silent,
 ) -> Manifest:
-    """Imports a folder of `LAYER/INDEX.json`.
+    """Imports a folder of `LAYER/INDEX.json`, or one that holds it as `collated-activations`;
+    `explanations/LAYER/INDEX.jsonl` in the folder are kept beside the records.
 
     `kind` says what an index is. For latents, `dictionary` is the dictionaries' id with `{layer}`
     in it where there are several layers. Raises NotFound where there is nothing to import,
     InvalidArgument for a file that is no record, FailedPrecondition as DatasetWriter does.
     """
-    layers = dict(_numbered(source, "*/*.json"))
+    inner = source / "collated-activations"
+    layers = dict(_numbered(inner if inner.is_dir() else source, "*/*.json"))
+    explained = dict(_numbered(source / "explanations", "*/*.jsonl"))
     if not layers:
         raise NotFound(f"{source} holds no LAYER/INDEX.json")
     files = _by_group(layers, kind, dictionary)
@@ -85,7 +93,8 @@ def import_openai(
         with about(path):
             return openai_records.parse(path.read_bytes(), group, index)
 
-    paths = [path for found in files.values() for _, path in found]
+    texts = _by_group(explained, kind, dictionary)
+    paths = [path for found in (*files.values(), *texts.values()) for _, path in found]
     _check_room(target, paths)
     plan = {"files": _listing(source, paths)}
     with DatasetWriter(target, header, plan) as writer:
@@ -96,6 +105,15 @@ def import_openai(
                 if not writer.has(group, part):
                     writer.write(group, part, (read(group, *each) for each in some))
                 progress(group, start + len(some), total)
+        explanations.write(
+            target,
+            (
+                each
+                for group, found in texts.items()
+                for index, path in found
+                for each in openai_explanations.read(path, group, index)
+            ),
+        )
         return writer.finish()
 
 

@@ -45,7 +45,7 @@ _FIELDS = {
 def parse(content: bytes, group: Group, index: int) -> record_pb2.ComponentRecord:
     """The record of a component. Raises InvalidArgument for anything but a whole record of it."""
     document = _object(_json(content), "a neuron record", _FIELDS)
-    _check_id(document.get("neuron_id"), group, index)
+    check_id(document.get("neuron_id"), group, index)
     paired = group.kind is Kind.HEAD
     record = record_pb2.ComponentRecord(component=group.component(index))
     top = _examples(document, "most_positive_activation_records", paired)
@@ -54,7 +54,7 @@ def parse(content: bytes, group: Group, index: int) -> record_pb2.ComponentRecor
     record.quantiles.extend(_quantiles(document, paired))
     for name in _MOMENTS:
         with inside(name):
-            value = _number_or_none(document.get(name))
+            value = number_or_none(document.get(name))
             if value is not None:
                 setattr(record.statistics, name, value)
     if record.top:
@@ -84,7 +84,8 @@ def _object(value: Any, what: str, fields: set[str]) -> Mapping[str, Any]:
     return value
 
 
-def _check_id(value: Any, group: Group, index: int) -> None:
+def check_id(value: Any, group: Group, index: int) -> None:
+    """Raises InvalidArgument where a neuron_id is none, or another component's."""
     with inside("neuron_id"):
         given = _object(value, "a neuron id", {"neuron_index", "layer_index", *_RENAMED})
         named = {_RENAMED.get(name, name): number for name, number in given.items()}
@@ -185,7 +186,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _number_or_none(value: Any) -> float | None:
+def number_or_none(value: Any) -> float | None:
+    """A finite number; None for null and NaN. Raises InvalidArgument."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not _is_number(value):
