@@ -1,8 +1,10 @@
 """ImportDataset: from allowed places only, resumable, with its progress."""
 
+import asyncio
 import gzip
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from tdb.dataset.v1 import import_pb2, read_pb2
 
-from services.dataset.importers import importing
+from services.dataset.importers import importing, openai_records
 from tests.dataset import helpers, openai_writer, range_server
 from tests.dataset.openai_writer import NeuronId, NeuronRecord
 from tests.dataset.range_server import Server
@@ -149,6 +151,50 @@ async def test_a_wrong_file_is_named_and_the_import_can_go_on(stub: Any, data: P
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await run(stub, path="neurons", **NEURONS)
     assert "6/0.json" in (caught.value.details() or "")
+
+
+async def test_a_caller_that_leaves_stops_the_import_which_then_goes_on(
+    stub: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    first = threading.Event()
+    left = threading.Event()
+    original = openai_records.parse
+
+    def slow(content: bytes, group: Any, index: int) -> Any:
+        parsed.append(index)
+        if len(parsed) == 2:
+            first.set()
+            left.wait(10)
+        return original(content, group, index)
+
+    monkeypatch.setattr(openai_records, "parse", slow)
+    request = ParseDict(
+        {"dataset": "d", "path": "neurons", **NEURONS}, import_pb2.ImportDatasetRequest()
+    )
+    call = stub.ImportDataset(request)
+    reading = asyncio.ensure_future(call.read())
+    await asyncio.to_thread(first.wait, 10)
+    await reading
+    busy = await refused(stub, dataset="other", path="neurons", **NEURONS)
+    assert busy[0] == "RESOURCE_EXHAUSTED"
+    call.cancel()
+    await asyncio.sleep(0.2)
+    left.set()
+    for _ in range(200):
+        if (await refused_or_done(stub)) == "OK":
+            break
+        await asyncio.sleep(0.05)
+    assert parsed == [131, 0, 0], "the first shard is not read again"
+
+
+async def refused_or_done(stub: Any) -> str:
+    try:
+        *_, last = await run(stub, path="neurons", **NEURONS)
+    except grpc.aio.AioRpcError as error:
+        return str(error.code().name)
+    assert last.dataset.records == 2
+    return "OK"
 
 
 async def test_a_full_disk_is_said_before_work_starts(

@@ -54,6 +54,14 @@ def silent(group: Group, done: int, total: int) -> None:
     """Progress that nobody wants."""
 
 
+Stop = Callable[[], None]
+"""Called before each record; raises to end the import there. The same import goes on later."""
+
+
+def unstopped() -> None:
+    """Nothing ends the import."""
+
+
 def import_openai(
     source: Path,
     target: Path,
@@ -61,6 +69,7 @@ def import_openai(
     model: str,
     dictionary: str = "",
     progress: Progress = silent,
+    stop: Stop = unstopped,
 ) -> Manifest:
     """Imports a folder of `LAYER/INDEX.json`, or one that holds it as `collated-activations`;
     `explanations/LAYER/INDEX.jsonl` in the folder are kept beside the records.
@@ -103,7 +112,7 @@ def import_openai(
             for part, start in enumerate(range(0, total, SHARD_RECORDS)):
                 some = files[group][start : start + SHARD_RECORDS]
                 if not writer.has(group, part):
-                    writer.write(group, part, (read(group, *each) for each in some))
+                    writer.write(group, part, _until(stop, (read(group, *each) for each in some)))
                 progress(group, start + len(some), total)
         explanations.write(
             target,
@@ -118,7 +127,11 @@ def import_openai(
 
 
 def import_neuronpedia(
-    source: Path, target: Path, dictionary: str = "", progress: Progress = silent
+    source: Path,
+    target: Path,
+    dictionary: str = "",
+    progress: Progress = silent,
+    stop: Stop = unstopped,
 ) -> Manifest:
     """Imports a folder of `batch-N.json` of one model, or an export of one source.
 
@@ -126,7 +139,7 @@ def import_neuronpedia(
     of one dictionary. Raises as `import_openai`.
     """
     if neuronpedia_export.is_one(source):
-        return _import_export(source, target, dictionary, progress)
+        return _import_export(source, target, dictionary, progress, stop)
     paths = sorted(source.glob("batch-*.json"), key=_batch_number)
     if not paths:
         raise NotFound(f"{source} holds no batch-N.json, nor features/batch-N.jsonl.gz")
@@ -172,13 +185,15 @@ def import_neuronpedia(
             total, done = sum(each.count for each in found[name]), 0
             for part, each in enumerate(sorted(found[name], key=lambda each: each.first)):
                 if not writer.has(group, part):
-                    writer.write(group, part, read(each.path))
+                    writer.write(group, part, _until(stop, read(each.path)))
                 done += each.count
                 progress(group, done, total)
         return writer.finish()
 
 
-def _import_export(source: Path, target: Path, dictionary: str, progress: Progress) -> Manifest:
+def _import_export(
+    source: Path, target: Path, dictionary: str, progress: Progress, stop: Stop
+) -> Manifest:
     export = neuronpedia_export.scan(source)
     indices = export.indices()
     if not indices:
@@ -197,10 +212,18 @@ def _import_export(source: Path, target: Path, dictionary: str, progress: Progre
         for part, start in enumerate(range(0, len(indices), EXPORT_SHARD_RECORDS)):
             some = indices[start : start + EXPORT_SHARD_RECORDS]
             if not writer.has(group, part):
-                writer.write(group, part, export.records(group, some))
+                writer.write(group, part, _until(stop, export.records(group, some)))
             progress(group, start + len(some), len(indices))
         explanations.write(target, export.explained(group))
         return writer.finish()
+
+
+def _until(
+    stop: Stop, items: Iterable[record_pb2.ComponentRecord]
+) -> Iterator[record_pb2.ComponentRecord]:
+    for item in items:
+        stop()
+        yield item
 
 
 def _check_room(target: Path, paths: Iterable[Path]) -> None:

@@ -143,15 +143,19 @@ def _import(
 ) -> None:
     def progress(group: Group, done: int, total: int) -> None:
         say(import_pb2.ImportProgress(phase="writing", group=str(group), done=done, total=total))
+
+    def check() -> None:
         _check(stop)
 
     if request.HasField("openai"):
         given = request.openai
         importing.import_openai(
-            source, target, Kind(given.components), given.model, given.dictionary, progress
+            source, target, Kind(given.components), given.model, given.dictionary, progress, check
         )
     else:
-        importing.import_neuronpedia(source, target, request.neuronpedia.dictionary, progress)
+        importing.import_neuronpedia(
+            source, target, request.neuronpedia.dictionary, progress, check
+        )
 
 
 def _fetch(
