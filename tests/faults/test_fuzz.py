@@ -49,6 +49,7 @@ Refusal = tuple[grpc.StatusCode, str]
 NEEDED = {"Run", "Attribute", "Verify", "Generate", "StreamActivations", "DescribeComponent"} | {
     "GetRecord",
     "StreamRecords",
+    "Harvest",
     "Search",
 }
 """RPCs that must have been answered, not only refused."""

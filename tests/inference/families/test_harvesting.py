@@ -1,16 +1,18 @@
 """Harvests in every family against Hugging Face's own pass with hooks, all activations at once."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, ResourceExhausted
 from services.common.harvest.state import Keep, State
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.harvesting import groups
+from services.inference.engine.harvesting.gathering import Gathering
 from services.inference.engine.harvesting.harvest import AskedHarvest, CorpusSequence, Harvest
 from tests.inference.families.models import (
     EXPERT_VARIANTS,
@@ -121,6 +123,31 @@ def test_neurons_and_heads_are_those_of_a_pass_by_hand(variant: str) -> None:
     swapped = replace(states["neuron.0"], group=f"neuron.{last}")
     with pytest.raises(AssertionError):
         brute.check(swapped, seen, ROUNDING)
+
+
+def test_a_batch_that_failed_half_way_is_not_counted_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of("gpt2/tied")
+    asked = AskedHarvest(groups.all_of(["neuron.0", "neuron.1"], engine.shape), KEEP, corpus())
+    harvest = Harvest(engine.hooks, asked)
+    harvest.batch(0, CancelToken())
+    add, calls = Gathering.add, 0
+
+    def failing(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        add(*arguments)
+        if calls == 2:
+            raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(Gathering, "add", failing)
+    with pytest.raises(RuntimeError, match="memory"):
+        harvest.batch(1, CancelToken())
+    # The scheduler frees memory and tries once more.
+    for number in (1, 2):
+        with pytest.raises(ResourceExhausted):
+            harvest.batch(number, CancelToken())
 
 
 @pytest.mark.parametrize("variant", EXPERT_VARIANTS)

@@ -241,6 +241,33 @@ def test_sums_by_token() -> None:
         assert found == sorted(found, key=lambda each: -each.total)
 
 
+def held(thing: object, seen: set[int]) -> int:
+    """Bytes of all tensors that an object refers to."""
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        known = storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        return 0 if known else storage.nbytes()
+    parts = thing.values() if isinstance(thing, dict) else vars(thing).values()
+    return sum(held(part, seen) for part in parts if holds_tensors(part))
+
+
+def holds_tensors(thing: object) -> bool:
+    ours = type(thing).__module__.startswith(gathering.__name__.rpartition(".")[0])
+    return ours or isinstance(thing, torch.Tensor | dict)
+
+
+@pytest.mark.parametrize("kind", [Kind.NEURON, Kind.HEAD])
+def test_memory_is_what_is_said_and_does_not_grow_with_sequences(kind: Kind) -> None:
+    group = Group(kind, 0, "", 64)
+    for sequences in (100, 100_000):
+        tokens = torch.arange(50)
+        found = held(Gathering(group, Keep(), sequences, 16, tokens), set())
+        said = group.bytes(Keep(), sequences, 16, 50)
+        assert found <= said <= 1.2 * found
+        assert said == group.bytes(Keep(), 100, 16, 50)
+
+
 def test_intervals_split_the_positive_maxima_by_quantile() -> None:
     seen = normal(300, tokens=2)
     keep = Keep(top=1, random=0, strata=64, per_stratum=3)

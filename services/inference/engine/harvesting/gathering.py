@@ -10,7 +10,7 @@ from services.common.harvest import keys
 from services.common.harvest.state import Array, Keep, State
 from services.inference.engine.harvesting.counts import Counts, binned
 from services.inference.engine.harvesting.groups import Group
-from services.inference.engine.harvesting.kept import Drawn, Strata, Top
+from services.inference.engine.harvesting.kept import Drawn, Offered, Strata, Top
 from services.inference.engine.harvesting.moments import Moments
 from services.inference.engine.harvesting.token_sums import TokenSums
 
@@ -77,8 +77,9 @@ class Gathering:
         self._moments.add(values, largest, smallest, part)
         self._histogram.add(binned(values), part)
         self._maxima.add(binned(largest), part)
+        offered = Offered(values)
         for kept in self._kept.values():
-            kept.offer(values, largest, sequences, part)
+            kept.offer(offered, largest, sequences, part)
         for name, sums in self._token_sums.items():
             sums.add(values, ids[name], part)
 

@@ -39,7 +39,8 @@ class Group:
                 capacity = min(capacity, sequences)
             numbers += capacity * (4 * self.places(longest) + 16)
         tables = tokens * 8 * (1 + (self.kind is Kind.HEAD))
-        return self.components * (numbers + 2 * 8 * bins.BINS + 6 * 8 + tables)
+        own = numbers + 2 * 8 * bins.BINS + 6 * 8 + tables
+        return self.components * own + 3 * 8 * tokens
 
 
 def parse(text: str, shape: Shape) -> Group:

@@ -8,6 +8,7 @@ Activations lie in slots that stay where they are: only those of sequences that 
 """
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,25 @@ _STEP, _MIX1, _MIX2 = (multiplier - 2**64 for multiplier in keys.MULTIPLIERS)
 """As signed numbers, which is what torch multiplies."""
 
 
+class Offered:
+    """The activations of a batch, [B, P, n], taken out by sequence and component."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def rows(self, sequences: Tensor, components: Tensor) -> Tensor:
+        """[M], [M] -> [M, P]"""
+        batch, _, count = self._values.shape
+        if len(sequences) * 3 < batch * count:
+            return self._values[sequences, :, components]
+        return self._turned.index_select(0, sequences * count + components)
+
+    @cached_property
+    def _turned(self) -> Tensor:
+        """[B n, P]: worth its time where many rows are taken out, which lie scattered otherwise."""
+        return self._values.transpose(1, 2).contiguous().flatten(0, 1)
+
+
 class Kept(ABC):
     """The `capacity` sequences with the smallest keys, of each of N components."""
 
@@ -29,14 +49,14 @@ class Kept(ABC):
         self._slots = torch.arange(capacity, device=device).repeat(components, 1)
         self._rows = torch.zeros(components, capacity, places, device=device)
 
-    def offer(self, values: Tensor, largest: Tensor, sequences: Tensor, part: slice) -> None:
-        """values [B, P, n] of the components `part`, their maxima [B, n], the sequences [B]."""
+    def offer(self, offered: Offered, largest: Tensor, sequences: Tensor, part: slice) -> None:
+        """Activations of the components `part`, their maxima [B, n], the sequences [B]."""
         if not self.capacity:
             return
         candidates = self._keys_of(largest, sequences, part).T
         components = self._may_enter(candidates, self.keys[part]).nonzero()[:, 0]
         if components.numel():
-            self._enter(values, candidates[components], components, part.start)
+            self._enter(offered, candidates[components], components, part.start)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Keys [N, K] and activations [N, K, P], on the CPU; K is what is kept at most."""
@@ -59,7 +79,7 @@ class Kept(ABC):
         """[n, K + B] -> the keys that stay, [n, K] ascending, and where they are among them."""
         return torch.topk(candidates, self.capacity, dim=1, largest=False, sorted=True)
 
-    def _enter(self, values: Tensor, candidates: Tensor, components: Tensor, first: int) -> None:
+    def _enter(self, offered: Offered, candidates: Tensor, components: Tensor, first: int) -> None:
         rows = components + first
         staying, places = self._choose(torch.cat((self.keys[rows], candidates), 1))
         new = (places >= self.capacity) & (staying != keys.EMPTY)
@@ -80,10 +100,9 @@ class Kept(ABC):
         self.keys[rows] = staying
         self._slots[rows] = chosen
         row, place = new.nonzero(as_tuple=True)
-        activations = values[places[row, place] - self.capacity, :, components[row]]
+        activations = offered.rows(places[row, place] - self.capacity, components[row])
         longest = self._rows.shape[2]
-        if values.shape[1] < longest:
-            activations = F.pad(activations, (0, longest - values.shape[1]))
+        activations = F.pad(activations, (0, longest - activations.shape[1]))
         where = rows[row] * self.capacity + chosen[row, place]
         self._rows.view(-1, longest).index_copy_(0, where, activations)
 
