@@ -41,12 +41,11 @@ from services.dataset.building.work_folder import (
 )
 from services.dataset.store import DatasetWriter
 
+CHANGED = "CHANGED"
+"""Reason of the refusal to go on with another model or corpus."""
 SHARD_RECORDS = 4096
 SEGMENT_SEQUENCES = 65_536
 """The most that one harvest takes."""
-SUMMED_TOKENS = 1_000
-SUMMED_BYTES = 32 * 2**20
-"""Of the sums of one group: with many components they are kept for fewer tokens."""
 
 
 class Build:
@@ -88,7 +87,7 @@ class Build:
             raise FailedPrecondition(
                 f"the dataset {self._request.dataset!r} was begun with another model, dictionary, "
                 "tokenizer or corpus than there is now: bring that back, or delete what is built",
-                reason="CHANGED",
+                reason=CHANGED,
             )
         else:
             _check_room(path.parent, plan.state_bytes)
@@ -245,12 +244,10 @@ def _segments(
 
 def _summed(plan: Plan, first: StoredSequences) -> list[int]:
     """The tokens whose mean activation is known: the most frequent of the first segment."""
-    components = max(each.count for each in plan.components)
-    most = max(1, min(SUMMED_TOKENS, SUMMED_BYTES // (8 * components)))
     indices = range(first.first, first.first + len(first))
     counts = Counter(chain.from_iterable(first[index][0].tolist() for index in indices))
     ordered = sorted(counts, key=lambda token: (-counts[token], token))
-    return sorted(ordered[:most])
+    return sorted(ordered[: plan.summed_tokens])
 
 
 def _digest(before: str, segment: Sequence[CorpusSequence]) -> str:
@@ -269,7 +266,7 @@ def _check_same(plan: Plan, summary: harvest_pb2.HarvestSummary) -> None:
         raise FailedPrecondition(
             f"the inference service serves other weights as {plan.model!r} now than when the build "
             "was begun: bring those back, or delete what is built",
-            reason="CHANGED",
+            reason=CHANGED,
         )
 
 

@@ -30,7 +30,7 @@ from services.common.errors import (
 from services.common.settings import Settings, SettingsError
 from services.dataset import files, manifest
 from services.dataset.building import asked, demo_dataset, terminal
-from services.dataset.building.build import Build
+from services.dataset.building.build import CHANGED, Build
 from services.dataset.building.inference import Inference, Stop
 from services.dataset.building.progress import CANCELLED, FAILED, QUEUED, Progress
 from services.dataset.building.work_folder import CHECKPOINT, JOB, STOPPED, WorkFolder, cannot_write
@@ -229,17 +229,27 @@ class Builds:
         except SettingsError as error:
             raise FailedPrecondition(str(error)) from None
         dataset = self._folder / job.request.dataset
-        corpora = self._settings.data_dir / CORPORA
         try:
             if job.is_demo and not demo_dataset.is_wanted(dataset, inference.model("")):
                 return
-            self._keep(job)
-            with WorkFolder(dataset) as folder, _nothing_left_of_what_is_refused(folder):
-                build = Build(job.request, folder, corpora, inference, job.progress, job.stop)
-                with terminal.showing(job.progress):
-                    build.run()
+            try:
+                self._run_in(dataset, job, inference)
+            except FailedPrecondition as refused:
+                if not (job.is_demo and refused.reason == CHANGED):
+                    raise
+                _log.warning(f"what was built of {job.request.dataset!r} is of another model")
+                shutil.rmtree(dataset)
+                self._run_in(dataset, job, inference)
         finally:
             inference.close()
+
+    def _run_in(self, dataset: Path, job: Job, inference: Inference) -> None:
+        self._keep(job)
+        corpora = self._settings.data_dir / CORPORA
+        with WorkFolder(dataset) as folder, _nothing_left_of_what_is_refused(folder):
+            build = Build(job.request, folder, corpora, inference, job.progress, job.stop)
+            with terminal.showing(job.progress):
+                build.run()
 
     def _end(self, job: Job, state: dataset_pb2.BuildState.ValueType, error: TdbError) -> None:
         job.error = error

@@ -1,6 +1,5 @@
 """The demo's dataset: built once in the background, kept while the model stays the same."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,8 +8,6 @@ from tdb.dataset.v1 import build_pb2, dataset_pb2
 from tdb.inference.v1 import model_pb2
 
 from services.common.addresses import Kind
-from services.dataset.building.work_folder import PLAN
-from services.dataset.library import BUILDING
 from services.dataset.manifest import Manifest, ManifestError
 
 NAME = "demo"
@@ -38,12 +35,11 @@ def request() -> build_pb2.BuildDatasetRequest:
 
 
 def is_wanted(dataset: Path, model: model_pb2.GetModelResponse) -> bool:
-    """Whether it is to be built. One of another model is deleted first, and what was begun with
-    another; a dataset of that name which is no demo's stays."""
+    """Whether it is to be built. One of another model is deleted first; a dataset of that name
+    which is no demo's stays."""
     try:
         header = Manifest.read(dataset).header
     except FileNotFoundError:
-        _forget_other(dataset, model)
         return True
     except ManifestError as damaged:
         _log.warning(f"the dataset {NAME!r} cannot be served: {damaged}; delete it to have it anew")
@@ -59,12 +55,3 @@ def is_wanted(dataset: Path, model: model_pb2.GetModelResponse) -> bool:
     _log.warning(f"the dataset {NAME!r} is of another model and is built anew")
     shutil.rmtree(dataset)
     return True
-
-
-def _forget_other(dataset: Path, model: model_pb2.GetModelResponse) -> None:
-    try:
-        plan = json.loads((dataset / BUILDING / PLAN).read_bytes())
-    except (OSError, ValueError):
-        return
-    if plan.get("weights_hash") != model.model.weights_hash:
-        shutil.rmtree(dataset)

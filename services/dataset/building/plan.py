@@ -12,6 +12,11 @@ from services.common.harvest.state import Keep
 from services.dataset import files, groups
 from services.dataset.groups import Group
 
+SUMMED_TOKENS = 1_000
+SUMMED_BYTES = 32 * 2**20
+"""Of the sums of one group: with many components they are kept for fewer tokens."""
+HISTOGRAM_BYTES = 2500
+"""Two of them, and moments."""
 STRATA, PER_STRATUM = 10, 2
 """Where samples by quantile come from: see `services.common.harvest`."""
 
@@ -72,10 +77,21 @@ class Plan:
         return keep.top + keep.random + keep.strata * keep.per_stratum
 
     @property
+    def summed_tokens(self) -> int:
+        """Tokens whose mean activation is known, at most."""
+        components = max(each.count for each in self.components)
+        return max(1, min(SUMMED_TOKENS, SUMMED_BYTES // (8 * components)))
+
+    @property
     def state_bytes(self) -> int:
         """Of the states of all groups together, at most."""
         kept = sum(
-            each.count * (self.examples * (4 * each.places_per_sequence + 8) + 2400)
+            each.count
+            * (
+                self.examples * (4 * each.places_per_sequence + 8)
+                + 8 * self.summed_tokens * (1 + each.is_of_heads)
+                + HISTOGRAM_BYTES
+            )
             for each in self.components
         )
         sequences = self.tokens // self.sequence_length + 1

@@ -18,8 +18,8 @@ from services.common.server import ServiceServer
 from services.inference.engine.model import Model
 from services.inference.scheduler import Scheduler
 from services.inference.server import build_server
-from tests.building import helpers
 from tests.common.backend import settings
+from tests.dataset.building import helpers
 
 REQUEST = helpers.request(tokens=600, segmentTokens=60, groups=["neuron.1", "head.0"])
 

@@ -9,7 +9,7 @@ from tdb.inference.v1 import model_pb2
 from services.common.errors import InvalidArgument
 from services.dataset.building import asked
 from services.dataset.building.plan import Plan
-from tests.building import helpers
+from tests.dataset.building import helpers
 
 GPT2 = model_pb2.GetModelResponse(
     dimensions=model_pb2.Dimensions(layers=12, heads=12, neurons=3072, context=1024),

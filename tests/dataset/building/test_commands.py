@@ -7,7 +7,7 @@ import pytest
 
 from services.common.server import ServiceServer
 from services.dataset import command
-from tests.building import helpers
+from tests.dataset.building import helpers
 
 BUILD = ["--tokens", "200", "--length", "12", "--top", "3", "--groups", "neuron.0,head"]
 

@@ -18,9 +18,9 @@ import pytest
 from tdb.dataset.v1 import dataset_pb2, service_pb2_grpc
 
 from services.common.server import ServiceServer
-from tests.building import helpers
+from tests.dataset.building import helpers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REQUEST = helpers.request(tokens=900, segmentTokens=60, groups=["neuron", "head.0"])
 
 

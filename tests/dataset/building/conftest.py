@@ -10,8 +10,8 @@ from services.common.server import ServiceServer
 from services.inference.engine.model import Model
 from services.inference.scheduler import Scheduler
 from services.inference.server import build_server
-from tests.building.helpers import corpus_lines
 from tests.common.backend import settings
+from tests.dataset.building.helpers import corpus_lines
 from tests.inference.conftest import model, model_folder, scheduler
 
 __all__ = ["model", "model_folder", "scheduler"]
