@@ -216,6 +216,7 @@ def test_what_is_wrong_is_named_with_its_file(
         (gzip.compress(b'{"modelId": "gpt2-sm'), "line 1 is no JSON"),
         (gzip.compress(b"[]\n"), "line 1 is no JSON object"),
     ],
+    ids=["cut off", "another format", "half a line", "no object"],
 )
 def test_half_a_file_is_none(source: Path, tmp_path: Path, content: bytes, says: str) -> None:
     (source / "features" / "batch-2.jsonl.gz").write_bytes(content)
