@@ -11,6 +11,7 @@ from services.inference.engine.text import ChatMessage
 
 MAX_TOKEN_REFS = 100
 MAX_CHAT_MESSAGES = 1_000
+MAX_DOCUMENTS = 10_000
 
 
 def prompt_ids(prompt: token_pb2.Prompt, model: Model) -> tuple[int, ...]:
@@ -82,6 +83,11 @@ def documents(request: model_pb2.TokenizeRequest, model: Model) -> model_pb2.Tok
     """The ids of each text of a request; a document may be empty and of any length."""
     if request.HasField("prompt"):
         raise InvalidArgument("is refused with documents: send two calls", field="prompt")
+    if len(request.documents) > MAX_DOCUMENTS:
+        raise InvalidArgument(
+            f"{len(request.documents)} documents are given; at most {MAX_DOCUMENTS} in a call",
+            field="documents",
+        )
     with inside("documents"):
         found = model.vocabulary.encode_documents(request.documents)
     return model_pb2.TokenizeResponse(documents=[token_pb2.TokenIds(ids=ids) for ids in found])

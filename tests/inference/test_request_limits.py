@@ -92,6 +92,7 @@ CASES: dict[str, Case] = {
         "Harvest",
         {"groups": ["neuron.0"], "sequences": [{"ids": [1]}], "tokens": [1] * MANY},
     ),
+    "TokenizeRequest.documents": ("Tokenize", {"documents": ["a"] * MANY}),
     "VerifyRequest.nodes": (
         "Verify",
         {"table": attribute()[1], "nodes": ["head.0.1~1"] * MANY},
