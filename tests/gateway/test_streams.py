@@ -284,7 +284,7 @@ async def test_large_messages_leave_the_event_loop_free(
 async def test_health_watch_of_a_real_service(headers: dict[str, str]) -> None:
     async with gateway() as (_, client):
         response = await ask(
-            client, headers, {}, "/grpc.health.v1.Health/Watch", connect_timeout_ms="1000"
+            client, headers, {}, "/grpc.health.v1.Health/Watch", connect_timeout_ms="4000"
         )
     found, end = read(headers, response.content)
     assert found == [{"status": "SERVING"}]
