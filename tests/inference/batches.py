@@ -179,11 +179,11 @@ def same_receipts(ours: Sequence[Receipt], theirs: Sequence[Receipt]) -> None:
             other.sites,
             other.positions,
         )
-        # A small difference of vectors whose numbers are around 1: it has their rounding.
-        near([mine.delta_norm], [other.delta_norm], 1.0)
+        # Small values and differences have the rounding of the stream, whose numbers are around 1.
         near(
-            [mine.before or 0.0, mine.after or 0.0],
-            [other.before or 0.0, other.after or 0.0],
+            [mine.delta_norm, mine.before or 0.0, mine.after or 0.0],
+            [other.delta_norm, other.before or 0.0, other.after or 0.0],
+            1.0,
         )
 
 

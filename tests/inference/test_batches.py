@@ -307,7 +307,12 @@ MIXED = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def check_mix(family: str, data: st.DataObject) -> None:
