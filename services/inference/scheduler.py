@@ -25,8 +25,9 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from services.common import calls
 from services.common.calls import Call
 from services.common.errors import ResourceExhausted, TdbError, Unavailable
-from services.inference import device_errors
+from services.inference import lost_device
 from services.inference.device_times import DeviceTimes
+from services.inference.engine import out_of_memory
 from services.inference.engine.cancellation import CancelToken, SharedToken
 from services.inference.fair_queue import Entry, FairQueue
 from services.inference.observer import SchedulerObserver, Unobserved
@@ -318,15 +319,15 @@ class Scheduler:
             return self._together(jobs) if len(jobs) > 1 else [jobs[0].work(jobs[0].cancel)]
         except Exception as error:
             failure = error
-        if device_errors.is_lost(failure):
+        if lost_device.is_lost(failure):
             self._lose(failure)
             return [Unavailable(**self._refusal) for _ in jobs]
-        if device_errors.is_out_of_memory(failure):
+        if out_of_memory.is_out_of_memory(failure):
             del failure  # its traceback keeps the pass and its tensors alive
             self._observer.out_of_memory(jobs[0].task.kind, retried=not retrying)
             if retrying:
-                return [device_errors.refusal() for _ in jobs]
-            device_errors.free()
+                return [out_of_memory.refusal() for _ in jobs]
+            out_of_memory.free()
             half = (len(jobs) + 1) // 2
             parts = [part for part in (jobs[:half], jobs[half:]) if part]
             return [each for part in parts for each in self._perform(part, retrying=True)]
@@ -363,7 +364,7 @@ class Scheduler:
 
 
 def _ran_out(outcome: object) -> bool:
-    return isinstance(outcome, ResourceExhausted) and outcome.reason == device_errors.OUT_OF_MEMORY
+    return isinstance(outcome, ResourceExhausted) and outcome.reason == out_of_memory.OUT_OF_MEMORY
 
 
 def _padded_tokens(jobs: Sequence[_Job]) -> int:

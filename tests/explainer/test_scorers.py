@@ -227,7 +227,7 @@ class Fixed:
         return [self.said["".join(text)] for text in texts]
 
     async def fuzz(self, explanation: Explanation, texts: Any, *, seed: int) -> Any:
-        raise NotImplementedError
+        raise AssertionError("no scorer tested with this judge asks for it")
 
     async def simulate(self, explanation: Explanation, text: Any, *, seed: int) -> Any:
         return self.said["".join(text)]
@@ -236,7 +236,7 @@ class Fixed:
         return self.said[first]
 
     async def relate(self, explanation: Explanation, pairs: Any, *, seed: int) -> Any:
-        raise NotImplementedError
+        raise AssertionError("no scorer tested with this judge asks for it")
 
 
 def example(text: str, *activations: float) -> Example:

@@ -1,11 +1,4 @@
-"""What went wrong on the device: out of memory, which passes, or a lost device, which does not.
-
-Told by name and text, so that this needs no device.
-"""
-
-from services.inference.engine.out_of_memory import OUT_OF_MEMORY, free, is_out_of_memory, refusal
-
-__all__ = ["OUT_OF_MEMORY", "free", "is_lost", "is_out_of_memory", "refusal"]
+"""A lost device: an error after which every later call on it fails, told by its text."""
 
 _LOST = (
     "device-side assert",
@@ -17,7 +10,7 @@ _LOST = (
     "CUDA error: unknown error",
     "device is lost",
 )
-"""After one of these every later call on the device fails: only a new process helps."""
+"""After one of these only a new process helps."""
 
 
 def is_lost(error: BaseException) -> bool:
