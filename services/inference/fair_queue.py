@@ -26,6 +26,8 @@ OWED_S = 1.0
 OWN_BULK_TURN = 8
 SEARCHED_FOR_BATCH = 64
 """Pieces of each user's waiting work that are looked through for one batch."""
+MISSES = 4
+"""After so many pieces that do not fit a batch is full: trying takes time, and others wait."""
 
 
 @dataclass(eq=False)
@@ -233,11 +235,14 @@ class FairQueue(Generic[E]):
         ]
         found: list[E] = []
         members = [first.task.batch.member]
+        misses = 0
         for _, _, entry in sorted(able, key=lambda each: each[:2]):
             assert entry.task.batch
             if first.task.batch.fits([*members, entry.task.batch.member]):
                 found.append(entry)
                 members.append(entry.task.batch.member)
+            elif (misses := misses + 1) == MISSES:
+                break
         return found
 
     def _begin(self, entry: E) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import ResourceExhausted
-from services.inference.fair_queue import OWED_S, OWN_BULK_TURN, Entry, FairQueue
+from services.inference.fair_queue import MISSES, OWED_S, OWN_BULK_TURN, Entry, FairQueue
 from services.inference.task import Batch, Priority, Task
 
 CLICK, SWEEP = Priority.INTERACTIVE, Priority.BULK
@@ -264,6 +264,21 @@ def test_padding_counts() -> None:
     for user, tokens in (("ada", 32), ("bob", 8), ("cy", 8)):
         queue.add(batched(user, tokens))
     assert [each.user for each in queue.take()] == ["ada", "bob"]
+
+
+def test_a_full_batch_is_not_tried_with_all_that_waits() -> None:
+    queue: FairQueue[Entry] = FairQueue(1000, 1000)
+    tried: list[int] = []
+
+    def fits(members: Sequence[int]) -> bool:
+        tried.append(len(members))
+        return len(members) <= 3
+
+    batch = Batch("k", 1, fits, len, lambda members, cancel: members)
+    for number in range(300):
+        queue.add(Entry(f"user {number}", Task("work", batch=batch), 0.1))
+    assert len(queue.take()) == 3
+    assert len(tried) == 2 + MISSES
 
 
 def test_a_batch_is_paid_by_tokens() -> None:
