@@ -27,6 +27,7 @@ FORMAT = "tdb-dataset"
 FORMAT_VERSION = 1
 SUFFIXES = (".records", ".index", ".search")
 VOCABULARY = "vocabulary"
+EXPLANATIONS = "explanations.jsonl"
 
 
 class ManifestError(Exception):
@@ -38,6 +39,13 @@ class StoredFile:
     name: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class ExplanationsFile(StoredFile):
+    """What the source says of components, as `explanations` keeps it."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Manifest:
     """In the dataset's order."""
     has_token_ids: bool
     vocabulary: StoredFile | None
+    explanations: ExplanationsFile | None = None
     hash: str = ""
     """SHA-256 of the file, once written or read."""
 
@@ -105,7 +114,7 @@ class Manifest:
     def size(self) -> int:
         """Bytes on disk, without the manifest itself."""
         shards = sum(file.bytes for shard in self.shards for file in shard.files)
-        return shards + (self.vocabulary.bytes if self.vocabulary else 0)
+        return shards + sum(each.bytes for each in (self.vocabulary, self.explanations) if each)
 
     def write(self, folder: Path) -> None:
         files.sync_folder(folder)
@@ -123,6 +132,7 @@ class Manifest:
             "bytes": self.size,
             "has_token_ids": self.has_token_ids,
             "vocabulary": self.vocabulary and vars(self.vocabulary),
+            "explanations": self.explanations and vars(self.explanations),
             "shards": [
                 {
                     "name": shard.name,
@@ -179,11 +189,15 @@ class Manifest:
         vocabulary = document["vocabulary"]
         if vocabulary and vocabulary["name"] != VOCABULARY:
             raise ValueError(f"its vocabulary is not called {VOCABULARY}")
+        explained = document.get("explanations")
+        if explained and explained["name"] != EXPLANATIONS:
+            raise ValueError(f"its explanations are not called {EXPLANATIONS}")
         manifest = cls(
             header=header,
             shards=shards,
             has_token_ids=bool(document["has_token_ids"]),
             vocabulary=StoredFile(**vocabulary) if vocabulary else None,
+            explanations=ExplanationsFile(**explained) if explained else None,
             hash=hash,
         )
         if manifest.records != document["records"] or not ascending(shards):

@@ -99,6 +99,10 @@ class OpenAIReader(DatasetReader):
         "OpenAI's published records are read one by one, so they cannot be searched: import them "
         "with `tdb dataset import`, or build a dataset with `tdb dataset build`"
     )
+    unexplained = (
+        "OpenAI's published records are read one by one, without their explanations: import them "
+        "with `tdb dataset import`, which keeps both"
+    )
 
     def __init__(self, published: Published, files: HttpFiles, cache: BlockCache) -> None:
         super().__init__(OpenAIStorage(published, files.shown))

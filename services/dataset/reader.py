@@ -15,8 +15,9 @@ from threading import Lock
 from google.protobuf.message import DecodeError
 from tdb.dataset.v1 import record_pb2
 
-from services.dataset import records
+from services.dataset import explanations, records
 from services.dataset.damage import Damaged
+from services.dataset.explanations import Explanation
 from services.dataset.groups import Group
 from services.dataset.manifest import Manifest, ShardEntry
 from services.dataset.search_file import SearchFile
@@ -37,6 +38,8 @@ class DatasetReader:
     """How many at most come in one batch of a stream."""
     unsearchable = ""
     """Why it cannot be searched; empty where it can."""
+    unexplained = ""
+    """Why its explanations cannot be read; empty where they can."""
 
     def __init__(self, storage: Storage) -> None:
         """Raises ManifestError where this is no dataset that can be served, FileNotFoundError where
@@ -136,6 +139,17 @@ class DatasetReader:
         with self._unless_deleted():
             content = self._storage.whole(entry.search)
         return SearchFile.parse(entry.search.name, content, entry.count)
+
+    def explanations(self, start: int) -> Iterator[tuple[Explanation, int]]:
+        """What the source says of components, from a byte of its file on, each with the byte behind
+        it; nothing where it says nothing. Raises Damaged."""
+        stored = self.manifest.explanations
+        if stored is None:
+            return
+        with self._unless_deleted():
+            file = self._storage.parts(stored)
+            explanations.check(stored, file)
+            yield from explanations.read(stored, file, start)
 
     def vocabulary(self) -> Vocabulary | None:
         """The text of each token id; None where the dataset has none. Raises Damaged."""

@@ -16,6 +16,7 @@ import grpc.aio
 from tdb.dataset.v1 import (
     build_pb2,
     dataset_pb2,
+    explanations_pb2,
     import_pb2,
     read_pb2,
     search_pb2,
@@ -24,7 +25,7 @@ from tdb.dataset.v1 import (
 
 from services.common import calls
 from services.common.errors import NotFound, TdbError, Unavailable, inside
-from services.dataset import batches, cursors, requests, search, views
+from services.dataset import batches, cursors, explanation_batches, requests, search, views
 from services.dataset.batches import Batch
 from services.dataset.building.builds import Builds, Job
 from services.dataset.importers.imports import Imports
@@ -82,6 +83,20 @@ class DatasetServicer(service_pb2_grpc.DatasetServiceServicer):
             summary.damaged += len(batch.damaged)
             yield read_pb2.StreamRecordsResponse(batch=batch)
         yield read_pb2.StreamRecordsResponse(summary=summary)
+
+    async def StreamExplanations(
+        self, request: explanations_pb2.StreamExplanationsRequest, context: Context
+    ) -> AsyncIterator[explanations_pb2.StreamExplanationsResponse]:
+        def read() -> tuple[DatasetReader, Iterator[explanations_pb2.ExplanationBatch]]:
+            reader = requests.dataset(self._library, request.dataset)
+            return reader, explanation_batches.of(reader, request)
+
+        reader, batches = await self._in_thread(read)
+        summary = explanations_pb2.StreamExplanationsSummary(manifest_hash=reader.manifest.hash)
+        while batch := await self._in_thread(lambda: next(batches, None)):
+            summary.explanations += len(batch.explanations)
+            yield explanations_pb2.StreamExplanationsResponse(batch=batch)
+        yield explanations_pb2.StreamExplanationsResponse(summary=summary)
 
     async def Search(
         self, request: search_pb2.SearchRequest, context: Context
@@ -195,6 +210,7 @@ def _describe(reader: DatasetReader, is_remote: bool) -> dataset_pb2.Dataset:
         has_token_ids=manifest.has_token_ids,
         has_vocabulary=manifest.vocabulary is not None,
         is_remote=is_remote,
+        explanations=manifest.explanations.count if manifest.explanations else 0,
     )
     for group in reader.groups:
         entries = [entry for entry, _ in reader.shards_of(group)]

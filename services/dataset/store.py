@@ -26,7 +26,7 @@ from tdb.dataset.v1 import dataset_pb2, record_pb2
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.dataset import files, groups, manifest, shards, vocabulary
 from services.dataset.groups import Group
-from services.dataset.manifest import Manifest, ShardEntry, StoredFile
+from services.dataset.manifest import ExplanationsFile, Manifest, ShardEntry, StoredFile
 from services.dataset.storage import LocalFile
 
 BUILD = "build.json"
@@ -116,8 +116,9 @@ class DatasetWriter:
         with files.atomic(self._folder / (shards.name(group, part) + DONE)) as file:
             file.write(json.dumps(done).encode())
 
-    def finish(self, texts: Sequence[str] | None = None) -> Manifest:
-        """Makes the dataset readable. `texts` are those of each token id, from 0.
+    def finish(self, texts: Sequence[str] | None = None, explanations: int = 0) -> Manifest:
+        """Makes the dataset readable. `texts` are those of each token id, from 0; of
+        `explanations` there are so many, written by `explanations.write`.
 
         Raises InvalidArgument where shards do not fit together.
         """
@@ -139,6 +140,7 @@ class DatasetWriter:
             shards=entries,
             has_token_ids=has_token_ids,
             vocabulary=None if texts is None else self._write_vocabulary(texts),
+            explanations=self._explanations(explanations) if explanations else None,
         )
         written.write(self._folder)
         for path in (*self._done(), self._folder / BUILD, self._folder / LOCK):
@@ -161,6 +163,9 @@ class DatasetWriter:
         runs = tuple((first, last) for first, last in done["runs"])
         entry = ShardEntry(name, groups.parse(group), int(part), runs, tuple(stored))
         return entry, done["has_token_ids"]
+
+    def _explanations(self, count: int) -> ExplanationsFile:
+        return ExplanationsFile(**vars(self._stored(manifest.EXPLANATIONS)), count=count)
 
     def _stored(self, name: str) -> StoredFile:
         path = self._folder / name

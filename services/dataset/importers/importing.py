@@ -16,14 +16,9 @@ from tdb.dataset.v1 import dataset_pb2, record_pb2
 
 from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
-from services.dataset import groups
+from services.dataset import explanations, groups
 from services.dataset.groups import Group
-from services.dataset.importers import (
-    explanations,
-    neuronpedia_export,
-    openai_explanations,
-    openai_records,
-)
+from services.dataset.importers import neuronpedia_export, openai_explanations, openai_records
 from services.dataset.importers.about import about
 from services.dataset.importers.neuronpedia_batch import Batch
 from services.dataset.manifest import Manifest
@@ -114,7 +109,7 @@ def import_openai(
                 if not writer.has(group, part):
                     writer.write(group, part, _until(stop, (read(group, *each) for each in some)))
                 progress(group, start + len(some), total)
-        explanations.write(
+        explained_count = explanations.write(
             target,
             (
                 each
@@ -123,7 +118,7 @@ def import_openai(
                 for each in openai_explanations.read(path, group, index)
             ),
         )
-        return writer.finish()
+        return writer.finish(explanations=explained_count)
 
 
 def import_neuronpedia(
@@ -214,8 +209,7 @@ def _import_export(
             if not writer.has(group, part):
                 writer.write(group, part, _until(stop, export.records(group, some)))
             progress(group, start + len(some), len(indices))
-        explanations.write(target, export.explained(group))
-        return writer.finish()
+        return writer.finish(explanations=explanations.write(target, export.explained(group)))
 
 
 def _until(

@@ -26,10 +26,10 @@ from typing import Any
 from tdb.dataset.v1 import record_pb2
 
 from services.common.errors import InvalidArgument, inside
+from services.dataset.explanations import Explanation
 from services.dataset.groups import Group
 from services.dataset.importers import json_lines, neuronpedia_batch
 from services.dataset.importers.about import about
-from services.dataset.importers.explanations import Explanation
 
 _INDEX = re.compile(r"0|[1-9]\d{0,8}")
 _LISTS = (

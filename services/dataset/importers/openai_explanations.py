@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import InvalidArgument, inside
+from services.dataset.explanations import Explanation
 from services.dataset.groups import Group
 from services.dataset.importers import json_lines, openai_records
 from services.dataset.importers.about import about
-from services.dataset.importers.explanations import Explanation
 
 _SCORES = {
     "ev_correlation_score": "ev_correlation",
