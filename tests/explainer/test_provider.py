@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from services.explainer.engine.budget import Budget, BudgetExceeded, Ledger, Prices, Usage
-from services.explainer.engine.openai_provider import ATTEMPTS, OpenAIProvider
+from services.explainer.engine.openai_calls import ATTEMPTS
+from services.explainer.engine.openai_provider import OpenAIProvider
 from services.explainer.engine.prompts import STRING, Prompt, ask, object_of
 from services.explainer.engine.provider import Reply, answer
 from services.explainer.engine.provider_settings import (

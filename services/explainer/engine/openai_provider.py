@@ -4,43 +4,31 @@ Endpoints differ in what they understand. We ask for everything (JSON schema, lo
 one answers that it does not know a parameter, it is not asked for that again, and the reply is held
 to the schema by `replies.py` in any case.
 
-Retries are ours, not the package's, because each may cost: 408, 409, 429, 5xx, broken connections
-and time-outs, with full jitter and after what `Retry-After` says. A call that was cut off may have
-been paid for and is counted at the most it can have cost.
+When a call is tried again, `openai_calls.py` says. One that was cut off may have been paid for and
+is counted at the most it can have cost.
 """
 
 import asyncio
-import email.utils
 import hashlib
 import math
 import random
-import ssl
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 import openai
-from openai import Omit
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from services.explainer.engine import openai_calls
 from services.explainer.engine.budget import Ledger, Prices, Usage
+from services.explainer.engine.openai_calls import ATTEMPTS, Endpoint
 from services.explainer.engine.prompts import Prompt
 from services.explainer.engine.provider import OnText, Reply, TokenLogprobs
-from services.explainer.engine.provider_settings import (
-    KEY,
-    MODEL,
-    URL,
-    ProviderMisconfigured,
-    ProviderSettings,
-)
+from services.explainer.engine.provider_settings import ProviderSettings
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.response_cache import ResponseCache
 
-ATTEMPTS = 6
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _TOP_LOGPROBS = 20
-_RETRIED = (408, 409, 425, 429)
 
 _UNSUPPORTED = ("unsupported", "not support", "unknown", "unrecognized", "not permitted", "extra")
 
@@ -73,23 +61,8 @@ class OpenAIProvider:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._unknown: set[str] = set()
-        # Else the package would tell any endpoint the account that OPENAI_ORG_ID names.
-        headers: Any = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
-        self._client = openai.AsyncOpenAI(
-            base_url=settings.url,
-            # Local servers want none, the package insists on one.
-            api_key=settings.key.reveal() or "none",
-            timeout=settings.timeout_s,
-            max_retries=0,
-            default_headers=headers,
-            http_client=openai.DefaultAsyncHttpxClient(
-                follow_redirects=False,
-                # For plain http no authority's certificate need be read: trusting none is safe.
-                verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                if settings.url.startswith("http:")
-                else True,
-            ),
-        )
+        self._endpoint = Endpoint(settings.url, settings.model, settings.key, settings.timeout_s)
+        self._client = openai_calls.client(self._endpoint)
 
     @property
     def model(self) -> str:
@@ -151,16 +124,16 @@ class OpenAIProvider:
                     ledger.spend(most)
                     failure = FailureKind.TIMED_OUT
                 except openai.APIConnectionError as error:
-                    if _was_sent(error):
+                    if openai_calls.was_sent(error):
                         ledger.spend(most)
                     failure = FailureKind.UNAVAILABLE
                 except openai.APIStatusError as error:
                     if self._learn(error, parameters):
                         continue
-                    if (rejected := _rejection(error, self._settings)) is not None:
+                    if (rejected := openai_calls.rejection(error, self._endpoint)) is not None:
                         return Reply(failure=rejected)
                     failure = FailureKind.UNAVAILABLE
-                    asked_to_wait = _retry_after(error.response.headers)
+                    asked_to_wait = openai_calls.retry_after(error.response.headers)
                 except (_Broken, openai.APIError, ValueError):
                     # Half a stream, an error within one, a body that is no chat completion.
                     ledger.spend(most)
@@ -171,16 +144,11 @@ class OpenAIProvider:
             attempt += 1
             if attempt < ATTEMPTS:
                 ledger.retries += 1
-                await self._sleep(self._wait(attempt, asked_to_wait))
+                await self._sleep(openai_calls.pause_s(self._jitter, attempt, asked_to_wait))
         return Reply(failure=failure)
 
     def _longest(self, prompt: Prompt) -> int:
         return prompt.max_tokens + self._settings.thinking_tokens
-
-    def _wait(self, attempt: int, asked: float | None) -> float:
-        longest = min(_FIRST_WAIT_S * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
-        jitter: float = self._jitter.uniform(0, longest)
-        return jitter + min(asked or 0.0, _LONGEST_WAIT_S)
 
     def _learn(self, error: openai.APIStatusError, sent: Mapping[str, Any]) -> bool:
         """Whether the endpoint refuses a parameter that it can be asked without."""
@@ -300,43 +268,3 @@ def _usage(whole: ChatCompletion | ChatCompletionChunk) -> Usage | None:
     if whole.usage is None:
         return None
     return Usage(whole.usage.prompt_tokens or 0, whole.usage.completion_tokens or 0)
-
-
-def _was_sent(error: openai.APIConnectionError) -> bool:
-    """Whether the request may have reached the endpoint before the connection broke."""
-    return type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-
-
-def _rejection(error: openai.APIStatusError, settings: ProviderSettings) -> FailureKind | None:
-    """What became of a question that is not to be asked again; None where it is.
-
-    Raises ProviderMisconfigured for what would befall every question. What the endpoint says may
-    hold the key or the corpus: it is not shown.
-    """
-    status = error.status_code
-    if error.code == "content_filter":
-        return FailureKind.REFUSED
-    if status in (401, 403):
-        meant = f"it does not accept the key: {KEY} is {'set' if settings.key else 'not set'}"
-    elif status == 404:
-        meant = f"it has no model {settings.model} there: see {MODEL} and {URL}"
-    elif status == 402 or (status == 429 and error.code == "insufficient_quota"):
-        meant = "the account has nothing left to spend"
-    elif status >= 500 or status in _RETRIED:
-        return None
-    else:
-        return FailureKind.REJECTED
-    raise ProviderMisconfigured(f"{settings.host} answered {status}: {meant}")
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from `Retry-After` in seconds or as a date; None where it says nothing."""
-    text = headers.get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
