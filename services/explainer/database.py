@@ -96,9 +96,10 @@ STEPS = (
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE reply (
         key TEXT PRIMARY KEY,
-        value TEXT NOT NULL,
+        value BLOB NOT NULL,
         created_ms INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
+    CREATE INDEX reply_by_age ON reply (created_ms);
     CREATE TABLE job (
         number INTEGER PRIMARY KEY,
         id TEXT NOT NULL UNIQUE,

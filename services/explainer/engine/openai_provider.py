@@ -13,6 +13,7 @@ import hashlib
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -61,6 +62,7 @@ class OpenAIProvider:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._unknown: set[str] = set()
+        self._calls: set[asyncio.Future[Reply]] = set()
         self._endpoint = Endpoint(settings.url, settings.model, settings.key, settings.timeout_s)
         self._client = openai_calls.client(self._endpoint)
 
@@ -83,23 +85,41 @@ class OpenAIProvider:
         await self.close()
 
     async def close(self) -> None:
+        """Calls on their way are cut off."""
+        for work in self._calls:
+            work.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
         await self._client.close()
 
     async def complete(
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None
     ) -> Reply:
-        key = self._key(prompt)
+        call = _Call(prompt, ledger, on_text)
+        work = asyncio.ensure_future(self._complete(call))
+        self._calls.add(work)
+        work.add_done_callback(self._calls.discard)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            call.has_caller = False
+            if not call.is_sent:
+                work.cancel()
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+    async def _complete(self, call: "_Call") -> Reply:
+        key = self._key(call.prompt)
         # Whoever asks the same meanwhile waits, and finds the reply in the cache.
         async with self._asking.setdefault(key, asyncio.Lock()):
             kept = await self._cache.get(key)
             if kept is not None:
-                ledger.cached += 1
+                call.ledger.cached += 1
                 reply = Reply.from_json(kept)
-                if on_text is not None:
-                    on_text(reply.text)
+                if call.on_text is not None:
+                    call.on_text(reply.text)
                 return reply
             async with self._slots:
-                reply = await self._ask(prompt, ledger, on_text)
+                reply = await self._ask(call)
             if reply.failure is None:
                 await self._cache.put(key, reply.to_json())
             return reply
@@ -108,15 +128,17 @@ class OpenAIProvider:
         parts = f"{self._settings.url}\n{self.model}\n{prompt.hash}"
         return hashlib.sha256(parts.encode()).hexdigest()
 
-    async def _ask(self, prompt: Prompt, ledger: Ledger, on_text: OnText | None) -> Reply:
+    async def _ask(self, call: "_Call") -> Reply:
+        prompt, ledger, on_text = call.prompt, call.ledger, call.on_text
         most = Usage(prompt.token_bound, self._longest(prompt), bounded=True)
         failure = FailureKind.UNAVAILABLE
         attempt = 0
-        while attempt < ATTEMPTS:
+        while attempt < ATTEMPTS and call.has_caller:
             asked_to_wait = None
             parameters = self._parameters(prompt, stream=on_text is not None)
             async with ledger.reserve(most):
                 try:
+                    call.is_sent = True
                     reply, usage = await self._send(prompt, parameters, on_text)
                     ledger.spend(usage or most)
                     return reply
@@ -141,8 +163,10 @@ class OpenAIProvider:
                 except asyncio.CancelledError:
                     ledger.spend(most)
                     raise
+                finally:
+                    call.is_sent = False
             attempt += 1
-            if attempt < ATTEMPTS:
+            if attempt < ATTEMPTS and call.has_caller:
                 ledger.retries += 1
                 await self._sleep(openai_calls.pause_s(self._jitter, attempt, asked_to_wait))
         return Reply(failure=failure)
@@ -198,6 +222,18 @@ class OpenAIProvider:
             chunks = await create(model=self.model, messages=messages, stream=True, **parameters)
             async with chunks:
                 return await _streamed(chunks, on_text)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A question on its way. Once sent it is paid for: then its reply is waited for and kept, even
+    when its caller has gone; it is not sent again."""
+
+    prompt: Prompt
+    ledger: Ledger
+    on_text: OnText | None
+    has_caller: bool = True
+    is_sent: bool = False
 
 
 class _Broken(Exception):
