@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from services.explainer.engine import statistics
+from services.explainer.engine import resampling, statistics
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.scores import Answer, Measure, Scorer, classification
 from services.explainer.engine.statistics import Calibration
@@ -54,7 +54,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     for seed in range(200):
         values = generator.normal(size=40)
         groups = [str(place) for place in range(40)]
-        interval = statistics.bootstrap(
+        interval = resampling.bootstrap(
             statistics.mean, values, values, groups, seed=seed, resamples=200
         )
         assert interval is not None
@@ -67,8 +67,8 @@ def test_values_of_one_document_are_not_independent() -> None:
     values = np.repeat(np.arange(10.0), 10)
     whole = [str(int(value)) for value in values]
     alone = [str(place) for place in range(100)]
-    wide = statistics.bootstrap(statistics.mean, values, values, whole, seed=1)
-    narrow = statistics.bootstrap(statistics.mean, values, values, alone, seed=1)
+    wide = resampling.bootstrap(statistics.mean, values, values, whole, seed=1)
+    narrow = resampling.bootstrap(statistics.mean, values, values, alone, seed=1)
     assert wide is not None
     assert narrow is not None
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
@@ -77,10 +77,50 @@ def test_values_of_one_document_are_not_independent() -> None:
 def test_a_seed_gives_the_same_interval() -> None:
     values, groups = np.arange(9.0), list("abcdefghi")
     found = [
-        statistics.bootstrap(statistics.mean, values, values, groups, seed=seed)
+        resampling.bootstrap(statistics.mean, values, values, groups, seed=seed)
         for seed in (1, 1, 2)
     ]
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        statistics.balanced_accuracy,
+        statistics.auc,
+        statistics.pearson,
+        statistics.explained_variance,
+        statistics.mean,
+    ],
+)
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_interval_is_that_of_measuring_each_draw(
+    measure: resampling.Measure, silent: bool
+) -> None:
+    """Against drawing documents one by one and measuring what they hold."""
+    generator = np.random.default_rng(5)
+    groups = [str(each) for each in generator.integers(12, size=40)]
+    first = generator.integers(2, size=40).astype(np.float64)
+    # Half of the probabilities tie, and far from 0: what is subtracted must not drown them.
+    second = np.round(generator.random(40), 1) + (1e3 if measure is statistics.pearson else 0)
+    if silent:  # draws without the one document that is not silent have no correlation
+        first = np.where(np.array(groups) == groups[0], first, 0.0)
+        second = np.where(np.array(groups) == groups[0], second, 0.0)
+    names = sorted(set(groups))
+    places = [[at for at, each in enumerate(groups) if each == name] for name in names]
+    drawn = np.random.default_rng(3).integers(len(names), size=(1000, len(names)))
+    found = []
+    for draw in drawn:
+        chosen = [at for name in draw for at in places[name]]
+        value = measure(first[chosen], second[chosen])
+        if value is not None:
+            found.append(value)
+    assert silent == (len(found) < 1000) or measure is statistics.mean
+    low, high = np.percentile(found, [2.5, 97.5])
+    interval = resampling.bootstrap(measure, first, second, groups, seed=3)
+    assert interval == pytest.approx((low, high), abs=1e-9)
+    other = resampling.bootstrap(measure, first, second, list(map(str, range(40))), seed=3)
+    assert other != pytest.approx((low, high), abs=1e-9), "documents count, not values"
 
 
 def test_failures_are_counted_and_in_no_number() -> None:

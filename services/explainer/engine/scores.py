@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from services.explainer.engine import statistics
+from services.explainer.engine import resampling, statistics
 from services.explainer.engine.replies import FailureKind
 
 
@@ -113,7 +113,7 @@ def measured(
     value = function(first, second) if first.size else None
     interval = None
     if value is not None:
-        interval = statistics.bootstrap(function, first, second, documents, seed=seed)
+        interval = resampling.bootstrap(function, first, second, documents, seed=seed)
     low, high = interval or (None, None)
     return Score(
         scorer=scorer,

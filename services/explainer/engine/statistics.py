@@ -1,17 +1,13 @@
-"""The measures that scores are made of, and how sure one can be of them.
+"""The measures that scores are made of; `resampling.py` says how sure one can be of them.
 
 A measure takes arrays and is None where it is not defined: a balanced accuracy without negatives, a
 correlation with a constant.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-RESAMPLES = 1000
-_DEFINED = 0.5
 
 Values = NDArray[np.float64]
 
@@ -21,11 +17,16 @@ def balanced_accuracy(labels: Values, probabilities: Values) -> float | None:
 
     `labels` are 0 or 1. A probability above 0.5 says 1, below 0; exactly 0.5 is half right.
     """
-    right = np.where(probabilities > 0.5, 1.0, np.where(probabilities < 0.5, 0.0, 0.5))
     positive = labels == 1
     if positive.all() or not positive.any():
         return None
-    return float((right[positive].mean() + (1 - right[~positive]).mean()) / 2)
+    said = right(probabilities)
+    return float((said[positive].mean() + (1 - said[~positive]).mean()) / 2)
+
+
+def right(probabilities: Values) -> Values:
+    """How right each is where the label is 1."""
+    return np.where(probabilities > 0.5, 1.0, np.where(probabilities < 0.5, 0.0, 0.5))
 
 
 def auc(labels: Values, scores: Values) -> float | None:
@@ -33,8 +34,14 @@ def auc(labels: Values, scores: Values) -> float | None:
     positive, negative = scores[labels == 1], scores[labels == 0]
     if not positive.size or not negative.size:
         return None
+    return float(above(positive, negative).mean())
+
+
+def above(positive: Values, negative: Values) -> Values:
+    """1 where a positive is above a negative, a half where they tie, 0 where below [P, N]."""
     difference = positive[:, None] - negative[None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+    found: Values = (difference > 0) + 0.5 * (difference == 0)
+    return found
 
 
 def pearson(expected: Values, actual: Values) -> float | None:
@@ -77,39 +84,3 @@ def explained_variance(expected: Values, actual: Values) -> float | None:
     if variance == 0:
         return None
     return 1 - float(((actual - expected) ** 2).mean()) / variance
-
-
-def bootstrap(
-    measure: Callable[[Values, Values], float | None],
-    first: Values,
-    second: Values,
-    groups: Sequence[str],
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
-) -> tuple[float, float] | None:
-    """The 95 % percentile interval of measure(first, second), drawing whole groups.
-
-    Values of one group (document) go together, since they are not independent. A draw for which the
-    measure is not defined counts for nothing; None where that is half of them or more.
-    """
-    names, member = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
-    places = [np.flatnonzero(member == number) for number in range(len(names))]
-    if not places:
-        return None
-    alone = np.concatenate(places)
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(resamples):
-        drawn = generator.integers(len(places), size=len(places))
-        if len(places) == len(groups):
-            chosen = alone[drawn]
-        else:
-            chosen = np.concatenate([places[each] for each in drawn])
-        value = measure(first[chosen], second[chosen])
-        if value is not None:
-            found.append(value)
-    if len(found) <= _DEFINED * resamples:
-        return None
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
