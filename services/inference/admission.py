@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from services.common.errors import FailedPrecondition
-from services.inference import describe_component, generate, stream_activations, verify
+from services.inference import (
+    describe_component,
+    generate,
+    output_tokens,
+    stream_activations,
+    verify,
+)
 from services.inference.engine import needs
 from services.inference.engine.attribution import ExplainedRun
 from services.inference.engine.harvesting.harvest import WORKING_BYTES, AskedHarvest
@@ -128,6 +134,14 @@ def of_description(wanted: describe_component.Wanted, model: Model) -> Cost:
     needed = needs.description(model.hooks)
     if needed > model.room.budget:
         raise _refusal(model, needed, f"describing {wanted.component}", "component", "")
+    return Cost(1, needed)
+
+
+def of_output_tokens(wanted: output_tokens.Wanted, model: Model) -> Cost:
+    """Raises FailedPrecondition (MEMORY)."""
+    needed = needs.description(model.hooks)
+    if needed > model.room.budget:
+        raise _refusal(model, needed, f"reading out {wanted.group}", "group", "")
     return Cost(1, needed)
 
 

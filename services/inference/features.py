@@ -47,6 +47,7 @@ BUILT = (
     "generate",
     "positions.generated",
     "describe_component",
+    "stream_output_tokens",
 )
 
 

@@ -13,6 +13,7 @@ from tdb.inference.v1 import (
     generate_pb2,
     harvest_pb2,
     model_pb2,
+    output_tokens_pb2,
     queue_pb2,
     run_pb2,
     service_pb2_grpc,
@@ -28,6 +29,7 @@ from services.inference import (
     harvest,
     manifest,
     measured,
+    output_tokens,
     queue_messages,
     request_limits,
     request_tokens,
@@ -54,6 +56,7 @@ Named = TypeVar(
     generate_pb2.GenerateRequest,
     run_pb2.StreamActivationsRequest,
     harvest_pb2.HarvestRequest,
+    output_tokens_pb2.StreamOutputTokensRequest,
 )
 """Requests with a model."""
 
@@ -258,6 +261,15 @@ class InferenceServicer(service_pb2_grpc.InferenceServiceServicer):
         canonical = _named(request, model)
         asked = await _admitted(harvest.read, admission.of_harvest, canonical, model)
         async for response in harvest.stream(canonical, asked, model, self._on_device):
+            yield response
+
+    async def StreamOutputTokens(
+        self, request: output_tokens_pb2.StreamOutputTokensRequest, context: Context
+    ) -> AsyncIterator[output_tokens_pb2.StreamOutputTokensResponse]:
+        model = self._model(request.model)
+        canonical = _named(request, model)
+        wanted = await _admitted(output_tokens.read, admission.of_output_tokens, canonical, model)
+        async for response in output_tokens.stream(canonical, wanted, model, self._on_device):
             yield response
 
     async def GetQueue(

@@ -19,6 +19,7 @@ DATA_TYPES = {
     torch.float64: tensor_pb2.DATA_TYPE_FLOAT64,
     torch.float16: tensor_pb2.DATA_TYPE_FLOAT16,
     torch.bfloat16: tensor_pb2.DATA_TYPE_BFLOAT16,
+    torch.int32: tensor_pb2.DATA_TYPE_INT32,
 }
 
 

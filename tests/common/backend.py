@@ -35,7 +35,7 @@ class Backend(service_pb2_grpc.InferenceServiceServicer):
     async def _stream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         yield await self._call(request, context)
 
-    Verify = Generate = StreamActivations = Harvest = _stream
+    Verify = Generate = StreamActivations = Harvest = StreamOutputTokens = _stream
 
 
 class StreamingBackend:

@@ -341,6 +341,7 @@ PRESENCE: dict[str, int | Callable[[Builder], int]] = dict.fromkeys(
         _V + "StreamActivationsRequest.points",
         _V + "HarvestRequest.groups",
         _V + "HarvestRequest.sequences",
+        _V + "StreamOutputTokensRequest.group",
         _V + "HarvestSequence.index",
         _V + "HarvestSequence.ids",
         _V + "TokenizeRequest.prompt",
@@ -371,6 +372,7 @@ PRESENCE |= {
     _D + "GetRecordRequest.component": 100,
     _D + "StreamRecordsRequest.dataset": 100,
     _D + "StreamRecordsRequest.selections": 60,
+    _D + "StreamExplanationsRequest.dataset": 100,
     _D + "SearchRequest.dataset": 100,
     _D + "SearchRequest.groups": 40,
     _D + "SearchRequest.ranges": 40,
@@ -505,6 +507,9 @@ HINTS: dict[str, Callable[[Builder], Any]] = {
     _V + "HarvestRequest.tokens": Builder.prompt_ids,
     _V + "HarvestRequest.top_k": lambda builder: builder.number(9, 1),
     _V + "HarvestRequest.per_stratum": lambda builder: builder.number(3, 1),
+    _V + "StreamOutputTokensRequest.group": _group,
+    _V + "StreamOutputTokensRequest.count": lambda builder: builder.number(9, 1),
+    _V + "StreamOutputTokensRequest.tokens": lambda builder: builder.number(9, 1),
     _V + "HarvestSequence.index": lambda builder: builder.number(10_000),
     _V + "HarvestSequence.ids": Builder.prompt_ids,
     _V + "RunRequest.top_k": lambda builder: builder.number(20, 1),
@@ -523,7 +528,12 @@ HINTS: dict[str, Callable[[Builder], Any]] = {
 }
 HINTS |= {
     _D + name + ".dataset": lambda builder: builder.one(builder.world.datasets)
-    for name in ("GetRecordRequest", "StreamRecordsRequest", "SearchRequest")
+    for name in (
+        "GetRecordRequest",
+        "StreamRecordsRequest",
+        "StreamExplanationsRequest",
+        "SearchRequest",
+    )
 }
 HINTS |= {
     _D + name: lambda builder: builder.one(builder.world.components)
@@ -547,6 +557,7 @@ HINTS |= {
         "GenerateRequest",
         "StreamActivationsRequest",
         "HarvestRequest",
+        "StreamOutputTokensRequest",
         "DescribeComponentRequest",
         "TokenizeRequest",
         "GetModelRequest",

@@ -50,6 +50,8 @@ NEEDED = {"Run", "Attribute", "Verify", "Generate", "StreamActivations", "Descri
     "GetRecord",
     "StreamRecords",
     "Harvest",
+    "StreamOutputTokens",
+    "StreamExplanations",
     "Search",
 }
 """RPCs that must have been answered, not only refused."""

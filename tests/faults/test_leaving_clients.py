@@ -17,6 +17,7 @@ from tdb.inference.v1 import service_pb2
 
 from gateway.backends import methods as exposed
 from services.common.server import ServiceServer
+from services.inference import output_tokens
 from services.inference.scheduler import Scheduler
 from tests.faults.watching import Cut, Held, SlowDevice, until
 
@@ -42,11 +43,17 @@ REQUESTS: dict[str, dict[str, Any]] = {method.name: {} for method in SERVICE.met
         "groups": ["neuron.0", "head.1"],
         "sequences": [{"index": length, "ids": [5] * length} for length in range(1, 21)],
     },
+    "StreamOutputTokens": {"group": "neuron.0"},
 }
 STREAMS = [method.name for method in SERVICE.methods if method.server_streaming]
 EXPOSED = {method.name for method in exposed(SERVICE)}
 PIECES = 15
 """Pieces of work on the device that each of the streams takes, at least."""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_tokens, "AT_ONCE", 2)
 
 
 def message(rpc: str) -> Any:

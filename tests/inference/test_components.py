@@ -13,8 +13,14 @@ from tdb.inference.v1 import component_pb2
 from torch import Tensor
 
 from services.common.addresses import Address, Kind, parse
+from services.common.errors import FailedPrecondition
 from services.inference.engine.cancellation import CancelToken
-from services.inference.engine.components import ComponentDirection, Describer, Description
+from services.inference.engine.components import (
+    ComponentDirection,
+    Describer,
+    Description,
+    Extremes,
+)
 from services.inference.engine.dictionaries.dictionary import (
     Dictionary,
     Gated,
@@ -344,6 +350,64 @@ def test_a_latent_writes_and_reads_what_its_weights_say(name: str) -> None:
     if reads:
         assert found[1].norm == pytest.approx(float(read.norm()), rel=1e-5)
         assert close(found[1].input, model.transformer.wte.weight @ read)
+
+
+def check_extremes(found: Extremes, scores: Tensor, count: int) -> None:
+    """Of one write, against the scores [V] of all tokens."""
+    order = scores.argsort(stable=True)
+    for ids, values, wanted in (
+        (found.largest, found.largest_scores, order.flip(0)[:count]),
+        (found.smallest, found.smallest_scores, order[:count]),
+    ):
+        assert ids[0].tolist() == wanted.tolist()
+        assert values[0].double() == pytest.approx(scores[wanted], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_neurons_promote_and_suppress_what_brute_force_says(variant: str) -> None:
+    brute, engine = BruteForce(variant), engine_of(variant)
+    writes = brute.layers[1].write
+    describer = Describer(engine.architecture, VOCABULARY)
+    w_out = engine.architecture.layers[1].w_out
+    found = describer.extreme_tokens(w_out, 6)
+    assert found.largest.shape == found.smallest_scores.shape == (NEURONS, 6)
+    for neuron in range(NEURONS):
+        of_one = Extremes(*(each[neuron : neuron + 1] for each in found))
+        check_extremes(of_one, brute.output(writes[neuron]), 6)
+    # Neither the final norm nor the mean over the vocabulary may be left out.
+    plain: Tensor = brute.model.lm_head.weight @ writes[0]
+    with pytest.raises(AssertionError):
+        check_extremes(Extremes(*(each[:1] for each in found)), plain, 6)
+    few = Describer(engine.architecture, 4).extreme_tokens(w_out[:1], 6)
+    assert few.largest.tolist() == few.smallest.flip(1).tolist()
+    assert sorted(few.largest[0].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", DICTIONARIES)
+def test_latents_promote_and_suppress_what_brute_force_says(name: str) -> None:
+    dictionary, _ = DICTIONARIES[name]
+    engine = random_engine("gpt2", dictionaries=[dictionary])
+    model: Any = random_gpt2("gpt2", torch.float64)
+    (bound,) = engine.hooks.shelf.bind(["D"])
+    writes = bound.constant_scale * bound.unit_writes(torch.tensor([LATENT]))
+    write, _ = latent_by_hand(model, dictionary)
+    scores = model.lm_head.weight @ ((write - write.mean()) * model.transformer.ln_f.weight)
+    found = Describer(engine.architecture, VOCABULARY).extreme_tokens(writes, 6)
+    check_extremes(found, scores - scores.mean(), 6)
+
+
+def test_equal_scores_come_by_id_and_overflow_is_refused() -> None:
+    describer = Describer(engine_of("gpt2/tied").architecture, VOCABULARY)
+    width = engine_of("gpt2/tied").architecture.width
+    found = describer.extreme_tokens(torch.zeros(2, width), VOCABULARY)
+    assert found.largest[1].tolist() == found.smallest[1].tolist() == [*range(VOCABULARY)]
+    assert not found.largest_scores.any()
+    for value in (1e38, torch.inf, torch.nan):
+        write = torch.zeros(2, width)
+        write[1, 3] = value
+        with pytest.raises(FailedPrecondition, match="scores of tokens are not finite") as caught:
+            describer.extreme_tokens(write * 10, 3)
+        assert caught.value.reason == "NON_FINITE"
 
 
 def test_similar_latents_are_those_that_write_alike() -> None:

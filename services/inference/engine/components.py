@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from services.common.addresses import Address, Kind
+from services.common.errors import FailedPrecondition
 from services.inference.engine.architecture import Architecture, Layer
 from services.inference.engine.bound import BoundDictionary
 from services.inference.engine.cancellation import CancelToken
@@ -65,6 +66,16 @@ class Singular(NamedTuple):
     """[r, d], of length 1."""
     right: Tensor
     """[r, d], of length 1."""
+
+
+class Extremes(NamedTuple):
+    """The tokens of the k largest and the k smallest scores of n writes, equal scores by id: ids
+    int32 [n, k], scores float32 [n, k], on the CPU."""
+
+    largest: Tensor
+    largest_scores: Tensor
+    smallest: Tensor
+    smallest_scores: Tensor
 
 
 class Describer:
@@ -175,6 +186,24 @@ class Describer:
         w_u = architecture.w_u[: self._vocabulary]
         return scored(writes, w_u, tokens, architecture.w_u_mean)
 
+    def extreme_tokens(self, writes: Tensor, tokens: int) -> Extremes:
+        """Of writes [n, d], by the scores of `output_tokens`.
+
+        Raises FailedPrecondition (NON_FINITE)."""
+        architecture = self._architecture
+        w_u = architecture.w_u[: self._vocabulary]
+        writes = architecture.final_norm.linear(writes.to(w_u))
+        scores = (w_u @ writes.T).T.float().contiguous()
+        scores -= (writes @ architecture.w_u_mean)[:, None]
+        largest, largest_scores = _extreme(scores, tokens, largest=True)
+        smallest, smallest_scores = _extreme(scores, tokens, largest=False)
+        # A sum is finite where all are; what is not a number counts as large.
+        if not bool(torch.isfinite(largest_scores.sum() + smallest_scores.sum())):
+            raise FailedPrecondition(
+                "the model's numbers overflow: scores of tokens are not finite", reason="NON_FINITE"
+            )
+        return Extremes(largest, largest_scores, smallest, smallest_scores)
+
     def input_tokens(self, reads: Tensor, tokens: int) -> list[Scores]:
         """Of read directions [n, d]: how far each token's embedding lies along them."""
         w_e = self._architecture.w_e
@@ -243,6 +272,14 @@ def _largest(
         for place, cosine in zip(places[:count].tolist(), ordered[:count].tolist(), strict=True)
         if cosine >= -1.0
     )
+
+
+def _extreme(scores: Tensor, count: int, *, largest: bool) -> tuple[Tensor, Tensor]:
+    """Ids and values of the extreme scores [n, V] of each row, on the CPU."""
+    values, ids = torch.topk(scores, min(count, scores.shape[1]), largest=largest)
+    ids, order = torch.sort(ids.cpu())
+    values, by_value = torch.sort(values.cpu().gather(1, order), descending=largest, stable=True)
+    return ids.gather(1, by_value).int(), values
 
 
 def _read_through(norm: Norm, rows: Tensor) -> Tensor:

@@ -40,9 +40,10 @@ from services.inference.engine.batches import Answer, Batches
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.columns import Column
-from services.inference.engine.components import Describer, Description
+from services.inference.engine.components import Describer, Description, Extremes
 from services.inference.engine.forward import Hooks
 from services.inference.engine.generation import Continuation, Ending
+from services.inference.engine.harvesting.groups import Group
 from services.inference.engine.harvesting.harvest import AskedHarvest, Harvest
 from services.inference.engine.integrated import Integration
 from services.inference.engine.interventions import Edit, Receipt
@@ -254,6 +255,19 @@ class Model:
         (others,) = self.shelf.bind([among])
         own = latent.index if among == latent.dictionary else None
         return self._describer.similar_latents(others, write, count, own, cancel)
+
+    def output_tokens(self, group: Group, first: int, stop: int, tokens: int) -> Extremes:
+        """The tokens that neurons or latents `first` to `stop` of a group promote and suppress.
+
+        Raises FailedPrecondition (NON_FINITE)."""
+        if group.dictionary:
+            (bound,) = self.shelf.bind([group.dictionary])
+            which = torch.arange(first, stop, device=self.device)
+            writes = bound.constant_scale * bound.unit_writes(which)
+        else:
+            assert group.layer is not None
+            writes = self.architecture.layers[group.layer].w_out[first:stop]
+        return self._describer.extreme_tokens(writes, tokens)
 
     @property
     def _describer(self) -> Describer:
