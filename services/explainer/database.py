@@ -70,7 +70,7 @@ STEPS = (
         code_version TEXT NOT NULL,
         created_ms INTEGER NOT NULL
     ) STRICT;
-    CREATE INDEX score_of_explanation ON score (explanation);
+    CREATE INDEX score_of_explanation ON score (explanation, number);
     CREATE TABLE rating (
         explanation INTEGER NOT NULL REFERENCES explanation ON DELETE CASCADE,
         user TEXT NOT NULL,
