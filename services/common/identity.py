@@ -128,3 +128,14 @@ def believed_gateways(settings: Settings) -> Networks:
     except ValueError:  # a name: on another interface it is to be set
         return LOOPBACK
     return Networks((*LOOPBACK.networks, *own.networks))
+
+
+def metadata_for(settings: Settings, user: str) -> list[tuple[str, str]]:
+    """What a service sends another one when it works for `user`."""
+    token = settings.service_token.value
+    if not token and settings.tokens:
+        pairs = settings.tokens.pairs
+        token = next((each for name, each in pairs if name == user), pairs[0][1])
+    if token:
+        return [("authorization", f"Bearer {token}")]
+    return [(USER_METADATA, user)] if believed_gateways(settings) else []

@@ -42,6 +42,9 @@ class Secret:
 
     value: str = field(repr=False)
 
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
 
 @dataclass(frozen=True)
 class RemoteDataset:
@@ -121,6 +124,13 @@ def seconds(text: str) -> float:
     if not re.fullmatch(r"\d{1,4}(\.\d+)?", text):
         raise ValueError(f"must be a number of seconds from 0 to 9999, not {text!r}")
     return float(text)
+
+
+def timeout(text: str) -> float:
+    found = seconds(text)
+    if not found:
+        raise ValueError("must be more than 0 seconds")
+    return found
 
 
 def switch(text: str) -> bool:
@@ -262,6 +272,12 @@ def limit(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> int:
+    if not re.fullmatch(r"\d{1,7}", text, re.A):
+        raise ValueError(f"must be a whole number from 0 to 9999999, not {text!r}")
+    return int(text)
+
+
 def remote_datasets(text: str) -> tuple[RemoteDataset, ...]:
     found: list[RemoteDataset] = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -290,6 +306,33 @@ def import_sources(text: str) -> tuple[ImportSource, ...]:
             url = _url(f"give {name} a folder from the root or", location)
             found.append(ImportSource(name, url))
     return tuple(found)
+
+
+def endpoint(text: str) -> str:
+    """The URL of an OpenAI-compatible endpoint, without a slash at its end; "" where there is
+    none. In plain http too: many stand in one's own network."""
+    if not text:
+        return ""
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("must be an http or https URL such as http://localhost:8000/v1")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must be a plain URL without user, query or fragment; keys stand alone")
+    return text.rstrip("/")
+
+
+def prices(text: str) -> tuple[float, float] | None:
+    """Dollars per million tokens, of questions and of replies; None where they are not known."""
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 2 or not all(re.fullmatch(r"\d{1,6}(\.\d+)?", part, re.A) for part in parts):
+        raise ValueError(f"must be PROMPT,COMPLETION in dollars per million tokens, not {text!r}")
+    return float(parts[0]), float(parts[1])
 
 
 def base_url(text: str) -> str:

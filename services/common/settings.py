@@ -29,13 +29,14 @@ class SettingsError(Exception):
     """A setting that cannot be right, in one sentence."""
 
 
-# Named in the design, read by nothing yet: setting one is refused rather than ignored.
-NOT_BUILT = {
-    "TDB_EXPLAINER_PORT": "the explainer service",
-}
-
-# Of TLS: what means nothing without the other.
+# What means nothing without the other.
 _NEEDS = (
+    ("provider_url", "provider_model"),
+    ("provider_model", "provider_url"),
+    ("provider_key", "provider_url"),
+    ("embedding_url", "embedding_model"),
+    ("embedding_model", "embedding_url"),
+    ("embedding_key", "embedding_url"),
     ("tls_cert", "tls_key"),
     ("tls_key", "tls_cert"),
     ("tls_client_ca", "tls_cert"),
@@ -177,8 +178,8 @@ class Settings:
     inference_address: str = _setting(
         "TDB_INFERENCE_ADDRESS",
         "",
-        "`host:port` of an inference service on another machine, for a gateway or dataset service "
-        "that is run alone. "
+        "`host:port` of an inference service on another machine, for a gateway, dataset or "
+        "explainer service that is run alone. "
         "A name with several addresses, or `ipv4:HOST:PORT,HOST:PORT`, is several replicas, and "
         "calls go round those that are SERVING. Empty: `TDB_INFERENCE_PORT` on this machine.",
         values.address,
@@ -198,9 +199,102 @@ class Settings:
     dataset_address: str = _setting(
         "TDB_DATASET_ADDRESS",
         "",
-        "`host:port` of a dataset service on another machine, for a gateway that is run alone. "
-        "Empty: `TDB_DATASET_PORT` on this machine.",
+        "`host:port` of a dataset service on another machine, for a gateway or explainer service "
+        "that is run alone. Empty: `TDB_DATASET_PORT` on this machine.",
         values.address,
+    )
+    explainer_port: int = _setting(
+        "TDB_EXPLAINER_PORT",
+        "50053",
+        "The port of the explainer service's gRPC API; 0 takes any free port, which is printed.",
+        values.port,
+    )
+    explainer_metrics_port: int | None = _setting(
+        "TDB_EXPLAINER_METRICS_PORT",
+        "",
+        "The port of the explainer service's Prometheus metrics, as `TDB_GATEWAY_METRICS_PORT`.",
+        values.port_or_none,
+    )
+    explainer_address: str = _setting(
+        "TDB_EXPLAINER_ADDRESS",
+        "",
+        "`host:port` of an explainer service on another machine, for a gateway that is run alone. "
+        "Empty: `TDB_EXPLAINER_PORT` on this machine.",
+        values.address,
+    )
+    provider_url: str = _setting(
+        "TDB_PROVIDER_URL",
+        "",
+        "The OpenAI-compatible endpoint that explanations and scores are asked of, for example "
+        "`http://localhost:8000/v1`. Texts of data sets are sent there, and only for a request "
+        "whose method or judge needs a language model. Empty: nothing is sent anywhere, and what "
+        "needs no language model still works. See [explanations.md](explanations.md).",
+        values.endpoint,
+    )
+    provider_model: str = _setting(
+        "TDB_PROVIDER_MODEL", "", "The model that `TDB_PROVIDER_URL` is asked for."
+    )
+    provider_key: Secret = _setting(  # noqa: RUF009
+        "TDB_PROVIDER_KEY",
+        "",
+        "The key of `TDB_PROVIDER_URL`, where it wants one.",
+        values.secret,
+    )
+    provider_prices: tuple[float, float] | None = _setting(
+        "TDB_PROVIDER_PRICES",
+        "",
+        "What `TDB_PROVIDER_MODEL` costs: `PROMPT,COMPLETION` in dollars per million tokens. "
+        "Empty: costs are known in tokens only.",
+        values.prices,
+    )
+    provider_concurrency: int = _setting(
+        "TDB_PROVIDER_CONCURRENCY",
+        "8",
+        "Questions that `TDB_PROVIDER_URL` is asked at once, of all users together.",
+        values.count,
+    )
+    provider_timeout_s: float = _setting(
+        "TDB_PROVIDER_TIMEOUT_SECONDS",
+        "120",
+        "How long one question may take; it is asked again then.",
+        values.timeout,
+    )
+    provider_thinking_tokens: int = _setting(
+        "TDB_PROVIDER_THINKING_TOKENS",
+        "0",
+        "Tokens that the model may use up before each reply, for models that think first. They are "
+        "paid for, and count in estimates and budgets.",
+        values.amount,
+    )
+    embedding_url: str = _setting(
+        "TDB_EMBEDDING_URL",
+        "",
+        "The OpenAI-compatible endpoint that turns explanations into vectors, so that they can be "
+        "searched by meaning. Empty: they are searched by words.",
+        values.endpoint,
+    )
+    embedding_model: str = _setting(
+        "TDB_EMBEDDING_MODEL", "", "The model that `TDB_EMBEDDING_URL` is asked for."
+    )
+    embedding_key: Secret = _setting(  # noqa: RUF009
+        "TDB_EMBEDDING_KEY",
+        "",
+        "The key of `TDB_EMBEDDING_URL`, where it wants one.",
+        values.secret,
+    )
+    explanations_bytes: int = _setting(
+        "TDB_EXPLANATIONS_MIB",
+        "4096",
+        "Disk for explanations, scores and jobs, in MiB, in `explanations.sqlite3` in "
+        "`TDB_DATA_DIR`. What does not fit is refused; nothing is deleted to make room.",
+        values.mebibytes,
+    )
+    reply_cache_bytes: int = _setting(
+        "TDB_REPLY_CACHE_MIB",
+        "512",
+        "Disk for replies of the language model, in MiB, in the same file: a question that was "
+        "paid for is not paid for again. The oldest make room.",
+        values.mebibytes,
     )
     remote_datasets: tuple[RemoteDataset, ...] = _setting(
         "TDB_REMOTE_DATASETS",
@@ -258,7 +352,8 @@ class Settings:
         "TDB_SERVICE_TOKEN",
         "",
         "One of `TDB_TOKENS`, which services show each other when they work for somebody: the "
-        "dataset service builds datasets with it. Empty: the first of `TDB_TOKENS`.",
+        "dataset service builds datasets with it, the explainer service reads records. Empty: a "
+        "token of whom they work for, else the first of `TDB_TOKENS`.",
         values.secret,
     )
     tls_cert: Path | None = _setting(  # noqa: RUF009
@@ -439,19 +534,27 @@ class Settings:
 
     @property
     def inference_target(self) -> str:
-        """Where the gateway finds the inference service."""
+        """Where others find the inference service."""
         return self._target("INFERENCE", self.inference_address, self.inference_port)
 
     @property
     def dataset_target(self) -> str:
-        """Where the gateway finds the dataset service."""
+        """Where others find the dataset service."""
         return self._target("DATASET", self.dataset_address, self.dataset_port)
+
+    @property
+    def explainer_target(self) -> str:
+        """Where the gateway finds the explainer service."""
+        return self._target("EXPLAINER", self.explainer_address, self.explainer_port)
 
     def _target(self, service: str, address: str, port: int) -> str:
         if address:
             return address
         if not port:
-            raise SettingsError(f"TDB_{service}_PORT is 0, so the gateway cannot find the service.")
+            raise SettingsError(
+                f"TDB_{service}_PORT is 0, so that others cannot find the service: "
+                f"TDB_{service}_ADDRESS says where it is."
+            )
         return listen_address(reachable(self.host), port)
 
     def check_gateway(self) -> None:
@@ -488,14 +591,10 @@ def listen_address(host: str, port: int) -> str:
 
 
 def _refuse_strangers(env: Mapping[str, str]) -> None:
-    """A setting that is not built yet, or that looks like a misspelt one, is never ignored."""
+    """A setting that looks like a misspelt one is never ignored."""
     known = [each.metadata["variable"] for each in fields(Settings)]
     for variable in sorted(env):
         if not variable.startswith("TDB_") or variable in known or not env[variable].strip():
             continue
-        if variable in NOT_BUILT:
-            raise SettingsError(
-                f"{variable} is set, but {NOT_BUILT[variable]} is not part of this version yet."
-            )
         if meant := difflib.get_close_matches(variable, known, n=1, cutoff=0.88):
             raise SettingsError(f"{variable} is not a setting: did you mean {meant[0]}?")

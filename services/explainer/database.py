@@ -132,9 +132,11 @@ STEPS = (
 class Database:
     """One file, used from several threads: one connection each."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file, and brings it to this version's schema. Raises FailedPrecondition."""
+    def __init__(self, path: Path, most_bytes: int | None = None) -> None:
+        """Opens the file, and brings it to this version's schema. It does not grow beyond
+        `most_bytes`. Raises FailedPrecondition."""
         self.path = path
+        self._most_bytes = most_bytes
         self._local = threading.local()
         self._opened: list[sqlite3.Connection] = []
         self._opening = threading.Lock()
@@ -175,6 +177,8 @@ class Database:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = connect(self.path)
+            if self._most_bytes is not None:
+                _bound(connection, self._most_bytes)
             with self._opening:
                 self._opened.append(connection)
         return connection
@@ -211,6 +215,11 @@ def migrate(path: Path) -> None:
             )
 
 
+def _bound(connection: sqlite3.Connection, most_bytes: int) -> None:
+    (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {max(1, most_bytes // page_bytes)}")
+
+
 @contextmanager
 def _transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[sqlite3.Connection]:
     try:
@@ -218,11 +227,18 @@ def _transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[sql
         try:
             yield connection
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # a full disk may have ended it
+                connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
     except sqlite3.OperationalError as error:
-        if "full" in str(error) or "locked" in str(error):
+        if "full" in str(error):
+            raise FailedPrecondition(
+                "the store of explanations is full: delete explanations, raise "
+                "TDB_EXPLANATIONS_MIB, or make room on the disk; nothing was stored",
+                reason="STORE_FULL",
+            ) from error
+        if "locked" in str(error):
             raise ResourceExhausted(
                 f"the store of explanations cannot be written now ({error}): nothing was stored",
                 retry_after_s=5,

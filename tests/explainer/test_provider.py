@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from services.common.settings import Settings, SettingsError
 from services.explainer.engine.budget import Budget, BudgetExceeded, Ledger, Prices, Usage
 from services.explainer.engine.openai_calls import ATTEMPTS
 from services.explainer.engine.openai_provider import OpenAIProvider
@@ -74,7 +75,7 @@ async def provider(
         "TDB_PROVIDER_KEY": KEY,
         **{f"TDB_PROVIDER_{name}": value for name, value in env.items()},
     }
-    settings = ProviderSettings.from_env(given)
+    settings = ProviderSettings.of(Settings.from_env(given))
     async with OpenAIProvider(
         settings, cache or MemoryCache(), sleep=waits or Waits(), jitter=random.Random(1)
     ) as made:
@@ -413,7 +414,7 @@ async def test_a_call_that_is_cancelled_may_have_been_paid(server: OpenAIServer)
 
 def test_no_provider_says_how_to_have_one() -> None:
     with pytest.raises(ProviderNotConfigured, match="TDB_PROVIDER_URL") as refused:
-        ProviderSettings.from_env({})
+        ProviderSettings.of(Settings.from_env({}))
     assert refused.value.code == "FAILED_PRECONDITION"
     assert "token_pattern" in str(refused.value)
 
@@ -421,26 +422,29 @@ def test_no_provider_says_how_to_have_one() -> None:
 @pytest.mark.parametrize(
     ("env", "says"),
     [
-        ({"URL": "ftp://x/v1"}, "URL is not an http"),
-        ({"URL": "http://user:word@x/v1"}, "the key is TDB_PROVIDER_KEY"),
-        ({"URL": "http://x/v1?key=1"}, "plain URL"),
-        ({"PRICES": "1"}, "PROMPT,COMPLETION"),
-        ({"PRICES": "-1,1"}, "PRICES"),
-        ({"CONCURRENCY": "0"}, "CONCURRENCY"),
-        ({"CONCURRENCY": "1.5"}, "CONCURRENCY"),
-        ({"TIMEOUT_SECONDS": "nan"}, "TIMEOUT"),
-        ({"THINKING_TOKENS": "-1"}, "THINKING_TOKENS is not a whole number from 0"),
+        ({"URL": "ftp://x/v1"}, "URL must be an http or https URL"),
+        ({"URL": "http://user:word@x/v1"}, "must be a plain URL without user"),
+        ({"URL": "http://x/v1?key=1"}, "must be a plain URL"),
+        ({"MODEL": ""}, "TDB_PROVIDER_URL is set and TDB_PROVIDER_MODEL is not"),
+        ({"URL": ""}, "TDB_PROVIDER_MODEL is set and TDB_PROVIDER_URL is not"),
+        ({"PRICES": "1"}, "PRICES must be PROMPT,COMPLETION"),
+        ({"PRICES": "-1,1"}, "PRICES must be PROMPT,COMPLETION"),
+        ({"CONCURRENCY": "0"}, "CONCURRENCY must be a number from 1"),
+        ({"CONCURRENCY": "1.5"}, "CONCURRENCY must be a number from 1"),
+        ({"TIMEOUT_SECONDS": "nan"}, "TIMEOUT_SECONDS must be a number of seconds"),
+        ({"TIMEOUT_SECONDS": "0"}, "TIMEOUT_SECONDS must be more than 0 seconds"),
+        ({"THINKING_TOKENS": "-1"}, "THINKING_TOKENS must be a whole number from 0"),
     ],
 )
 def test_settings_that_cannot_be_right(env: dict[str, str], says: str) -> None:
     given = {"URL": "http://x/v1", "MODEL": "m", **env}
-    with pytest.raises(ValueError, match=says):
-        ProviderSettings.from_env({f"TDB_PROVIDER_{name}": value for name, value in given.items()})
+    with pytest.raises(SettingsError, match=says):
+        Settings.from_env({f"TDB_PROVIDER_{name}": value for name, value in given.items()})
 
 
 def test_settings_do_not_show_the_key() -> None:
     given = {"TDB_PROVIDER_URL": "http://x:1/v1/", "TDB_PROVIDER_MODEL": "m"}
-    settings = ProviderSettings.from_env({**given, "TDB_PROVIDER_KEY": KEY})
+    settings = ProviderSettings.of(Settings.from_env({**given, "TDB_PROVIDER_KEY": KEY}))
     assert KEY not in repr(settings)
     assert settings.host == "x:1"
     assert (settings.prices, settings.concurrency, settings.timeout_s) == (None, 8, 120.0)

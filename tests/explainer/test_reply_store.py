@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.common.settings import Settings
 from services.explainer.database import Database
 from services.explainer.engine.budget import Ledger
 from services.explainer.engine.openai_provider import OpenAIProvider
@@ -63,7 +64,7 @@ async def test_a_reply_whose_caller_has_gone_is_kept(server: OpenAIServer, tmp_p
     }
     database = Database(tmp_path / "explanations.sqlite3")
     with server:
-        settings = ProviderSettings.from_env(env)
+        settings = ProviderSettings.of(Settings.from_env(env))
         async with OpenAIProvider(settings, ReplyStore(database, 10**6)) as provider:
             ledger = Ledger()
             task = asyncio.ensure_future(provider.complete(PROMPT, ledger))
@@ -83,8 +84,10 @@ async def test_a_question_whose_caller_has_gone_is_not_sent_again(
     server: OpenAIServer, tmp_path: Path
 ) -> None:
     server.faults.append(Fault(status=500, delay_s=0.2))
-    settings = ProviderSettings.from_env(
-        {"TDB_PROVIDER_URL": server.url, "TDB_PROVIDER_MODEL": MODEL, "TDB_PROVIDER_KEY": KEY}
+    settings = ProviderSettings.of(
+        Settings.from_env(
+            {"TDB_PROVIDER_URL": server.url, "TDB_PROVIDER_MODEL": MODEL, "TDB_PROVIDER_KEY": KEY}
+        )
     )
     database = Database(tmp_path / "explanations.sqlite3")
     with server:

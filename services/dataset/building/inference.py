@@ -21,7 +21,7 @@ from services.common import errors
 from services.common.errors import Cancelled, FailedPrecondition, TdbError, Unavailable
 from services.common.harvest import wire
 from services.common.harvest.state import Keep, State
-from services.common.identity import USER_METADATA, believed_gateways
+from services.common.identity import metadata_for
 from services.common.settings import Settings
 from services.common.tls import ClientTls
 from services.dataset.building.sequences import CorpusSequence
@@ -104,7 +104,7 @@ class Inference:
             else grpc.insecure_channel(target, options)
         )
         self._stub: Any = service_pb2_grpc.InferenceServiceStub(self._channel)
-        self._metadata = _who(settings, user)
+        self._metadata = metadata_for(settings, user)
         self._stop = stop
         self._waiting = waiting
 
@@ -222,13 +222,3 @@ def _retry_after(error: Exception) -> float | None:
         if detail.Unpack(info):
             return min(LONGEST_PAUSE_S, info.retry_delay.ToTimedelta().total_seconds()) or None
     return None
-
-
-def _who(settings: Settings, user: str) -> list[tuple[str, str]]:
-    """What tells the inference service who asks."""
-    token = settings.service_token.value
-    if not token and settings.tokens:
-        token = settings.tokens.pairs[0][1]
-    if token:
-        return [("authorization", f"Bearer {token}")]
-    return [(USER_METADATA, user)] if believed_gateways(settings) else []

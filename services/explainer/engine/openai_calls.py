@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import openai
 from openai import Omit
 
-from services.explainer.engine.provider_settings import ProviderMisconfigured, Secret
+from services.common.setting_values import Secret
+from services.explainer.engine.provider_settings import ProviderMisconfigured
 from services.explainer.engine.replies import FailureKind
 
 ATTEMPTS = 6
@@ -48,7 +49,7 @@ def client(endpoint: Endpoint) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
         base_url=endpoint.url,
         # Local servers want none, the package insists on one.
-        api_key=endpoint.key.reveal() or "none",
+        api_key=endpoint.key.value or "none",
         timeout=endpoint.timeout_s,
         max_retries=0,
         default_headers=headers,

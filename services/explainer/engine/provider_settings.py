@@ -1,19 +1,20 @@
 """Which endpoint is asked, from the environment and from nowhere else: no request names a key."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from services.common.errors import FailedPrecondition
+from services.common.setting_values import Secret
+from services.common.settings import Settings
 from services.explainer.engine.budget import Prices
 
 URL, MODEL, KEY = "TDB_PROVIDER_URL", "TDB_PROVIDER_MODEL", "TDB_PROVIDER_KEY"
-PRICES = "TDB_PROVIDER_PRICES"
-CONCURRENCY = "TDB_PROVIDER_CONCURRENCY"
-TIMEOUT = "TDB_PROVIDER_TIMEOUT_SECONDS"
-THINKING = "TDB_PROVIDER_THINKING_TOKENS"
-VARIABLES = (URL, MODEL, KEY, PRICES, CONCURRENCY, TIMEOUT, THINKING)
+
+HOW_TO_CONFIGURE = (
+    f"no language model is configured: set {URL} to an OpenAI-compatible endpoint such as "
+    f"http://localhost:8000/v1, {MODEL} to a model it serves and, where it wants one, {KEY}; the "
+    "token_pattern method and its scores need none of them"
+)
 
 
 class ProviderNotConfigured(FailedPrecondition):
@@ -37,7 +38,7 @@ class ProviderSettings:
 
     url: str
     model: str
-    key: "Secret"
+    key: Secret
     prices: Prices | None = None
     concurrency: int = 8
     timeout_s: float = 120.0
@@ -49,66 +50,17 @@ class ProviderSettings:
         return urlsplit(self.url).netloc
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> "ProviderSettings":
-        """Reads the variables. Raises ProviderNotConfigured, or ValueError naming a bad one."""
-        values = {name: env.get(name, "").strip() for name in VARIABLES}
-        missing = [name for name in (URL, MODEL) if not values[name]]
-        if missing:
-            raise ProviderNotConfigured(
-                f"no language model is configured ({' and '.join(missing)} not set): set {URL} to "
-                f"an OpenAI-compatible endpoint such as http://localhost:8000/v1, {MODEL} to a "
-                f"model it serves and, where it wants one, {KEY}; the token_pattern method and its "
-                "scores need none of them"
-            )
+    def of(cls, settings: Settings) -> "ProviderSettings":
+        """Raises ProviderNotConfigured."""
+        if not settings.provider_url:
+            raise ProviderNotConfigured(HOW_TO_CONFIGURE)
+        prices = settings.provider_prices
         return cls(
-            url=_url(values[URL]),
-            model=values[MODEL],
-            key=Secret(values[KEY]),
-            prices=_prices(values[PRICES]) if values[PRICES] else None,
-            concurrency=int(_number(CONCURRENCY, values[CONCURRENCY] or "8", whole=True)),
-            timeout_s=_number(TIMEOUT, values[TIMEOUT] or "120"),
-            thinking_tokens=int(_number(THINKING, values[THINKING] or "0", whole=True, least=0)),
+            url=settings.provider_url,
+            model=settings.provider_model,
+            key=settings.provider_key,
+            prices=Prices(*prices) if prices else None,
+            concurrency=settings.provider_concurrency,
+            timeout_s=settings.provider_timeout_s,
+            thinking_tokens=settings.provider_thinking_tokens,
         )
-
-
-class Secret:
-    """A text that nothing shows by accident."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        return self._text
-
-    def __bool__(self) -> bool:
-        return bool(self._text)
-
-    def __repr__(self) -> str:
-        return "Secret()"
-
-
-def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{URL} is not an http or https URL")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"{URL} is a plain URL without user, query or fragment; the key is {KEY}")
-    return text.rstrip("/")
-
-
-def _prices(text: str) -> Prices:
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise ValueError(f"{PRICES} is PROMPT,COMPLETION in dollars per million tokens")
-    return Prices(*(_number(PRICES, part, least=0.0) for part in parts))
-
-
-def _number(name: str, text: str, *, whole: bool = False, least: float = 1e-9) -> float:
-    try:
-        value = float(int(text)) if whole else float(text)
-    except ValueError:
-        value = math.nan
-    if not least <= value < math.inf:
-        kind = "whole number" if whole else "number"
-        raise ValueError(f"{name} is not a {kind} {'above' if least > 0 else 'from'} 0")
-    return value

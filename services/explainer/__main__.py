@@ -1,0 +1,5 @@
+import sys
+
+from services.explainer.server import main
+
+sys.exit(main())
