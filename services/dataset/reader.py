@@ -177,6 +177,9 @@ class DatasetReader:
         if (vocabulary := self.vocabulary()) is not None:
             for each in (*record.token_statistics, *record.key_token_statistics):
                 (each.token_text,) = vocabulary.texts([each.token_id])
+            for score in (*record.promoted, *record.suppressed):
+                if score.HasField("token_id"):
+                    (score.text,) = vocabulary.texts([score.token_id])
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

@@ -41,6 +41,8 @@ def check(record: record_pb2.ComponentRecord) -> tuple[Group, int]:
     for name, scores in (("promoted", record.promoted), ("suppressed", record.suppressed)):
         if not all(math.isfinite(each.score) for each in scores):
             raise InvalidArgument("a score is not finite", field=name)
+        if min((each.token_id for each in scores), default=0) < 0:
+            raise InvalidArgument("token ids count from 0", field=name)
     if tokens > MAX_RECORD_TOKENS or record.ByteSize() > MAX_RECORD_BYTES:
         raise InvalidArgument(
             f"{record.component}: a record holds at most {MAX_RECORD_TOKENS} tokens and "

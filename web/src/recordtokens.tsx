@@ -59,13 +59,13 @@ function Means({ record: { tokenStatistics = [], keyTokenStatistics = [] } }: Re
   );
 }
 
-/** Tokens that the records' source lists, where it does. */
+/** Tokens that the record lists, where it does: those that its source lists, or the model's own. */
 function Listed({ record: { promoted = [], suppressed = [] } }: RecordProps) {
   if (promoted.length === 0 && suppressed.length === 0) return null;
   const chips = (name: string, scores: TextScoreJson[]) =>
     scores.length > 0 && (
       <>
-        <dt title="As the source of the records lists them: logits per unit of activation">
+        <dt title="As the records list them: logits per unit of activation, without a prompt">
           {name}
         </dt>
         <dd>
@@ -78,8 +78,8 @@ function Listed({ record: { promoted = [], suppressed = [] } }: RecordProps) {
       </>
     );
   return (
-    <section aria-label="Tokens listed by the source">
-      <h2>by the records’ source</h2>
+    <section aria-label="Tokens listed by the records">
+      <h2>by the records</h2>
       <dl class="read-outs">
         {chips("promotes", promoted)}
         {chips("suppresses", suppressed)}

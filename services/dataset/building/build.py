@@ -19,17 +19,18 @@ from itertools import chain
 from pathlib import Path
 
 from tdb.dataset.v1 import build_pb2, dataset_pb2
-from tdb.inference.v1 import harvest_pb2
+from tdb.inference.v1 import harvest_pb2, manifest_pb2
 
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.harvest import state as states
 from services.common.harvest.state import State
 from services.dataset import manifest
-from services.dataset.building import asked, record_maker, sequences
+from services.dataset.building import asked, output_tokens, record_maker, sequences
 from services.dataset.building.array_file import Array
 from services.dataset.building.corpora import Corpus
 from services.dataset.building.inference import LONGEST_PAUSE_S, Inference, Stop
-from services.dataset.building.plan import Plan
+from services.dataset.building.output_tokens import OutputTokens
+from services.dataset.building.plan import Components, Plan
 from services.dataset.building.progress import Progress
 from services.dataset.building.sequences import CorpusSequence
 from services.dataset.building.work_folder import (
@@ -146,7 +147,7 @@ class Build:
             lambda done: self._progress.at(before.tokens + done),
             take,
         )
-        _check_same(plan, summary)
+        _check_same(plan, summary.manifest)
         tokens = sum(len(each.ids) for each in segment)
         after = Checkpoint(
             segments=number,
@@ -166,7 +167,8 @@ class Build:
             [self._folder.sequences(number) for number in range(1, checkpoint.segments + 1)]
         )
         header = _header(plan, checkpoint)
-        with DatasetWriter(self._folder.dataset, header, {"digest": checkpoint.digest}) as writer:
+        of = {"digest": checkpoint.digest, "output_tokens": output_tokens.COUNT}
+        with DatasetWriter(self._folder.dataset, header, of) as writer:
             done = 0
             for components in plan.components:
                 state: State | None = None
@@ -176,11 +178,26 @@ class Build:
                     if not writer.has(components.group, part):
                         if state is None:
                             state = self._folder.state(checkpoint.segments, components.name)
-                        made = record_maker.records(state, plan.quantiles, lookup, start, stop)
+                        output = self._output(plan, components, start, stop)
+                        made = record_maker.records(
+                            state, output, plan.quantiles, lookup, start, stop
+                        )
                         writer.write(components.group, part, self._counted(made, done))
                     done += stop - start
                     self._progress.at(done)
             writer.finish(self._texts(plan))
+
+    def _output(
+        self, plan: Plan, components: Components, start: int, stop: int
+    ) -> OutputTokens | None:
+        """What components promote and suppress; heads write no direction of their own."""
+        if components.is_of_heads:
+            return None
+        found, ran = self._inference.output_tokens(
+            plan.model, components.name, start, stop - start, output_tokens.COUNT
+        )
+        _check_same(plan, ran)
+        return found
 
     def _counted(
         self, records: Iterable[record_maker.Record], done: int
@@ -257,9 +274,8 @@ def _digest(before: str, segment: Sequence[CorpusSequence]) -> str:
     return digest.hexdigest()
 
 
-def _check_same(plan: Plan, summary: harvest_pb2.HarvestSummary) -> None:
+def _check_same(plan: Plan, ran: manifest_pb2.Manifest) -> None:
     """Whether the plan's model ran: the service may have been restarted with another."""
-    ran = summary.manifest
     found = {each.id: each.weights_hash for each in ran.dictionaries}
     other = any(found.get(name, hash) != hash for name, hash in plan.dictionaries)
     if ran.model.weights_hash != plan.weights_hash or other:

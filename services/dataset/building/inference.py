@@ -14,7 +14,13 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from tdb import channel
-from tdb.inference.v1 import harvest_pb2, model_pb2, service_pb2_grpc
+from tdb.inference.v1 import (
+    harvest_pb2,
+    manifest_pb2,
+    model_pb2,
+    output_tokens_pb2,
+    service_pb2_grpc,
+)
 from tdb.type.v1 import token_pb2
 
 from services.common import errors
@@ -24,6 +30,7 @@ from services.common.harvest.state import Keep, State
 from services.common.identity import metadata_for
 from services.common.settings import Settings
 from services.common.tls import ClientTls
+from services.dataset.building.output_tokens import OutputTokens
 from services.dataset.building.sequences import CorpusSequence
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
@@ -174,6 +181,29 @@ class Inference:
                     take(incoming.state())
                     incoming = None
         raise Unavailable("the inference service ended a harvest too early")
+
+    def output_tokens(
+        self, model: str, group: str, first: int, count: int, tokens: int
+    ) -> tuple[OutputTokens, manifest_pb2.Manifest]:
+        """What `count` components of a group promote and suppress, and of which weights that is."""
+        request = output_tokens_pb2.StreamOutputTokensRequest(
+            model=model, group=group, first=first, count=count, tokens=tokens
+        )
+        return self._patiently(lambda: self._output_tokens(request))
+
+    def _output_tokens(
+        self, request: output_tokens_pb2.StreamOutputTokensRequest
+    ) -> tuple[OutputTokens, manifest_pb2.Manifest]:
+        call = self._stub.StreamOutputTokens(request, metadata=self._metadata)
+        blocks: list[output_tokens_pb2.OutputTokens] = []
+        with self._stop.during(call):
+            for response in call:
+                match response.WhichOneof("event"):
+                    case "tokens":
+                        blocks.append(response.tokens)
+                    case "summary":
+                        return OutputTokens.joined(blocks), response.summary.manifest
+        raise Unavailable("the inference service ended a read-out too early")
 
     def _unary(self, method: Any, request: Any) -> Any:
         call = method.future(request, metadata=self._metadata, timeout=PATIENCE_S)

@@ -10,6 +10,7 @@ from services.common.harvest import reading
 from services.common.harvest.state import State
 from services.dataset import groups
 from services.dataset.building.array_file import Array
+from services.dataset.building.output_tokens import OutputTokens
 
 TOKEN_STATISTICS = 10
 """Vocabulary entries named in a record."""
@@ -21,9 +22,15 @@ Lookup = Callable[[int], tuple[Array, str, int]]
 
 
 def records(
-    state: State, quantiles: int, lookup: Lookup, start: int, stop: int
+    state: State,
+    output: OutputTokens | None,
+    quantiles: int,
+    lookup: Lookup,
+    start: int,
+    stop: int,
 ) -> Iterator[record_pb2.ComponentRecord]:
-    """The records of components `start` to `stop` of a group, by index."""
+    """The records of components `start` to `stop` of a group, by index. `output` is what they
+    promote and suppress; heads have none."""
     group = groups.parse(state.group)
     statistics = reading.statistics(state)
     for index in range(start, stop):
@@ -41,6 +48,8 @@ def records(
         for example in reading.random(state, index):
             _add(record.random.add(), example, state, lookup)
         _state_statistics(record.statistics, statistics, state, index)
+        if output is not None:
+            output.add_to(record, index)
         record.token_statistics.extend(_by_mean(state, "token", index))
         if state.is_of_heads:
             record.key_token_statistics.extend(_by_mean(state, "key_token", index))

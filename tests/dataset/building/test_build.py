@@ -50,6 +50,7 @@ async def test_records_are_what_a_plain_forward_pass_sees(
     corpus = sequences(model_folder)
     assert sum(len(ids) for _, _, ids in corpus) == TOKENS
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     seen = [neurons(plain, ids, 1) for _, _, ids in corpus]
     everything = np.concatenate(seen)
     async with helpers.serving(data, inference.port) as stub:
@@ -75,11 +76,34 @@ async def test_records_are_what_a_plain_forward_pass_sees(
         assert len(record.random) == 2
         check_statistics(record.statistics, everything[:, neuron].astype(np.float64))
         check_tokens(record, corpus, seen, neuron)
+        check_output(record, plain, len(tokenizer), neuron)
     head = records["head.0.1"]
     for example in head.top:
         tokens = len(example.token_ids)
         assert len(example.pair_activations) == tokens * (tokens + 1) // 2
     assert head.key_token_statistics
+    assert [*head.promoted, *head.suppressed] == []
+    async with helpers.serving(data, inference.port) as stub:
+        asked = read_pb2.GetRecordRequest(dataset="built", component="neuron.0.5")
+        record = (await stub.GetRecord(asked)).record
+        texts = tokenizer.decode
+        for score in (*record.promoted, *record.suppressed):
+            assert score.text == texts([score.token_id]) or "\ufffd" in texts([score.token_id])
+
+
+def check_output(record: record_pb2.ComponentRecord, plain: Any, tokens: int, neuron: int) -> None:
+    """By the model's own unembedding: what the neuron writes, through the last norm. The tokenizer
+    has `tokens`, the model more."""
+    with torch.no_grad():
+        write = plain.transformer.h[1].mlp.c_proj.weight[neuron]
+        scores = plain.lm_head.weight @ ((write - write.mean()) * plain.transformer.ln_f.weight)
+        scores -= scores.mean()
+    listed = scores[:tokens]
+    for side, largest in ((record.promoted, True), (record.suppressed, False)):
+        values, ids = torch.topk(listed, 10, largest=largest)
+        assert [each.token_id for each in side] == ids.tolist()
+        np.testing.assert_allclose([each.score for each in side], values, rtol=1e-4)
+    assert record.promoted[0].text == "", "texts are stored once, in the vocabulary"
 
 
 def check_header(dataset: dataset_pb2.Dataset, model: Model) -> None:
