@@ -12,6 +12,7 @@ import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from tdb import channel
 from tdb.dataset.v1 import service_pb2 as dataset
+from tdb.explainer.v1 import service_pb2 as explainer
 from tdb.inference.v1 import service_pb2 as inference
 
 from services.common import tls
@@ -21,6 +22,7 @@ from services.common.settings import Settings
 EXPOSED: Mapping[str, tuple[ServiceDescriptor, ...]] = {
     "inference": (inference.DESCRIPTOR.services_by_name["InferenceService"],),
     "dataset": (dataset.DESCRIPTOR.services_by_name["DatasetService"],),
+    "explainer": (explainer.DESCRIPTOR.services_by_name["ExplainerService"],),
 }
 
 # RPCs of them that are for programs and not exposed, by full name: their streams are too large
@@ -53,7 +55,11 @@ class Backend:
 
 def targets(settings: Settings) -> dict[str, str]:
     """Where each exposed backend listens."""
-    return {"inference": settings.inference_target, "dataset": settings.dataset_target}
+    return {
+        "inference": settings.inference_target,
+        "dataset": settings.dataset_target,
+        "explainer": settings.explainer_target,
+    }
 
 
 def connect(addresses: Mapping[str, str], secured: tls.ClientTls | None) -> list[Backend]:

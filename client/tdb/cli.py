@@ -242,17 +242,20 @@ def _where(options: argparse.Namespace, env: dict[str, str]) -> "Where":
         tls = ClientTls.of(settings)
     except SettingsError as error:
         raise CliError(str(error)) from None
-    inference, gateway, dataset = options.address or "", options.gateway or "", ""
+    inference, gateway = options.address or "", options.gateway or ""
+    others: dict[str, str] = {}
     if not inference:
         if not (settings.inference_address or settings.inference_port):
             raise CliError("TDB_INFERENCE_PORT is 0: say where the service is with --address.")
         inference = settings.inference_target
         if settings.dataset_address or settings.dataset_port:
-            dataset = settings.dataset_target
+            others["dataset"] = settings.dataset_target
+        if settings.explainer_address or settings.explainer_port:
+            others["explainer"] = settings.explainer_target
         if not gateway and settings.gateway_port:
             gateway = f"http://{listen_address(reachable(settings.host), settings.gateway_port)}"
     credentials, more = (tls.credentials(), tls.options()) if tls else (None, [])
-    return Where(inference, gateway, dataset, token, credentials, more)
+    return Where(inference, gateway, others, token, credentials, more)
 
 
 def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
@@ -269,10 +272,11 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
         for variable, address in (
             ("TDB_INFERENCE_ADDRESS", settings.inference_address),
             ("TDB_DATASET_ADDRESS", settings.dataset_address),
+            ("TDB_EXPLAINER_ADDRESS", settings.explainer_address),
         ):
             if address:
                 raise CliError(
-                    f"{variable} is for a gateway that is run alone: unset it for `tdb up`."
+                    f"{variable} is for a process that is run alone: unset it for `tdb up`."
                 )
         host = reachable(settings.host)
         tls.check_together(tls.ServerTls.of(settings), tls.ClientTls.of(settings), host)
@@ -285,6 +289,7 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
         services=[
             Service("inference", (*python, "services.inference"), "TDB_INFERENCE_PORT"),
             Service("dataset", (*python, "services.dataset"), "TDB_DATASET_PORT"),
+            Service("explainer", (*python, "services.explainer"), "TDB_EXPLAINER_PORT"),
             Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT"),
         ],
         env={**env, "HF_HUB_DISABLE_TELEMETRY": "1"},

@@ -7,8 +7,8 @@ is_well(found)    whether all serve
 
 import http.client
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,12 +28,12 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Where:
-    """What to ask: `inference` and `dataset` at host:port, `gateway` at the URL of its page; "" for
-    none."""
+    """What to ask: `inference` at host:port, `gateway` at the URL of its page, "" for none;
+    `others` are services of which only health is asked, by name."""
 
     inference: str
     gateway: str = ""
-    dataset: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
     token: str = ""
     credentials: grpc.ChannelCredentials | None = None
     """For services that speak TLS."""
@@ -46,10 +46,10 @@ def collect(where: Where) -> Found:
     if where.gateway:
         state = _gateway_state(where.gateway)
         services.append({"name": "gateway", "address": where.gateway, "state": state})
-    if where.dataset:
-        with _channel(where, where.dataset) as channel:
+    for name, address in where.others.items():
+        with _channel(where, address) as channel:
             state = _health(channel)
-        services.append({"name": "dataset", "address": where.dataset, "state": state})
+        services.append({"name": name, "address": address, "state": state})
     with _channel(where, where.inference) as channel:
         state = _health(channel)
         services.append({"name": "inference", "address": where.inference, "state": state})

@@ -43,6 +43,7 @@ class Up:
             "TDB_GATEWAY_PORT": "0",
             "TDB_INFERENCE_PORT": "0",
             "TDB_DATASET_PORT": "0",
+            "TDB_EXPLAINER_PORT": "0",
             "TDB_DATA_DIR": str(data_dir),
             "TDB_DRAIN_SECONDS": "1",
             "TDB_DEMO_DATASET": "0",  # a minute of work that only its own test waits for

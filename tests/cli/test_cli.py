@@ -74,7 +74,6 @@ def test_wrong_usage_is_exit_2(
             "TDB_INFERENCE_ADDRESS is for",
         ),
         (("up",), {"TDB_MODEL": "/no/such/folder"}, "names a folder that does not exist"),
-        (("config",), {"TDB_EXPLAINER_PORT": "50053"}, "not part of this version yet"),
     ],
 )
 def test_what_cannot_be_right_is_one_sentence_and_exit_1(
@@ -155,6 +154,7 @@ def test_only_the_demo_describes_itself_unasked(
         ("gateway", "0.0.0.0"),
         ("gateway", "gpu-box"),
         ("services.dataset", "::"),
+        ("services.explainer", "::"),
         ("services.inference", "::"),  # as the others, but slow to import
     ],
 )

@@ -198,10 +198,12 @@ def test_where_nothing_listens(
     monkeypatch.setenv("TDB_INFERENCE_PORT", "1")
     monkeypatch.setenv("TDB_GATEWAY_PORT", "2")
     monkeypatch.setenv("TDB_DATASET_PORT", "3")
+    monkeypatch.setenv("TDB_EXPLAINER_PORT", "4")
     assert main(["status"]) == 1
     assert [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["gateway", "http://127.0.0.1:2", "cannot be reached"],
         ["dataset", "127.0.0.1:3", "cannot be reached"],
+        ["explainer", "127.0.0.1:4", "cannot be reached"],
         ["inference", "127.0.0.1:1", "cannot be reached"],
     ]
 

@@ -16,6 +16,7 @@ from tdb.inference.v1 import model_pb2, service_pb2_grpc
 from tests.cli.helpers import Up, alive, tdb, until
 
 ATTRIBUTE = "tdb.inference.v1.InferenceService/Attribute"
+CAPABILITIES = "tdb.explainer.v1.ExplainerService/GetCapabilities"
 REQUEST = {
     "run": {"prompt": {"tokenIds": {"ids": [1, 2, 3]}}},
     "objective": {"logitDiff": {"targets": [{"id": 4}], "distractors": [{"id": 5}]}},
@@ -75,13 +76,16 @@ def test_from_start_to_an_answer_through_a_crash_to_the_end(model: Path, tmp_pat
             assert stub.ListModels(model_pb2.ListModelsRequest()).models == ["small"]
 
         assert post(f"{url}/tdb.dataset.v1.DatasetService/ListDatasets", {})["datasets"] == []
+        capable = post(f"{url}/{CAPABILITIES}", {})
+        assert capable["methods"] == ["METHOD_TOKEN_PATTERN"]
+        assert "TDB_PROVIDER_URL" in capable["howToConfigure"]
 
-        inference, dataset, gateway = up.children()
+        inference, dataset, explainer, gateway = up.children()
         os.kill(inference, signal.SIGKILL)
         until("the crash to show", lambda: any("SIGKILL" in line for line in up.errors))
         until("readiness to end", lambda: not ready(url))
         until("readiness again", lambda: ready(url), within_s=60)
-        assert {dataset, gateway} <= set(up.children())
+        assert {dataset, explainer, gateway} <= set(up.children())
         second = post(f"{url}/{ATTRIBUTE}", REQUEST)
         assert second["manifest"]["resultId"] == first["manifest"]["resultId"]
         assert second["rows"] == first["rows"]
@@ -92,10 +96,14 @@ def test_from_start_to_an_answer_through_a_crash_to_the_end(model: Path, tmp_pat
     assert up.out.empty()
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
     logs = {path.name for path in (data / "logs").iterdir()}
-    assert logs == {"gateway.log", "dataset.log", "inference.log"}
+    assert logs == {"gateway.log", "dataset.log", "explainer.log", "inference.log"}
+    assert stat.S_IMODE((data / "explanations.sqlite3").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("variable", ["TDB_GATEWAY_PORT", "TDB_INFERENCE_PORT", "TDB_DATASET_PORT"])
+@pytest.mark.parametrize(
+    "variable",
+    ["TDB_GATEWAY_PORT", "TDB_INFERENCE_PORT", "TDB_DATASET_PORT", "TDB_EXPLAINER_PORT"],
+)
 def test_a_busy_port_is_one_sentence(model: Path, tmp_path: Path, variable: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

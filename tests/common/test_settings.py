@@ -30,6 +30,7 @@ def test_defaults() -> None:
     assert settings.tokenizer is None
     assert (settings.gateway_port, settings.inference_port) == (8080, 50051)
     assert settings.dataset_target == "127.0.0.1:50052"
+    assert settings.explainer_target == "127.0.0.1:50053"
     assert settings.inference_target == "127.0.0.1:50051"
     assert settings.data_dir == Path("/somewhere/tdb")
     assert read().data_dir == Path.home() / ".local/share/tdb"
@@ -128,6 +129,12 @@ def test_a_path_of_a_dictionary_is_made_absolute(
         ("TDB_REDIS_URL", "redis://h?socket_timeout=9", "has a ? or # part, which is not read"),
         ("TDB_REDIS_URL", "redis://h:port", "is not a URL"),
         ("TDB_DATASET_ADDRESS", "gpu-box", "must be host:port"),
+        ("TDB_EXPLAINER_ADDRESS", "gpu-box", "must be host:port"),
+        ("TDB_EXPLANATIONS_MIB", "0", "must be a number of MiB"),
+        ("TDB_EMBEDDING_URL", "http://x/v1?key=hush", "must be a plain URL"),
+        ("TDB_PROVIDER_URL", "http://[x/v1", "must be an http or https URL"),
+        ("TDB_PROVIDER_KEY", "a key", "must be a token: visible ASCII"),
+        ("TDB_PROVIDER_PRICES", "1,inf", "must be PROMPT,COMPLETION in dollars"),
         ("TDB_REMOTE_DATASETS", "far", "must give far a URL"),
         ("TDB_REMOTE_DATASETS", "a b=https://h/x", "must be NAME=URL entries, not 'a b=https"),
         ("TDB_REMOTE_DATASETS", "a=https://h/x,a=https://h/y", "names two datasets 'a'"),
@@ -197,6 +204,40 @@ def test_a_host_that_others_reach_needs_to_know_who_calls(host: str) -> None:
                 settings.check_gateway()
         else:
             settings.check_gateway()
+
+
+def test_keys_of_language_models_are_not_shown() -> None:
+    env = {
+        "TDB_PROVIDER_URL": "http://llm:8000/v1/",
+        "TDB_PROVIDER_MODEL": "judge",
+        "TDB_PROVIDER_KEY": "sk-hush",
+        "TDB_PROVIDER_PRICES": "0.15, 0.6",
+        "TDB_EMBEDDING_URL": "https://llm/v1",
+        "TDB_EMBEDDING_MODEL": "vectors",
+        "TDB_EMBEDDING_KEY": "sk-hush",
+    }
+    settings = Settings.from_env(env)
+    assert settings.provider_url == "http://llm:8000/v1"
+    assert settings.provider_prices == (0.15, 0.6)
+    assert read().provider_prices is None
+    lines = settings_text.as_lines(settings, env)
+    assert "TDB_PROVIDER_KEY=(secret)  # environment" in lines
+    assert "TDB_PROVIDER_PRICES=0.15,0.6  # environment" in lines
+    assert "hush" not in repr(settings) + "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ("TDB_PROVIDER_MODEL", "TDB_PROVIDER_URL"),
+        ("TDB_PROVIDER_KEY", "TDB_PROVIDER_URL"),
+        ("TDB_EMBEDDING_MODEL", "TDB_EMBEDDING_URL"),
+        ("TDB_EMBEDDING_KEY", "TDB_EMBEDDING_URL"),
+    ],
+)
+def test_a_setting_that_means_nothing_without_another_is_refused(given: str, other: str) -> None:
+    with pytest.raises(SettingsError, match=f"{given} is set and {other} is not"):
+        read(**{given: "hush"})
 
 
 def test_tokens_come_from_a_list_or_a_file(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_full_disk_costs_the_logs_only(model: Path, tmp_path: Path) -> None:
     """/dev/full is a disk that is full: every write to it fails as on one."""
     logs = tmp_path / "logs"
     logs.mkdir()
-    for name in ("inference", "dataset", "gateway"):
+    for name in ("inference", "dataset", "explainer", "gateway"):
         (logs / f"{name}.log").symlink_to("/dev/full")
     with Up(tdb("up", "--model", f"small={model}"), tmp_path) as up:
         url = up.url()

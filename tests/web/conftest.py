@@ -65,6 +65,7 @@ def _started(folder: Path, *flags: str) -> Iterator[str]:
         "TDB_GATEWAY_PORT": "0",
         "TDB_INFERENCE_PORT": "0",
         "TDB_DATASET_PORT": "0",
+        "TDB_EXPLAINER_PORT": "0",
         "TDB_DATA_DIR": str(folder / "data"),
         "TDB_DEMO_DATASET": "0",
     }
