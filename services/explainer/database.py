@@ -123,7 +123,7 @@ STEPS = (
         reason TEXT NOT NULL,
         PRIMARY KEY (job, position)
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX job_component_of_state ON job_component (job, state);
+    CREATE INDEX job_component_of_state ON job_component (job, state, reason);
     """,
 )
 """What brings the schema from version N to N + 1; never edited once released, only added to."""

@@ -115,6 +115,17 @@ class Ledger:
             self._set_aside.remove(most)
             self._settled.set()
 
+    @property
+    def on_their_way(self) -> tuple[Usage, ...]:
+        """The most that each call can use that is on its way."""
+        return tuple(self._set_aside)
+
+    async def settled(self) -> None:
+        """Waits until no call is on its way."""
+        while self._set_aside:
+            self._settled.clear()
+            await self._settled.wait()
+
     def spend(self, usage: Usage) -> None:
         self.calls += 1
         self.bounded_calls += usage.bounded
