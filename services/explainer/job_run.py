@@ -119,7 +119,7 @@ class JobRun:
         self._answered = 0
         self._found_away: dict[int, tuple[int, int]] = {}
         self._times: deque[float] = deque(maxlen=RATE_OVER)
-        self._followers: set[asyncio.Queue[Item | None]] = set()
+        self._followers: set[asyncio.Queue[Item | JobView | None]] = set()
         self.ended = asyncio.Event()
         """Set once it does not go on by itself, or only when the service is back."""
 
@@ -144,13 +144,13 @@ class JobRun:
         )
         return forecast(job, self._rate())
 
-    def follow(self) -> asyncio.Queue[Item | None]:
-        """Items as they come, and None for every other change."""
-        queue: asyncio.Queue[Item | None] = asyncio.Queue()
+    def follow(self) -> asyncio.Queue[Item | JobView | None]:
+        """Items as they come, how the job is when its state changes, and None at the end."""
+        queue: asyncio.Queue[Item | JobView | None] = asyncio.Queue()
         self._followers.add(queue)
         return queue
 
-    def unfollow(self, queue: asyncio.Queue[Item | None]) -> None:
+    def unfollow(self, queue: asyncio.Queue[Item | JobView | None]) -> None:
         self._followers.discard(queue)
 
     def tell(self, wish: Wish) -> None:
@@ -293,9 +293,9 @@ class JobRun:
             return
         await self._store.set_state(self._job.number, state, message)
         self._job = replace(self._job, state=state, message=message)
-        self._tell(None)
+        self._tell(self.view())
 
-    def _tell(self, what: Item | None) -> None:
+    def _tell(self, what: Item | JobView | None) -> None:
         for queue in self._followers:
             queue.put_nowait(what)
 

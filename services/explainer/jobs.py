@@ -212,22 +212,24 @@ class Jobs:
 
 
 async def _as_they_come(
-    queue: "asyncio.Queue[Item | None]", ended: asyncio.Event
-) -> AsyncIterator[Item | None]:
-    """Items of a queue, and None now and then where there were some, until all have come."""
+    queue: "asyncio.Queue[Item | JobView | None]", ended: asyncio.Event
+) -> AsyncIterator[Item | JobView | None]:
+    """What a queue holds, until all has come; None where items have come and it is time to say how
+    far the job is."""
     loop = asyncio.get_running_loop()
-    said = loop.time()
-    untold = False
+    due: float | None = None
     while not (ended.is_set() and queue.empty()):
-        due = said + PROGRESS_S if untold else None
         try:
             async with asyncio.timeout_at(due):
-                item = await queue.get()
+                said = await queue.get()
         except TimeoutError:
-            item = None
-        if item is not None:
-            untold = True
-            yield item
-        elif loop.time() >= said + PROGRESS_S or not untold:
+            due = None
             yield None
-            said, untold = loop.time(), False
+            continue
+        if isinstance(said, Item) and due is None:
+            due = loop.time() + PROGRESS_S
+        if said is not None:
+            yield said
+        if due is not None and loop.time() >= due:
+            due = None
+            yield None

@@ -10,7 +10,7 @@ Every draw is by the seed that the score carries; no document that the explainer
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +165,20 @@ async def head_pairs(
     return classification(Scorer.HEAD_PAIRS, _BOTH, answers, seed=seed, judge=judge.name)
 
 
+async def score(
+    scorer: Scorer,
+    explanation: Explanation,
+    split: Split[Example] | Split[HeadExample],
+    judge: Judge,
+    *,
+    seed: int,
+    count: int = COUNT,
+) -> tuple[Score, ...]:
+    """By name, any scorer that asks about the examples of a split."""
+    function: Callable[..., Awaitable[tuple[Score, ...]]] = _OF_SPLITS[scorer]
+    return await function(explanation, split, judge, seed=seed, count=count)
+
+
 def _drawn(split: Split[Example], seed: int, count: int) -> list[tuple[int, Example]]:
     """Active (1) and quiet (0) examples for scoring, as many of each, in a drawn order."""
     if count < 1:
@@ -214,3 +228,11 @@ def _hold_apart(explanation: Explanation, split: Split[Example] | Split[HeadExam
             f"with the seed of the explanation, {explanation.provenance.seed}",
             reason="DOCUMENTS_SHARED",
         )
+
+
+_OF_SPLITS = {
+    Scorer.DETECTION: detection,
+    Scorer.FUZZING: fuzzing,
+    Scorer.SIMULATION: simulation,
+    Scorer.HEAD_PAIRS: head_pairs,
+}

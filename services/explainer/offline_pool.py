@@ -1,0 +1,79 @@
+"""Work that only computes, in processes of its own: the event loop answers others meanwhile.
+
+    pool = OfflinePool()
+    found = await pool.run(explain, component, ...)    # in a process, which imports this module
+
+The processes start with the first work and end with `close`, or when the service has gone, however
+it went.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import ParamSpec, TypeVar
+
+MAX_PROCESSES = 8
+AHEAD = 2
+"""Components per process that are read meanwhile."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class OfflinePool:
+    """As many processes as there are processors, at most MAX_PROCESSES."""
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = processes or min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+        self._executor: ProcessPoolExecutor | None = None
+
+    @property
+    def at_once(self) -> int:
+        """How many pieces of work keep all processes busy."""
+        return AHEAD * self.processes
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of `work`, which is a function of a module, in a process.
+
+        Processes that were killed are replaced, and the work is done once more.
+        """
+        executor = self._started()
+        try:
+            return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
+        except BrokenProcessPool:
+            if self._executor is executor:
+                self._executor = None
+                executor.shutdown(wait=False)
+            executor = self._started()
+            return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._executor is None:
+            # Not by a fork: gRPC's threads would not be there.
+            self._executor = ProcessPoolExecutor(
+                self.processes, multiprocessing.get_context("spawn"), initializer=_begin
+            )
+        return self._executor
+
+
+def _begin() -> None:
+    """Ends this process with the service, and not at Ctrl-C: the service says when."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow, name="follow-service", daemon=True).start()
+
+
+def _follow() -> None:
+    service = multiprocessing.parent_process()
+    assert service is not None
+    wait([service.sentinel])
+    os._exit(1)
