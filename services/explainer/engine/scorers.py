@@ -10,7 +10,8 @@ Every draw is by the seed that the score carries; no document that the explainer
 """
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,8 +176,7 @@ async def score(
     count: int = COUNT,
 ) -> tuple[Score, ...]:
     """By name, any scorer that asks about the examples of a split."""
-    function: Callable[..., Awaitable[tuple[Score, ...]]] = _OF_SPLITS[scorer]
-    return await function(explanation, split, judge, seed=seed, count=count)
+    return await _OF_SPLITS[scorer](explanation, split, judge, seed=seed, count=count)
 
 
 def _drawn(split: Split[Example], seed: int, count: int) -> list[tuple[int, Example]]:
@@ -230,7 +230,7 @@ def _hold_apart(explanation: Explanation, split: Split[Example] | Split[HeadExam
         )
 
 
-_OF_SPLITS = {
+_OF_SPLITS: dict[Scorer, Callable[..., Coroutine[Any, Any, tuple[Score, ...]]]] = {
     Scorer.DETECTION: detection,
     Scorer.FUZZING: fuzzing,
     Scorer.SIMULATION: simulation,
