@@ -46,7 +46,8 @@ STEPS = (
         source_key TEXT UNIQUE
     ) STRICT;
     CREATE INDEX explanation_of_component ON explanation (component, model_id);
-    CREATE INDEX explanation_of_group ON explanation (component_group);
+    CREATE INDEX explanation_searched
+        ON explanation (model_id, component_group, method, weights_hash);
     CREATE TABLE explanation_document (
         explanation INTEGER NOT NULL REFERENCES explanation ON DELETE CASCADE,
         document TEXT NOT NULL,
@@ -88,12 +89,20 @@ STEPS = (
         INSERT INTO explanation_text (explanation_text, rowid, text)
             VALUES ('delete', old.number, old.text);
     END;
+    -- Numbers only grow, so that what is new can be read alone.
     CREATE TABLE embedding (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
         explanation INTEGER NOT NULL REFERENCES explanation ON DELETE CASCADE,
         model TEXT NOT NULL,
+        -- float32, little-endian, of length 1.
         vector BLOB NOT NULL,
-        PRIMARY KEY (explanation, model)
-    ) STRICT, WITHOUT ROWID;
+        UNIQUE (explanation, model)
+    ) STRICT;
+    CREATE TABLE embeddings_removed (count INTEGER NOT NULL) STRICT;
+    INSERT INTO embeddings_removed VALUES (0);
+    CREATE TRIGGER embedding_removed AFTER DELETE ON embedding BEGIN
+        UPDATE embeddings_removed SET count = count + 1;
+    END;
     CREATE TABLE reply (
         key TEXT PRIMARY KEY,
         value BLOB NOT NULL,

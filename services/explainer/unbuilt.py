@@ -24,6 +24,7 @@ class Unbuilt(service_pb2_grpc.ExplainerServiceServicer):
     RateExplanation = DeleteExplanation = _unary
     GetJob = ListJobs = PauseJob = ResumeJob = CancelJob = _unary
     Explain = Score = ExplainMany = FollowJob = ImportExplanations = _stream
+    EmbedExplanations = _stream
 
 
 def _refusal() -> Unimplemented:

@@ -1,4 +1,5 @@
-"""A local server that speaks OpenAI's chat completions as the real ones do, without a model.
+"""A local server that speaks OpenAI's chat completions and embeddings as the real ones do, without
+a model.
 
 It checks what the real API checks (key, model, parameters, the rules for strict schemas) and
 answers in the same shapes, streamed or whole. What the "model" says is a function of the request;
@@ -7,6 +8,7 @@ what goes wrong is a queue of faults, each for one request.
 
 import json
 import math
+import random
 import re
 import threading
 import time
@@ -18,6 +20,8 @@ from types import TracebackType
 from typing import Any
 
 KEY, MODEL = "sk-test-0123456789", "test-model"
+EMBEDDING_MODEL = "test-embedding"
+MOST_INPUTS = 2048
 
 Alternatives = Sequence[tuple[str, float]]
 
@@ -67,6 +71,7 @@ class OpenAIServer:
 
     def __init__(self, model: Callable[[dict[str, Any]], Said | str] | None = None) -> None:
         self.model = model or (lambda body: "{}")
+        self.embedding: Callable[[str], Sequence[float]] = by_words
         self.faults: deque[Fault] = deque()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -151,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif refusal := _refusal(body, self.headers, self.path, self.owner.unsupported):
             status, error = refusal
             self._send(status, json.dumps({"error": error}), {})
+        elif self.path == "/v1/embeddings":
+            self._send(200, json.dumps(_embeddings(body, self.owner.embedding, fault)), {})
         else:
             said = self.owner.model(body) if fault.reply is None else fault.reply
             said = Said(said) if isinstance(said, str) else said
@@ -198,6 +205,8 @@ def _refusal(
 
     if headers.get("authorization") != f"Bearer {KEY}":
         return error(401, f"Incorrect key: {headers.get('authorization')}", code="invalid_api_key")
+    if path == "/v1/embeddings":
+        return _embeddings_refusal(body, error)
     if path != "/v1/chat/completions":
         return error(404, f"No route {path}")
     if body.get("model") != MODEL:
@@ -224,6 +233,51 @@ def _refusal(
         if not (named["strict"] is True and _is_strict(named["schema"])):
             return error(400, "Invalid schema for strict mode", "response_format")
     return None
+
+
+def _embeddings_refusal(
+    body: dict[str, Any], error: Callable[..., tuple[int, dict[str, Any]]]
+) -> tuple[int, dict[str, Any]] | None:
+    if body.get("model") != EMBEDDING_MODEL:
+        return error(404, "The model does not exist", "model", "model_not_found")
+    for name in sorted(body.keys() - {"model", "input", "encoding_format"}):
+        return error(400, f"Unrecognized request argument supplied: {name}", name)
+    given = body["input"]
+    if not (isinstance(given, list) and 0 < len(given) <= MOST_INPUTS):
+        return error(400, "'$.input' is invalid", "input")
+    if not all(isinstance(each, str) and each for each in given):
+        return error(400, "input cannot be an empty string", "input")
+    if body.get("encoding_format") != "float":
+        return error(400, "this server knows floats only", "encoding_format")
+    return None
+
+
+def by_words(text: str) -> list[float]:
+    """A vector of length 1 that depends on which words stand in the text, wherever they do."""
+    vector = [0.0] * 64
+    for word in re.findall(r"\w+", text.casefold()):
+        draw = random.Random(word)
+        vector = [value + draw.gauss(0, 1) for value in vector]
+    length = math.sqrt(sum(value * value for value in vector)) or 1.0
+    return [value / length for value in vector]
+
+
+def _embeddings(
+    body: dict[str, Any], embedding: Callable[[str], Sequence[float]], fault: Fault
+) -> dict[str, Any]:
+    tokens = sum(len(text) // 4 + 1 for text in body["input"])
+    whole = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": list(embedding(text))}
+            for index, text in enumerate(body["input"])
+        ],
+        "model": EMBEDDING_MODEL,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+    if fault.no_usage:
+        del whole["usage"]
+    return whole
 
 
 def _is_strict(schema: dict[str, Any]) -> bool:

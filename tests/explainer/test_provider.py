@@ -446,5 +446,5 @@ def test_settings_do_not_show_the_key() -> None:
     given = {"TDB_PROVIDER_URL": "http://x:1/v1/", "TDB_PROVIDER_MODEL": "m"}
     settings = ProviderSettings.of(Settings.from_env({**given, "TDB_PROVIDER_KEY": KEY}))
     assert KEY not in repr(settings)
-    assert settings.host == "x:1"
+    assert settings.endpoint.host == "x:1"
     assert (settings.prices, settings.concurrency, settings.timeout_s) == (None, 8, 120.0)

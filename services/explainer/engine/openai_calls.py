@@ -11,36 +11,17 @@ import random
 import ssl
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 from openai import Omit
 
-from services.common.setting_values import Secret
-from services.explainer.engine.provider_settings import ProviderMisconfigured
+from services.explainer.engine.provider_settings import Endpoint, ProviderMisconfigured
 from services.explainer.engine.replies import FailureKind
 
 ATTEMPTS = 6
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _RETRIED = (408, 409, 425, 429)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a model is asked, and the names of the variables that say so, for refusals."""
-
-    url: str
-    model: str
-    key: Secret
-    timeout_s: float
-    prefix: str = "TDB_PROVIDER"
-
-    @property
-    def host(self) -> str:
-        """Who is asked, as results show it."""
-        return urlsplit(self.url).netloc
 
 
 def client(endpoint: Endpoint) -> openai.AsyncOpenAI:

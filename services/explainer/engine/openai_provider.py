@@ -22,7 +22,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from services.explainer.engine import openai_calls
 from services.explainer.engine.budget import Ledger, Prices, Usage
-from services.explainer.engine.openai_calls import ATTEMPTS, Endpoint
+from services.explainer.engine.openai_calls import ATTEMPTS
 from services.explainer.engine.prompts import Prompt
 from services.explainer.engine.provider import OnText, Reply, TokenLogprobs
 from services.explainer.engine.provider_settings import ProviderSettings
@@ -63,7 +63,7 @@ class OpenAIProvider:
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._unknown: set[str] = set()
         self._calls: set[asyncio.Future[Reply]] = set()
-        self._endpoint = Endpoint(settings.url, settings.model, settings.key, settings.timeout_s)
+        self._endpoint = settings.endpoint
         self._client = openai_calls.client(self._endpoint)
 
     @property
@@ -72,7 +72,7 @@ class OpenAIProvider:
 
     @property
     def host(self) -> str:
-        return self._settings.host
+        return self._endpoint.host
 
     @property
     def prices(self) -> Prices | None:

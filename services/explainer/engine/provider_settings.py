@@ -29,6 +29,22 @@ class ProviderMisconfigured(FailedPrecondition):
     default_reason = "PROVIDER_MISCONFIGURED"
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is asked, and the names of the variables that say so, for refusals."""
+
+    url: str
+    model: str
+    key: Secret
+    timeout_s: float
+    prefix: str
+
+    @property
+    def host(self) -> str:
+        """Who is asked, as results show it."""
+        return urlsplit(self.url).netloc
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProviderSettings:
     """An OpenAI-compatible endpoint. The key is not part of the `repr`.
@@ -45,9 +61,8 @@ class ProviderSettings:
     thinking_tokens: int = 0
 
     @property
-    def host(self) -> str:
-        """Who is asked, as results show it."""
-        return urlsplit(self.url).netloc
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.model, self.key, self.timeout_s, "TDB_PROVIDER")
 
     @classmethod
     def of(cls, settings: Settings) -> "ProviderSettings":
