@@ -3,6 +3,7 @@
 #
 #   docker build --target inference .     owns the model; torch is in this one only
 #   docker build --target dataset .       reads activation records
+#   docker build --target explainer .     explains components, keeps explanations
 #   docker build --target gateway .       the page and the JSON API
 #
 # TORCH_INDEX=URL takes torch from PyTorch's own wheel index: its CPU build makes the image smaller,
@@ -48,6 +49,11 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
     pip install "$(echo /wheels/*.whl)[dataset,otel]"
 
+FROM environment AS explainer-environment
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    --mount=type=cache,target=/root/.cache/pip \
+    pip install "$(echo /wheels/*.whl)[explainer,otel]"
+
 # torch first and by its own line, as in the Makefile. The demo gets a path without versions in it.
 FROM environment AS inference-environment
 ARG TORCH=torch==2.13.0
@@ -59,7 +65,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install "$(echo /wheels/*.whl)[inference,otel]"
 RUN ln -s "$(python -c 'import demo; print(demo.__path__[0])')" /opt/tdb/demo
 
-# What runs: no compiler, no root, nothing written outside /data (datasets), /hub (models) and /tmp.
+# What runs: no compiler, no root, nothing written outside /data (datasets or explanations), /hub (models) and /tmp.
 # Inside a container loopback reaches nobody, so TDB_TOKENS or TDB_TRUSTED_PROXIES must be given.
 FROM ${PYTHON_IMAGE} AS runtime
 RUN groupadd --gid 10001 tdb \
@@ -90,6 +96,13 @@ EXPOSE 50052
 HEALTHCHECK --interval=10s --timeout=6s --start-period=30s \
     CMD ["python", "-m", "services.common.probe", "127.0.0.1:50052"]
 CMD ["python", "-m", "services.dataset"]
+
+FROM runtime AS explainer
+COPY --from=explainer-environment /opt/tdb /opt/tdb
+EXPOSE 50053
+HEALTHCHECK --interval=10s --timeout=6s --start-period=30s \
+    CMD ["python", "-m", "services.common.probe", "127.0.0.1:50053"]
+CMD ["python", "-m", "services.explainer"]
 
 FROM runtime AS inference
 COPY --from=inference-environment /opt/tdb /opt/tdb

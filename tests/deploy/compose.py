@@ -20,6 +20,16 @@ MARGIN_S = 5.0
 
 DEFAULTS = {each.metadata["variable"]: each.metadata["default"]({}) for each in setting_fields()}
 
+# Target -> whom it asks.
+ASKED = {
+    "gateway": ("inference", "dataset", "explainer"),
+    "inference": (),
+    "dataset": ("inference",),
+    "explainer": ("inference", "dataset"),
+}
+# For the explainer service and nobody else.
+KEYS = ("TDB_PROVIDER_KEY", "TDB_EMBEDDING_KEY")
+
 Compose = dict[str, Any]
 Service = dict[str, Any]
 
@@ -119,7 +129,7 @@ def problems(compose: Compose, dockerfile: Dockerfile) -> list[str]:
 def _of_profile(compose: Compose, profile: str, dockerfile: Dockerfile) -> Iterator[str]:
     services = active(compose, profile)
     named = [name for key, service in services.items() for name in names_of(key, service)]
-    for needed in ("gateway", "inference", "dataset", "redis"):
+    for needed in (*TARGETS, "redis"):
         if named.count(needed) != 1:
             yield f"{named.count(needed)} services answer to {needed}"
     for name, service in services.items():
@@ -202,11 +212,14 @@ def _of_ours(
         yield f"is not asked for its health at {port}"
     if seconds(service.get("stop_grace_period", "0s")) < settings.drain_s + MARGIN_S:
         yield f"is killed before it has drained for {settings.drain_s:g} s"
+    for backend in ASKED[target]:
+        address = getattr(settings, f"{backend}_address")
+        if address != f"{backend}:{DEFAULTS[TARGETS[backend][1]]}" or backend not in named:
+            yield f"does not find {backend} at {address or 'no address'}"
+    for key in KEYS:
+        if target != "explainer" and service["environment"].get(key) != "":
+            yield f"gets {key} from .env"
     if target == "gateway":
-        for backend in ("inference", "dataset"):
-            address = getattr(settings, f"{backend}_address")
-            if address != f"{backend}:{DEFAULTS[TARGETS[backend][1]]}" or backend not in named:
-                yield f"does not find {backend} at {address or 'no address'}"
         if service.get("ports") != [f"127.0.0.1:{port}:{port}"]:
             yield f"does not publish {port}"
     elif service.get("ports"):

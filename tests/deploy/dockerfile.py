@@ -18,6 +18,7 @@ DEMO = "/opt/tdb/demo"
 TARGETS = {
     "gateway": ("gateway", "TDB_GATEWAY_PORT"),
     "dataset": ("services.dataset", "TDB_DATASET_PORT"),
+    "explainer": ("services.explainer", "TDB_EXPLAINER_PORT"),
     "inference": ("services.inference", "TDB_INFERENCE_PORT"),
 }
 

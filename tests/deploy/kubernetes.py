@@ -7,11 +7,13 @@ from typing import Any
 import yaml
 
 from services.common.settings import Settings, SettingsError, setting_fields
-from tests.deploy.compose import DEFAULTS, FOREIGN, MARGIN_S, TOKENS
+from tests.deploy.compose import ASKED, DEFAULTS, FOREIGN, MARGIN_S, TOKENS
 from tests.deploy.dockerfile import ROOT, TARGETS, VERSION, Dockerfile, tag_problem
 
 BASE = ROOT / "deploy/kubernetes/base"
 SECRET = "tokens"
+PROVIDER = "provider"
+"""Keys of language models."""
 NAMESPACE = "tdb"
 
 Object = dict[str, Any]
@@ -125,13 +127,6 @@ def _of_ours(
             yield "is ready before calls get through"
         if not slept:
             yield "stops while its Service still sends requests"
-        for backend in ("inference", "dataset"):
-            expected = f"{backend}.{NAMESPACE}.svc.cluster.local:{DEFAULTS[TARGETS[backend][1]]}"
-            address = getattr(settings, f"{backend}_address")
-            if address != f"dns:///{expected}":
-                yield f"does not find every {backend} at {address or 'no address'}"
-            elif services[backend]["spec"].get("clusterIP") != "None":
-                yield f"finds one {backend} for all, since its Service is not headless"
     else:
         if ready.get("grpc", {}).get("port") != port:
             yield f"is not asked for its health at {port}"
@@ -139,6 +134,16 @@ def _of_ours(
             yield "is killed while it loads"
         if not settings.max_connection_age_s:
             yield "keeps its connections for ever, so that new replicas get none"
+    for backend in ASKED[name]:
+        expected = f"{backend}.{NAMESPACE}.svc.cluster.local:{DEFAULTS[TARGETS[backend][1]]}"
+        address = getattr(settings, f"{backend}_address")
+        if address != f"dns:///{expected}":
+            yield f"does not find every {backend} at {address or 'no address'}"
+        elif services[backend]["spec"].get("clusterIP") != "None":
+            yield f"finds one {backend} for all, since its Service is not headless"
+    secrets = {each["secretRef"]["name"] for each in container["envFrom"] if "secretRef" in each}
+    if secrets != ({SECRET, PROVIDER} if name == "explainer" else {SECRET}):
+        yield f"reads the secrets {', '.join(sorted(secrets))}"
     mounts = [each["mountPath"] for each in container.get("volumeMounts", [])]
     if str(settings.data_dir) in mounts:
         yield "cannot change the mode of a volume's own folder"
@@ -181,4 +186,4 @@ def _disruption_budget(objects: list[Object], name: str) -> bool:
 
 
 def _secret(each: Object) -> bool:
-    return each["kind"] == "Secret" or bool(re.search(r"TDB_TOKENS", str(each)))
+    return each["kind"] == "Secret" or bool(re.search(r"TDB_TOKENS|_KEY\b", str(each)))

@@ -86,6 +86,9 @@ def environment(service: str, **values: str) -> Change:
         (environment("dataset", TDB_TOKENS=""), "would not start: TDB_HOST is 0.0.0.0"),
         (environment("gateway", TDB_INFERENCE_ADDRESS="inference:50050"), "does not find"),
         (environment("gateway", TDB_DATASET_ADDRESS="data:50052"), "does not find dataset"),
+        (environment("explainer", TDB_DATASET_ADDRESS=""), "explainer does not find dataset"),
+        (within("gateway", "environment", drop="TDB_PROVIDER_KEY"), "gets TDB_PROVIDER_KEY"),
+        (within("explainer", "volumes", value=["notes:/data"]), "volume notes, which is not"),
         (within("inference-gpu", "networks", "services", value={}), "0 services answer to infer"),
         (within("inference", drop="profiles"), "gpu: 2 services answer to inference"),
         (

@@ -98,6 +98,12 @@ CONTAINER = f"{POD}/containers/0"
             of("ConfigMap", "settings", "data/TDB_INFERENCE_ADDRESS", "inference:50051"),
             "does not find every inference",
         ),
+        (
+            of("ConfigMap", "settings", "data/TDB_EXPLAINER_ADDRESS", "explainer:50053"),
+            "does not find every explainer",
+        ),
+        (of("StatefulSet", "explainer", f"{CONTAINER}/envFrom/2"), "reads the secrets tokens"),
+        (of("ConfigMap", "settings", "data/TDB_PROVIDER_KEY", "sk"), "ConfigMap lies in the manif"),
         (of("StatefulSet", "inference", f"{CONTAINER}/envFrom/2"), "TDB_HOST is 0.0.0.0"),
         (
             of("ConfigMap", "settings", "data/TDB_MODEL", "demo=/opt/tdb/demo/model"),

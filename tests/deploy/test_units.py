@@ -14,6 +14,7 @@ def test_nothing_is_wrong() -> None:
     assert set(read()) == {
         "tdb-inference.service",
         "tdb-dataset.service",
+        "tdb-explainer.service",
         "tdb-gateway.service",
         "tdb-redis.service",
     }
@@ -57,6 +58,8 @@ def test_what_would_be_wrong_is_found(name: str, old: str, new: str, problem: st
         ("TDB_MODLE", "gpt2", "TDB_MODLE is not a setting"),
         ("TDB_HOST", "0.0.0.0", "would not start: TDB_HOST is 0.0.0.0"),
         ("TDB_GATEWAY_PORT", "80", "does not listen at 8080"),
+        ("TDB_EXPLAINER_PORT", "80", "does not listen at 50053"),
+        ("TDB_PROVIDER_KEY", "sk-1", "reads TDB_PROVIDER_KEY with all others"),
     ],
 )
 def test_what_would_be_wrong_in_the_environment_is_found(

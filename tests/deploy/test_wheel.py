@@ -124,7 +124,7 @@ def stack(python: Path, tmp_path: Path) -> Iterator[Stack]:
 
 def test_the_processes_serve_the_demo_and_stop_when_told(stack: Stack) -> None:
     assert not stack.healthy("inference")
-    for name in ("inference", "dataset", "gateway"):
+    for name in ("inference", "dataset", "explainer", "gateway"):
         stack.start(name)
     for name in stack.processes:
         until(f"{name} is healthy", lambda name=name: stack.healthy(name), 90)  # type: ignore[misc]

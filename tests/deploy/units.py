@@ -103,6 +103,8 @@ def _of_ours(name: str, unit: Unit, environment: Mapping[str, str]) -> Iterator[
         for line in unit["Service"].get("Environment", [])
         for pair in line.split()
     )
+    if ours := {each for each in environment if each.endswith("_KEY")}:
+        yield f"reads {', '.join(ours)} with all others"
     try:
         settings = Settings.from_env({**own, **environment})
     except SettingsError as error:
@@ -115,6 +117,6 @@ def _of_ours(name: str, unit: Unit, environment: Mapping[str, str]) -> Iterator[
         yield "does not keep its data in its state folder"
     if float(_last(unit, "Service", "TimeoutStopSec") or 0) < settings.drain_s + MARGIN_S:
         yield f"is killed before it has drained for {settings.drain_s:g} s"
-    for variable in ("TDB_GATEWAY_PORT", "TDB_INFERENCE_PORT", "TDB_DATASET_PORT"):
+    for _, variable in TARGETS.values():
         if environment.get(variable, DEFAULTS[variable]) != DEFAULTS[variable]:
             yield f"does not listen at {DEFAULTS[variable]}"
