@@ -4,6 +4,7 @@ import { bearer } from "./connect";
 import { ComponentView } from "./componentview";
 import { Continuation } from "./continuation";
 import { Crumbs } from "./crumbs";
+import { FullText } from "./fulltext";
 import { Header } from "./header";
 import { Interventions } from "./interventions";
 import { Logits } from "./logits";
@@ -51,6 +52,7 @@ export function App() {
         )}
       </main>
       <Menu />
+      <FullText />
     </>
   );
 }

@@ -129,15 +129,18 @@ export function extent(
   return ends;
 }
 
+/** What the explanation of a row says, method and score included; undefined where there is none. */
+export type TextOf = (row: NodeRowJson) => string | undefined;
+
 export interface Sort {
   column: string;
   /** By absolute value, by value downwards, by value upwards. */
   by: "size" | "down" | "up";
 }
 
-/** The two columns of words: which node, and at which tokens. */
+/** The columns of words: which node, at which tokens, and what its component does. */
 export interface Words {
-  id: "node" | "at";
+  id: "node" | "at" | "says";
 }
 
 /** What a click on a column's heading does: largest first, then upside down, then the service's order. */
@@ -157,7 +160,20 @@ export function sorted(
   rows: readonly NodeRowJson[],
   sort: Sort | null,
   shown: readonly Column[],
+  textOf: TextOf = () => undefined,
 ): NodeRowJson[] {
+  if (sort?.column === "says") {
+    const way = sort.by === "down" ? -1 : 1;
+    const [told, silent] = [
+      rows.flatMap((row) => {
+        const text = textOf(row);
+        return text === undefined ? [] : [{ row, text }];
+      }),
+      rows.filter((row) => textOf(row) === undefined),
+    ];
+    const ordered = told.sort((a, b) => way * byAddress(a.text, b.text));
+    return [...ordered.map(({ row }) => row), ...silent];
+  }
   if (sort?.column === "node" || sort?.column === "at") {
     const way = sort.by === "down" ? -1 : 1;
     const compare = sort.column === "node" ? byAddress : byPlace;

@@ -7,6 +7,7 @@ import { CopyButtons } from "./copy";
 import { chosen, holds, listed, otherDictionary, otherModel, refreshDatasets } from "./datasets";
 import { Examples, Legend } from "./examples";
 import type { DatasetJson } from "./gen/tdb/dataset/v1/dataset_pb";
+import { ExplanationPanel } from "./explanationpanel";
 import { holding, Missing } from "./missing";
 import { closeComponent, openComponent } from "./opening";
 import { OwnText } from "./owntext";
@@ -86,6 +87,11 @@ function View({ shown, dataset }: { shown: Opened; dataset: DatasetJson | null }
           they say nothing of its {component}.
         </p>
       )}
+      <ExplanationPanel
+        key={component}
+        component={component}
+        dataset={other ? null : (held?.name ?? null)}
+      />
       <div class="component-columns">
         <aside>
           {known && (

@@ -2,6 +2,7 @@
 import { useState } from "preact/hooks";
 import { address, bearer } from "./connect";
 import { DATASET_SERVICE } from "./dataset";
+import { EXPLAINER_SERVICE } from "./explainer";
 import { SERVICE } from "./inference";
 
 export function curl(url: string, request: unknown, authorised: boolean, streams = false): string {
@@ -45,8 +46,8 @@ export function python(
 
 /** The buttons of a view: its exact request for a terminal, a program, or to read. */
 export function CopyButtons({ method, request }: { method: Method; request: unknown }) {
-  const url = address(`${OF_DATASETS.has(method) ? DATASET_SERVICE : SERVICE}/${method}`);
-  const streams = STREAMS.has(method);
+  const { service, rpc = method, streams = false } = (CALLS as Record<Method, Call>)[method];
+  const url = address(`${service}/${rpc}`);
   const authorised = bearer.get() !== null;
   return (
     <span class="copy">
@@ -69,9 +70,24 @@ export function CopyButtons({ method, request }: { method: Method; request: unkn
   );
 }
 
-type Method = "Attribute" | "Generate" | "DescribeComponent" | "GetRecord" | "Search";
-const OF_DATASETS: ReadonlySet<Method> = new Set(["GetRecord", "Search"] as const);
-const STREAMS: ReadonlySet<Method> = new Set(["Generate"] as const);
+interface Call {
+  service: string;
+  /** Where it is not the call's own name. */
+  rpc?: string;
+  streams?: boolean;
+}
+
+const CALLS = {
+  Attribute: { service: SERVICE },
+  Generate: { service: SERVICE, streams: true },
+  DescribeComponent: { service: SERVICE },
+  GetRecord: { service: DATASET_SERVICE },
+  Search: { service: DATASET_SERVICE },
+  Explain: { service: EXPLAINER_SERVICE, streams: true },
+  ExplainMany: { service: EXPLAINER_SERVICE, streams: true },
+  SearchExplanations: { service: EXPLAINER_SERVICE, rpc: "Search" },
+} as const satisfies Record<string, Call>;
+type Method = keyof typeof CALLS;
 
 function Copy({ label, title, text }: { label: string; title: string; text: () => string }) {
   const [said, setSaid] = useState<string | null>(null);

@@ -2,6 +2,7 @@
 import { Actions } from "./actions";
 import { Component, componentHeight, describable } from "./component";
 import { QUANTITIES, value, type Quantity } from "./columns";
+import { explainedHeight, ExplainedRow } from "./explainedrow";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { InRowExamples, inRowHeight } from "./inrow";
 import { full } from "./numbers";
@@ -14,7 +15,7 @@ import { cols } from "./view";
 export function detailsHeight(row: NodeRowJson | undefined): number {
   const numbers = paired.value ? 118 : 82;
   const node = row?.node ?? "";
-  const known = componentHeight(node) + inRowHeight(node);
+  const known = explainedHeight(node) + componentHeight(node) + inRowHeight(node);
   return numbers + known + (row && hasReadOuts(row) ? 98 : 26);
 }
 
@@ -37,6 +38,7 @@ export function Details({ row, width }: { row: NodeRowJson; width: number }) {
               <Numbers key={quantity} row={row} quantity={quantity} />
             ))}
           </dl>
+          <ExplainedRow key={`${node} explained`} node={node} />
           <ReadOuts row={row} />
           {describable(node) && <InRowExamples key={`${node} examples`} node={node} />}
           {describable(node) && <Component key={node} node={node} />}

@@ -6,10 +6,10 @@
  * shows the same rows.
  */
 import { site } from "./address";
-import { columns, QUANTITIES, value, type Column } from "./columns";
+import { columns, QUANTITIES, value, type Column, type TextOf } from "./columns";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 
-/** Text of each filter by the id of its column; `node` and `at` are the first two. */
+/** Text of each filter by the id of its column; `node`, `at` and `says` are the first. */
 export type Filters = Readonly<Record<string, string>>;
 
 type Keeps = (row: NodeRowJson) => boolean;
@@ -94,8 +94,19 @@ function nodeTest(text: string): Keeps {
   return ({ node = "" }) => parts.some((part) => node.includes(part));
 }
 
+/** Rows whose explanation has all of the words; `none` for those without one. */
+function saysTest(text: string, textOf: TextOf): Keeps {
+  const words = text.toLowerCase().trim().split(/\s+/);
+  if (words.length === 1 && words[0] === "none") return (row) => textOf(row) === undefined;
+  return (row) => {
+    const said = textOf(row)?.toLowerCase();
+    return said !== undefined && words.every((word) => said.includes(word));
+  };
+}
+
 /** What the column's filter is called. */
 export function columnName(id: string, shown: readonly Column[]): string {
+  if (id === "says") return "what it does";
   const col = shown.find((each) => each.id === id);
   return col ? nameOf(col) : id;
 }
@@ -106,7 +117,7 @@ function nameOf({ quantity, label }: Column): string {
 
 const BOTH: Column[] = columns(true);
 
-function read(id: string, text: string, shown: readonly Column[]): Filter | null {
+function read(id: string, text: string, shown: readonly Column[], textOf: TextOf): Filter | null {
   const filter = (words: string, keeps: Keeps): Filter => ({ id, words: `${id} ${words}`, keeps });
   if (id === "node") return filter(text.trim(), nodeTest(text));
   if (id === "at") {
@@ -120,6 +131,7 @@ function read(id: string, text: string, shown: readonly Column[]): Filter | null
       return within(where, position) || within(where, key);
     });
   }
+  if (id === "says") return filter(text.trim(), saysTest(text, textOf));
   const col = shown.find((each) => each.id === id);
   if (!col) return null;
   const name = nameOf(col);
@@ -139,10 +151,14 @@ function read(id: string, text: string, shown: readonly Column[]): Filter | null
 }
 
 /** The filters of the columns that are shown, in the columns' order. */
-export function readFilters(filters: Filters, shown: readonly Column[]): Filter[] {
-  return ["node", "at", ...shown.map(({ id }) => id)].flatMap((id) => {
+export function readFilters(
+  filters: Filters,
+  shown: readonly Column[],
+  textOf: TextOf = () => undefined,
+): Filter[] {
+  return ["node", "at", "says", ...shown.map(({ id }) => id)].flatMap((id) => {
     const text = filters[id] ?? "";
-    const filter = text.trim() === "" ? null : read(id, text, shown);
+    const filter = text.trim() === "" ? null : read(id, text, shown, textOf);
     return filter ? [filter] : [];
   });
 }
@@ -172,7 +188,7 @@ export function decodeFilters(hash: string): Filters {
   const found: Record<string, string> = {};
   for (const part of new URLSearchParams(hash.replace(/^#/, "")).getAll("filter")) {
     const [, id = "", text = ""] = /^([\w.]+):(.+)$/.exec(part) ?? [];
-    const filter = text.trim() === "" ? null : read(id, text, BOTH);
+    const filter = text.trim() === "" ? null : read(id, text, BOTH, () => undefined);
     if (!filter) throw new Error(`This link filters by “${part}”, which names no column.`);
     if (filter.problem)
       throw new Error(`This link holds a filter that cannot be read: ${filter.problem}`);

@@ -2,6 +2,7 @@
 import { start, switchModel } from "./asking";
 import { DatasetsButton } from "./datasetlist";
 import { change } from "./editing";
+import { ExplanationsButton } from "./explanationlibrary";
 import { LibraryButton } from "./library";
 import { plain } from "./numbers";
 import { draft, loading, model, modelProblem, models, problemsAt } from "./state";
@@ -47,6 +48,7 @@ export function Header() {
           </span>
           <LibraryButton />
           <DatasetsButton />
+          <ExplanationsButton />
         </p>
       )}
       <Notices />

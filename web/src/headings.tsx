@@ -1,5 +1,6 @@
 /** The table's headings: each sorts by its column, and the field below it filters by it. */
 import { nextSort, QUANTITIES, type Column, type Words } from "./columns";
+import { columnShown } from "./explanations";
 import { columnName } from "./filters";
 import { plain } from "./numbers";
 import { filters, sort } from "./state";
@@ -10,6 +11,12 @@ const WORDS = {
     title: "The node's address",
     hint: "head 2.3",
     help: "Filter by parts of the address, any of them: head, neuron, embed, head.2, ~13-1",
+  },
+  says: {
+    title:
+      "What its component does: the best explanation there is, how it was made, and what it is worth",
+    hint: "words in it",
+    help: "Filter by words in the explanation, its method or score, all of them; none for rows without one",
   },
   at: {
     title: "The token the node writes at; for a head, ← the token it reads from",
@@ -23,6 +30,14 @@ export function Headings() {
     <tr>
       <Heading col={{ id: "node" }} kind="node" title={WORDS.node.title} name="node" />
       <Heading col={{ id: "at" }} kind="at" title={WORDS.at.title} name="at" />
+      {columnShown.value && (
+        <Heading
+          col={{ id: "says" }}
+          kind="explains"
+          title={WORDS.says.title}
+          name="what it does"
+        />
+      )}
       {cols.value.map((col) => {
         const { name, definition, effect } = QUANTITIES[col.quantity];
         const end = `${effect ? "±" : "≤"}${plain(ends.value.get(col.quantity) ?? 0)}`;
@@ -75,7 +90,7 @@ function Heading({ col, kind, title, name, side, end }: HeadingProps) {
 }
 
 function FilterField({ id }: { id: string }) {
-  const words = id === "node" || id === "at" ? WORDS[id] : null;
+  const words = id === "node" || id === "at" || id === "says" ? WORDS[id] : null;
   const problem = activeFilters.value.find((filter) => filter.id === id)?.problem;
   const text = filters.value[id] ?? "";
   return (

@@ -1,13 +1,16 @@
 /**
  * Keys that work anywhere but in a field: j k move, a ablates, t traces, v verifies (V all), m opens the
- * menu, o opens the component, g generates, u undoes, f filters, / goes to the prompt. While a component
+ * menu, o opens the component, e explains it, g generates, u undoes, f filters, / goes to the prompt. While a component
  * is open, Escape closes it.
  */
+import { site } from "./address";
 import { undo } from "./asking";
 import { toggleAblation } from "./editing";
 import { continuePrompt } from "./generating";
+import { explainOffline } from "./explaining";
+import { bestOf, capabilities, explainable } from "./explanations";
 import { openMenuOf, openTraces } from "./menu";
-import { closeComponent, openNode } from "./opening";
+import { closeComponent, openComponent, openNode } from "./opening";
 import { opened, selected } from "./state";
 import { verifyRows } from "./verifying";
 import { shownRows } from "./view";
@@ -46,6 +49,10 @@ const ACTIONS: Record<string, () => void> = {
     const node = selected.value;
     if (node !== null) openNode(node);
   },
+  e: () => {
+    const node = selected.value;
+    if (node !== null && explainable(node)) explainSelected(site(node).component);
+  },
   g: () => void continuePrompt(),
   u: undo,
   f: () => document.getElementById("filter-node")?.focus(),
@@ -59,6 +66,12 @@ const WHILE_OPEN: Record<string, () => void> = {
   o: closeComponent,
   "/": () => document.getElementById("prompt")?.focus(),
 };
+
+/** Explains what has no explanation; what has one is opened. */
+function explainSelected(component: string): void {
+  if (bestOf(component)) openComponent(component);
+  else if (capabilities.value) explainOffline(component);
+}
 
 function move(step: number): void {
   const rows = shownRows.value;

@@ -2,6 +2,7 @@
 import { signal } from "@preact/signals";
 import { site } from "./address";
 import { columns, difference, value, type Column } from "./columns";
+import { columnShown } from "./explanations";
 import { isView } from "./features";
 import type { RemainderRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { count, full, num, signed } from "./numbers";
@@ -108,6 +109,7 @@ function Row({ part: { node, title, after, before }, cols, inner, children }: Ro
         {node}
       </th>
       <td class="at">{children}</td>
+      {columnShown.value && <td class="explains" />}
       {cols.map(({ id, quantity, side }) => {
         const x = quantity === "directEffect" ? values[side] : undefined;
         return (

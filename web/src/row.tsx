@@ -3,6 +3,8 @@ import { AblateButton } from "./actions";
 import { QUANTITIES, value, type Column, type Quantity } from "./columns";
 import { Details } from "./details";
 import { isAblated } from "./editing";
+import { ExplanationCell } from "./explanationcell";
+import { columnShown } from "./explanations";
 import { isView } from "./features";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import type { TokenJson } from "./gen/tdb/type/v1/token_pb";
@@ -11,6 +13,7 @@ import { MenuButton } from "./menu";
 import { InLine } from "./readouts";
 import { selected } from "./state";
 import { Place } from "./tokens";
+import { width } from "./view";
 
 interface RowProps {
   row: NodeRowJson;
@@ -57,6 +60,7 @@ export function Row({ row, cols, ends, tokens, told }: RowProps) {
         <td class="at">
           <Place node={node} tokens={tokens} />
         </td>
+        {columnShown.value && <ExplanationCell node={node} lines={lines} />}
         {cols.map((col) => (
           <Figure
             key={col.id}
@@ -78,7 +82,7 @@ export function Row({ row, cols, ends, tokens, told }: RowProps) {
           </td>
         </tr>
       )}
-      {open && <Details row={row} width={cols.length + 3} />}
+      {open && <Details row={row} width={width.value} />}
     </>
   );
 }

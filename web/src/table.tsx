@@ -15,7 +15,7 @@ import { Row } from "./row";
 import { answer, paired, selected } from "./state";
 import { TableBar } from "./tablebar";
 import { Views } from "./views";
-import { allRows, clearFilters, cols, ends, shownRows } from "./view";
+import { allRows, clearFilters, cols, ends, shownRows, width } from "./view";
 
 const ROW_HEIGHT = 25; // as in theme.css
 const TOLD_ROW_HEIGHT = 42; // as in theme.css
@@ -51,7 +51,7 @@ export function NodeTable() {
           {window.below > 0 && <tr class="gap" style={{ height: `${window.below}px` }} />}
           {rows.length === 0 && (
             <tr class="nothing">
-              <td class="hint" colSpan={cols.value.length + 3}>
+              <td class="hint" colSpan={width.value}>
                 <Nothing />
               </td>
             </tr>

@@ -1,8 +1,11 @@
 /** The line above the table: how many rows, ranked by what, and the filters. */
 import { Fragment } from "preact";
 import { change } from "./editing";
+import { ExplanationsNote } from "./explainedrow";
+import { awayProblem, capabilities, columnWanted } from "./explanations";
 import { whyNot } from "./features";
 import { count, signed } from "./numbers";
+import { RowsJob } from "./rowsjob";
 import { LatentSwitches } from "./switches";
 import { answer, asked, problemsAt, stale } from "./state";
 import { TokenText } from "./tokens";
@@ -18,7 +21,7 @@ const RANK_WORDS: Record<Rank, string> = {
   each: "each column",
 };
 
-const KEYS = ["ablate", "trace", "verify", "open", "generate", "undo", "filter"];
+const KEYS = ["ablate", "trace", "verify", "open", "explain"];
 
 export function TableBar() {
   const { rankBy = "total", rows: wanted = DEFAULT_ROWS } = asked.value ?? {};
@@ -65,10 +68,11 @@ export function TableBar() {
       </label>
       <LatentSwitches />
       <Verification />
+      <ExplanationSwitch />
       <FilterChips />
       <span
         class="keys"
-        title="Keyboard: j and k move, the others do what they stand for; V verifies all, / goes to the prompt"
+        title="Keyboard: j and k move, the others do what they stand for; V verifies all, g generates, u undoes, f filters, / goes to the prompt"
       >
         <kbd>j</kbd>
         <kbd>k</kbd>{" "}
@@ -81,6 +85,29 @@ export function TableBar() {
         <kbd>/</kbd>
       </span>
     </div>
+  );
+}
+
+/** Whether what the components do stands in the table; nothing where nobody can say. */
+function ExplanationSwitch() {
+  if (!capabilities.value) return <ExplanationsNote />;
+  return (
+    <span class="switch" role="group" aria-label="Explanations">
+      <label title="Show or hide the column that says what each component does">
+        <input
+          type="checkbox"
+          checked={columnWanted.value}
+          onChange={(event) => (columnWanted.value = event.currentTarget.checked)}
+        />{" "}
+        explanations
+      </label>
+      <RowsJob />
+      {awayProblem.value && (
+        <span class="quiet-text" title={awayProblem.value.text}>
+          the service is away
+        </span>
+      )}
+    </span>
   );
 }
 

@@ -1,12 +1,24 @@
 /** The table as it is looked at: which rows of the answer are shown, in which order. */
 import { batch, computed } from "@preact/signals";
 import { columns, extent, SIDE_NAMES, sorted } from "./columns";
+import { site } from "./address";
 import { supports } from "./features";
-import { encodeFilters, filtered, readFilters, spans, within, withFilter } from "./filters";
+import { bestOf, columnShown } from "./explanations";
+import {
+  encodeFilters,
+  filtered,
+  readFilters,
+  spans,
+  within,
+  withFilter,
+  type Filters,
+} from "./filters";
+import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { sampling } from "./generating";
 import { encodeSampling } from "./sampling";
 import * as state from "./state";
 import { encode, encodeOpened } from "./url";
+import { label } from "./worth";
 
 export const cols = computed(() =>
   columns(state.paired.value, SIDE_NAMES[state.compared.value ?? "untouched"]).filter(
@@ -24,9 +36,24 @@ export const allRows = computed(() => {
   });
 });
 export const ends = computed(() => extent(allRows.value, cols.value));
-export const activeFilters = computed(() => readFilters(state.filters.value, cols.value));
+/** How many columns the table has, those of words and of actions included. */
+export const width = computed(() => cols.value.length + (columnShown.value ? 4 : 3));
+export const activeFilters = computed(() =>
+  readFilters(withoutHidden(state.filters.value), cols.value, textOf),
+);
 const kept = computed(() => filtered(allRows.value, activeFilters.value));
-export const shownRows = computed(() => sorted(kept.value, state.sort.value, cols.value));
+export const shownRows = computed(() => sorted(kept.value, state.sort.value, cols.value, textOf));
+
+/** What the row's explanation says, with its method and score. */
+function textOf({ node = "" }: NodeRowJson): string | undefined {
+  const found = bestOf(site(node).component);
+  return found ? `${found.text} ${label(found)}` : undefined;
+}
+
+/** A column that is hidden filters nothing. */
+function withoutHidden(filters: Filters): Filters {
+  return columnShown.value ? filters : withFilter(filters, "says", "");
+}
 
 const places = computed(() => spans(state.filters.value["at"] ?? "") ?? []);
 

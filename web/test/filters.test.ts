@@ -120,3 +120,22 @@ test("a thousand rows are filtered and sorted at once", () => {
   expect(performance.now() - began).toBeLessThan(100);
   expect(found).toHaveLength(1000);
 });
+
+test("explanations are filtered by all of the words, rows without one by none, and sorted by text", () => {
+  const texts: Record<string, string> = {
+    "embed~1": "Names of people token pattern · AUC 0.91",
+    "neuron.3.13~5": "copies names human · not scored",
+  };
+  const textOf = ({ node = "" }) => texts[node];
+  const says = (text: string) =>
+    filtered(rows, readFilters({ says: text }, paired, textOf)).map(({ node }) => node);
+  expect(says("names")).toEqual(["embed~1", "neuron.3.13~5"]);
+  expect(says("NAMES auc")).toEqual(["embed~1"]);
+  expect(says("human")).toEqual(["neuron.3.13~5"]);
+  expect(says("none")).toEqual(["head.2.3~13-1", "head.12.3~11-3"]);
+  const order = (by: "up" | "down") =>
+    sorted(rows, { column: "says", by }, paired, textOf).map(({ node }) => node?.split("~")[0]);
+  expect(order("up")).toEqual(["neuron.3.13", "embed", "head.2.3", "head.12.3"]);
+  expect(order("down")).toEqual(["embed", "neuron.3.13", "head.2.3", "head.12.3"]);
+  expect(decodeFilters(`#a${encodeFilters({ says: "names auc" })}`)).toEqual({ says: "names auc" });
+});

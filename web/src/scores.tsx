@@ -1,0 +1,74 @@
+/** The scores of an explanation: each with its interval, what guessing gives, and what failed. */
+import type { ScoreJson } from "./gen/tdb/explainer/v1/explanation_pb";
+import { full, num } from "./numbers";
+import { failureWords, figure, measureMeaning, measureName, scorerName, scoreTitle } from "./worth";
+
+export function Scores({ scores }: { scores: readonly ScoreJson[] }) {
+  if (scores.length === 0)
+    return <p class="quiet-text">Not scored: nobody knows what it is worth.</p>;
+  const measured = scores.some(({ measure }) => measure !== "MEASURE_PUBLISHED");
+  return (
+    <table class="scores">
+      <thead>
+        <tr>
+          <th scope="col">score</th>
+          <th scope="col" class="number">
+            value
+          </th>
+          {measured && (
+            <>
+              <th scope="col" title="Bootstrap interval over documents">
+                95 %
+              </th>
+              <th scope="col" class="number" title="What guessing gives">
+                chance
+              </th>
+              <th scope="col" class="number" title="Items that were answered">
+                n
+              </th>
+              <th scope="col" title="Items that were not answered, which are in no number">
+                failed
+              </th>
+              <th scope="col">judge</th>
+            </>
+          )}
+        </tr>
+      </thead>
+      <tbody>
+        {scores.map((score, i) => (
+          <Row key={i} score={score} measured={measured} />
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+function Row({ score, measured }: { score: ScoreJson; measured: boolean }) {
+  const [value, low, high, chance] = [score.value, score.low, score.high, score.chance].map(num);
+  const { n = 0, judge = "", seed, dataset = "" } = score;
+  const failed = failureWords(score);
+  const where = [dataset && `on ${dataset}`, seed !== undefined && `seed ${seed}`]
+    .filter(Boolean)
+    .join(", ");
+  return (
+    <tr title={`${scoreTitle(score)}${where === "" ? "" : `; ${where}`}`}>
+      <th scope="row">
+        {scorerName(score.scorer)} <span title={measureMeaning(score)}>{measureName(score)}</span>
+      </th>
+      <td class="number" title={value === undefined ? "Not defined here" : full(value)}>
+        <strong>{value === undefined ? "–" : figure(value)}</strong>
+      </td>
+      {measured && (
+        <>
+          <td>
+            {low === undefined || high === undefined ? "" : `${figure(low)} – ${figure(high)}`}
+          </td>
+          <td class="number">{chance === undefined ? "" : figure(chance)}</td>
+          <td class="number">{n === 0 ? "" : n}</td>
+          <td class={failed ? "error" : undefined}>{failed || (n > 0 ? "0" : "")}</td>
+          <td>{judge}</td>
+        </>
+      )}
+    </tr>
+  );
+}
