@@ -35,10 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["dataset"]:
         return _dataset(given[1:])
+    if given[:1] in (["explain"], ["jobs"]):
+        from tdb import explaining
+
+        return explaining.main(given)
     parser = _parser()
     options = parser.parse_args(given)
     if options.command is None:
-        parser.error("a command is needed: up, status, dataset or config")
+        parser.error("a command is needed: up, status, dataset, explain, jobs or config")
     env = dict(os.environ)
     if options.command == "up":
         _check_up(parser, options, env)
@@ -87,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("config", help="print every setting and its value")
     _add_status(commands.add_parser("status", help="say who waits for what", allow_abbrev=False))
     commands.add_parser("dataset", help="activation records: build, import, list, delete")
+    commands.add_parser("explain", help="explain components in words, and score that")
+    commands.add_parser("jobs", help="jobs of explanations: list, follow, pause, resume, cancel")
     return parser
 
 

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tdb.inference.v1 import model_pb2, queue_pb2, service_pb2_grpc, status_pb2
+from tdb.terminal import duration, table
 from tdb.type.v1.tensor_pb2 import DataType
 
 TIMEOUT_S = 5.0
@@ -67,18 +68,18 @@ def is_well(found: Found) -> bool:
 def as_text(found: Found) -> str:
     """Tables with a line for each service, model, number and piece of work."""
     parts = [
-        _table(
+        table(
             ("SERVICE", "ADDRESS", "STATE"),
             [(each["name"], each["address"], each["state"]) for each in found["services"]],
         )
     ]
     if found["models"]:
         models = [_model(model) for model in found["models"]]
-        parts.append(_table(("MODEL", "STATE", "DEVICE", "ABOUT"), models))
+        parts.append(table(("MODEL", "STATE", "DEVICE", "ABOUT"), models))
     if "uptimeS" in found:
         parts.append("\n".join(_numbers(found)))
     if found["queue"]:
-        parts.append(_table(_QUEUE_HEAD, [_work(entry) for entry in found["queue"]]))
+        parts.append(table(_QUEUE_HEAD, [_work(entry) for entry in found["queue"]]))
     elif "uptimeS" in found:
         parts.append("Nobody waits for the device.")
     parts += found["problems"]
@@ -192,7 +193,7 @@ def _model(model: Found) -> tuple[str, ...]:
 
 
 def _numbers(found: Found) -> Iterator[str]:
-    yield f"Up for {_duration(found['uptimeS'])}."
+    yield f"Up for {duration(found['uptimeS'])}."
     devices: dict[str, list[str]] = {}
     for memory in found["deviceMemory"]:
         size = _size(int(memory["bytes"]))
@@ -218,35 +219,10 @@ def _work(entry: Found) -> tuple[str, ...]:
         queue["priority"].removeprefix("PRIORITY_").lower(),
         entry["kind"],
         entry["method"].rpartition("/")[2] or "-",
-        _duration(entry["waitedMs"] / 1e3),
-        "-" if runs else f"in {_duration(queue['expectedWaitMs'] / 1e3)}",
+        duration(entry["waitedMs"] / 1e3),
+        "-" if runs else f"in {duration(queue['expectedWaitMs'] / 1e3)}",
         entry["requestId"] or "-",
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [tuple(_printable(cell) for cell in row) for row in (head, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _printable(text: str) -> str:
-    """What others named shall not move this terminal's cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes // (24 * 60)} d {minutes // 60 % 24} h"
 
 
 def _size(count: int) -> str:
