@@ -1,15 +1,21 @@
 """The gRPC face of the explainer service: read the request, ask who does the work, answer."""
 
 import asyncio
-import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
-from tdb.explainer.v1 import explanation_pb2, service_pb2
+from tdb.explainer.v1 import explain_pb2, explanation_pb2, service_pb2
 
+from services.explainer.components import Records
 from services.explainer.database import Database
 from services.explainer.engine.provider import Provider
 from services.explainer.engine.provider_settings import HOW_TO_CONFIGURE
+from services.explainer.explanation_calls import ExplanationCalls
+from services.explainer.making_calls import MakingCalls
+from services.explainer.scoring import Steering
+from services.explainer.store import ExplanationStore
 from services.explainer.unbuilt import Unbuilt
 from services.explainer.upstream import Upstream
 
@@ -35,11 +41,13 @@ class ExplainerServicer(Unbuilt):
         upstream: Upstream,
         provider: Provider | None,
         *,
+        steering: Steering | None = None,
         has_embeddings: bool = False,
     ) -> None:
-        self._database = database
-        self._upstream = upstream
+        self._store = ExplanationStore(database)
         self._provider = provider
+        self._explanations = ExplanationCalls(self._store)
+        self._making = MakingCalls(self._store, Records(upstream), provider, steering)
         self._has_embeddings = has_embeddings
         self.stopped = asyncio.Event()
         """Set when the service stops: those who follow a job are let go."""
@@ -55,10 +63,49 @@ class ExplainerServicer(Unbuilt):
             has_embeddings=self._has_embeddings,
             how_to_configure="" if provider else HOW_TO_CONFIGURE,
             methods=(*PROVIDER_METHODS, *OFFLINE_METHODS) if provider else OFFLINE_METHODS,
-            explanations=await self._database.read(_count),
+            explanations=await self._store.count(),
         )
 
+    async def ListExplanations(
+        self, request: explanation_pb2.ListExplanationsRequest, context: Context
+    ) -> explanation_pb2.ListExplanationsResponse:
+        return await self._explanations.list(request)
 
-def _count(connection: sqlite3.Connection) -> int:
-    (count,) = connection.execute("SELECT count(*) FROM explanation").fetchone()
-    return int(count)
+    async def GetExplanation(
+        self, request: explanation_pb2.GetExplanationRequest, context: Context
+    ) -> explanation_pb2.GetExplanationResponse:
+        return await self._explanations.get(request)
+
+    async def WriteExplanation(
+        self, request: explanation_pb2.WriteExplanationRequest, context: Context
+    ) -> explanation_pb2.WriteExplanationResponse:
+        return await self._explanations.write(request)
+
+    async def RateExplanation(
+        self, request: explanation_pb2.RateExplanationRequest, context: Context
+    ) -> explanation_pb2.RateExplanationResponse:
+        return await self._explanations.rate(request)
+
+    async def DeleteExplanation(
+        self, request: explanation_pb2.DeleteExplanationRequest, context: Context
+    ) -> explanation_pb2.DeleteExplanationResponse:
+        return await self._explanations.delete(request)
+
+    async def Explain(
+        self, request: explain_pb2.ExplainRequest, context: Context
+    ) -> AsyncIterator[explain_pb2.ExplainResponse]:
+        async with aclosing(self._making.explain(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Score(
+        self, request: explain_pb2.ScoreRequest, context: Context
+    ) -> AsyncIterator[explain_pb2.ScoreResponse]:
+        async with aclosing(self._making.score(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Simulate(
+        self, request: explain_pb2.SimulateRequest, context: Context
+    ) -> explain_pb2.SimulateResponse:
+        return await self._making.simulate(request)

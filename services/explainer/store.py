@@ -215,29 +215,30 @@ def insert_scores(
 ) -> tuple[StoredScore, ...]:
     """Stores scores of the explanation with this number."""
     created_ms = now_ms()
-    connection.executemany(
-        f"INSERT INTO score ({', '.join(_SCORE_COLUMNS)}) VALUES ({_marks(_SCORE_COLUMNS)})",
-        [
-            (
-                number,
-                each.scorer or "",
-                each.measure or "",
-                each.measure_name,
-                each.value,
-                each.low,
-                each.high,
-                each.n,
-                json.dumps(dict(each.failures)),
-                each.seed,
-                each.judge,
-                each.dataset,
-                each.dataset_hash,
-                each.code_version,
-                created_ms,
-            )
-            for each in scores
-        ],
-    )
+    for each in scores:
+        values = (
+            number,
+            each.scorer or "",
+            each.measure or "",
+            each.measure_name,
+            each.value,
+            each.low,
+            each.high,
+            each.n,
+            json.dumps(dict(each.failures)),
+            each.seed,
+            each.judge,
+            each.dataset,
+            each.dataset_hash,
+            each.code_version,
+        )
+        # What is measured again and comes out the same is the same score.
+        same = " AND ".join(f"{column} IS ?" for column in _SCORE_COLUMNS[:-1])
+        connection.execute(f"DELETE FROM score WHERE {same}", values)
+        connection.execute(
+            f"INSERT INTO score ({', '.join(_SCORE_COLUMNS)}) VALUES ({_marks(_SCORE_COLUMNS)})",
+            (*values, created_ms),
+        )
     return tuple(StoredScore(**vars(each), created_ms=created_ms) for each in scores)
 
 

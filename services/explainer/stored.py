@@ -19,6 +19,19 @@ class ExplainedModel:
     weights_hash: str = ""
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset as provenance names it: its name, the hash of its manifest, the model it is of.
+
+    `dictionaries` are the hashes of their weights by id, "" where they are not known.
+    """
+
+    name: str
+    hash: str
+    model: ExplainedModel
+    dictionaries: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewExplanation:
     """An explanation that is to be stored. `documents` were shown to whoever made it.

@@ -19,12 +19,8 @@ class Unbuilt(service_pb2_grpc.ExplainerServiceServicer):
         raise _refusal()
         yield  # that it is a stream
 
-    GetCapabilities = Simulate = EstimateCost = Search = _unary
-    ListExplanations = GetExplanation = WriteExplanation = _unary
-    RateExplanation = DeleteExplanation = _unary
-    GetJob = ListJobs = PauseJob = ResumeJob = CancelJob = _unary
-    Explain = Score = ExplainMany = FollowJob = ImportExplanations = _stream
-    EmbedExplanations = _stream
+    EstimateCost = Search = GetJob = ListJobs = PauseJob = ResumeJob = CancelJob = _unary
+    ExplainMany = FollowJob = ImportExplanations = EmbedExplanations = _stream
 
 
 def _refusal() -> Unimplemented:

@@ -9,7 +9,7 @@ import pytest
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.explainer.engine.budget import Ledger
 from services.explainer.engine.components import Component, Example, TextScore
-from services.explainer.engine.explainers import explain, prompt_for
+from services.explainer.engine.explainers import begun, explain, prompt_for
 from services.explainer.engine.explanations import Explanation, Method
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.splits import Half, split_pairs, split_tokens
@@ -145,7 +145,29 @@ async def test_an_explanation_is_shown_as_it_comes(server: OpenAIServer) -> None
     seen: list[str] = []
     made = await explained(server, Method.CONTRASTIVE, on_text=seen.append)
     assert isinstance(made, Explanation)
-    assert seen[-1] == '{"explanation": "the name Mary"}'
+    assert seen[0] == ""
+    assert "the name" in seen
+    assert seen[-1] == "the name Mary"
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        ("", ""),
+        ('{"explan', ""),
+        ('{"explanation": "', ""),
+        (' {"explanation" :"a \\"b', 'a "b'),
+        ('{"explanation": "a\\', "a"),
+        ('{"explanation": "a\\u00', "a"),
+        ('{"explanation": "a\\u00e9", "more": "c', "aé"),
+        ('{"explanation": "a\\ud83d', "a"),
+        ('```json\n{"explanation": "a', "a"),
+        ('Sure: {"explanation": "a', ""),
+        ('{"other": "b", "explanation": "a', ""),
+    ],
+)
+def test_the_beginning_of_a_reply_is_read(reply: str, text: str) -> None:
+    assert begun(reply) == text
 
 
 @pytest.mark.parametrize(

@@ -145,5 +145,5 @@ def test_it_describes_itself_where_that_is_asked_for(tmp_path: Path) -> None:
 
 def test_what_is_not_built_is_refused_by_its_name(tmp_path: Path) -> None:
     with Process(tmp_path) as service, pytest.raises(grpc.RpcError) as refused:
-        list(service.stub().Explain(explain_pb2.ExplainRequest()))
-    assert refusal(refused) == ("UNIMPLEMENTED", "Explain is not part of this version yet")
+        service.stub().EstimateCost(explain_pb2.EstimateCostRequest())
+    assert refusal(refused) == ("UNIMPLEMENTED", "EstimateCost is not part of this version yet")

@@ -234,6 +234,20 @@ async def test_of_two_scores_the_newer_counts(store: ExplanationStore) -> None:
     assert await order(store) == ["second", "first"]
 
 
+async def test_a_score_that_comes_out_the_same_is_stored_once(
+    store: ExplanationStore, path: Path
+) -> None:
+    id = (await store.add(new(), [score(0.9)])).id
+    (first,) = (await store.get(id)).scores
+    await store.score(id, [score(0.9)])
+    await store.score(id, [score(0.9, n=10)])
+    await store.score(id, [score(0.9)])
+    (last,) = (await store.get(id)).scores
+    assert last.created_ms > first.created_ms
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM score").fetchone() == (2,)
+
+
 async def test_what_people_write_comes_first(store: ExplanationStore) -> None:
     await store.add(new("machine"), [score(1.0)])
     one = await store.add(new("one", method=Method.HUMAN))
@@ -277,7 +291,7 @@ async def main():
     store = ExplanationStore(Database(Path(sys.argv[1])))
     number = 0
     while True:
-        await store.add(new(str(number), documents=frozenset({"a", "b"})), [score()] * 3)
+        await store.add(new(str(number), documents=frozenset({"a", "b"})), [score(each) for each in (0.1, 0.2, 0.3)])
         number += 1
         print(number, flush=True)
 

@@ -4,6 +4,8 @@ All of them see the explaining half of a split and nothing else; which documents
 the explanation's provenance, and scorers hold to it.
 """
 
+import json
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -40,6 +42,10 @@ _REPLY_TOKENS = 200
 _REPLY_CHARACTERS = 500
 _PAIRS, _SUMMARY, _ACTIVE, _SILENT, _READ_OUTS = 5, 10, 10, 8, 20
 _LEARNT_EXAMPLES, _LEARNT_PAIRS, _PATTERN_PROMOTED = 24, 150, 5
+_BEGUN = re.compile(
+    r'\s*(?:```(?:json)?\s*)?\{\s*"explanation"\s*:\s*'
+    r'"((?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*)'
+)
 
 AnySplit = Split[Example] | Split[HeadExample]
 
@@ -54,13 +60,15 @@ async def explain(
     seed: int,
     on_text: OnText | None = None,
 ) -> Explanation | FailureKind:
-    """One explanation by a language model; what went wrong with it is no exception.
+    """One explanation by a language model; what went wrong with it is no exception. `on_text` hears
+    the explanation as far as it is written.
 
     Raises InvalidArgument where the method is not for such a component, FailedPrecondition where it
     lacks what the method reads, and what `Provider.complete` raises.
     """
     prompt, documents = prompt_for(method, component, split, seed=seed)
-    reply = await provider.complete(prompt, ledger, on_text)
+    on_reply = None if on_text is None else lambda reply: on_text(begun(reply))
+    reply = await provider.complete(prompt, ledger, on_reply)
     found = answer(reply, prompt)
     if isinstance(found, FailureKind):
         return found
@@ -78,6 +86,12 @@ async def explain(
     return Explanation(component.address, text, provenance)
 
 
+def begun(reply: str) -> str:
+    """The explanation in the beginning of a reply; empty where there is none yet."""
+    found = _BEGUN.match(reply)
+    return _one_line(json.loads(f'"{found[1]}"', strict=False)) if found else ""
+
+
 def prompt_for(
     method: Method, component: Component, split: AnySplit, *, seed: int
 ) -> tuple[Prompt, frozenset[str]]:
@@ -92,7 +106,7 @@ def prompt_for(
     if method is Method.OUTPUT_CENTRED:
         task, data, documents = instructions.OUTPUT_CENTRED, _outputs(component), frozenset()
     elif method is Method.ATTENTION_HEAD and component.is_head:
-        task, data = instructions.ATTENTION_HEAD, _head_pairs(_of_heads(split))
+        task, data = instructions.ATTENTION_HEAD, _head_pairs(of_heads(split))
     elif component.is_head:
         raise InvalidArgument(
             f"{component.address} is a head: its methods are attention_head, output_centred and "
@@ -100,11 +114,11 @@ def prompt_for(
             field="method",
         )
     elif method is Method.TOKEN_ACTIVATION_PAIRS:
-        task, data = instructions.TOKEN_ACTIVATION_PAIRS, _token_pairs(_of_tokens(split))
+        task, data = instructions.TOKEN_ACTIVATION_PAIRS, _token_pairs(of_tokens(split))
     elif method is Method.MAX_ACTIVATION_SUMMARY:
-        task, data = instructions.MAX_ACTIVATION_SUMMARY, _summary(_of_tokens(split))
+        task, data = instructions.MAX_ACTIVATION_SUMMARY, _summary(of_tokens(split))
     elif method is Method.CONTRASTIVE:
-        task, data = instructions.CONTRASTIVE, _contrast(_of_tokens(split))
+        task, data = instructions.CONTRASTIVE, _contrast(of_tokens(split))
     else:
         raise InvalidArgument(
             f"{component.address} is not explained by a language model with {method.value}",
@@ -122,10 +136,8 @@ def token_pattern(component: Component, split: AnySplit) -> Explanation:
             f"the examples are those of {split.component}, not of {component.address}",
             field="component",
         )
-    if component.is_head:
-        places = _pair_places(_of_heads(split))
-    else:
-        places = _token_places(_of_tokens(split))
+    is_head = component.is_head
+    places = _pair_places(of_heads(split)) if is_head else _token_places(of_tokens(split))
     promoted = tuple(
         each.text for each in component.promoted[:_PATTERN_PROMOTED] if each.score > 0 and each.text
     )
@@ -159,13 +171,15 @@ def near_misses(split: Split[Example], count: int) -> tuple[Example, ...]:
     return tuple(ranked[:count])
 
 
-def _of_tokens(split: AnySplit) -> Split[Example]:
+def of_tokens(split: AnySplit) -> Split[Example]:
+    """A neuron's or latent's split. Raises InvalidArgument."""
     if not isinstance(split.explaining.active[0], Example):
         raise InvalidArgument(f"{split.component} has examples by pair", field="component")
     return split
 
 
-def _of_heads(split: AnySplit) -> Split[HeadExample]:
+def of_heads(split: AnySplit) -> Split[HeadExample]:
+    """A head's split. Raises InvalidArgument."""
     if not isinstance(split.explaining.active[0], HeadExample):
         raise InvalidArgument(f"{split.component} has examples by token", field="component")
     return split

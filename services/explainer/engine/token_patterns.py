@@ -60,6 +60,17 @@ _WITH_TEXT = frozenset(
         Relation.TO,
     }
 )
+_OF_PAIRS = frozenset(
+    {
+        Relation.FROM,
+        Relation.TO,
+        Relation.SELF,
+        Relation.ONE_BACK,
+        Relation.TO_FIRST,
+        Relation.COPY,
+        Relation.AFTER_COPY,
+    }
+)
 _LONGEST_FIRST = sorted(Relation, key=lambda relation: -len(relation.value))
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _DECODER = json.JSONDecoder()
@@ -121,6 +132,11 @@ class TokenPattern:
             reader.expect(".")
         reader.end()
         return cls(tuple(rules), tuple(promoted))
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether it is about a head: where a token alone is looked at, it would never hold."""
+        return any(each.relation in _OF_PAIRS for rule in self.rules for each in rule.conditions)
 
     def strength(self, holding: frozenset[Condition]) -> float:
         """How strongly the component fires where exactly these conditions hold, 0..10."""
