@@ -23,7 +23,7 @@ from services.common.errors import (
 from services.explainer.components import Subject
 from services.explainer.engine import scorers
 from services.explainer.engine.budget import Ledger
-from services.explainer.engine.explainers import AnySplit, of_heads, of_tokens
+from services.explainer.engine.explainers import AnySplit
 from services.explainer.engine.explanations import Explanation
 from services.explainer.engine.intervention import Generate, intervention
 from services.explainer.engine.judges import Judge
@@ -121,7 +121,9 @@ class Scorers:
         else:
             assert split is not None
             count = scoring.items or scorers.COUNT
-            made = await _run(_asked(scorer, explanation, split, judge, seed, count), judge)
+            made = await _run(
+                scorers.score(scorer, explanation, split, judge, seed=seed, count=count), judge
+            )
         if all(each.n == 0 for each in made) and any(each.failed for each in made):
             raise _nobody_answered(made, judge)
         return [_new(each, subject) for each in made]
@@ -164,20 +166,6 @@ def is_pattern(text: str) -> bool:
     except InvalidArgument:
         return False
     return True
-
-
-def _asked(
-    scorer: Scorer, explanation: Explanation, split: AnySplit, judge: Judge, seed: int, count: int
-) -> Coroutine[Any, Any, tuple[Score, ...]]:
-    if scorer is Scorer.HEAD_PAIRS:
-        pairs = of_heads(split)
-        return scorers.head_pairs(explanation, pairs, judge, seed=seed, count=count)
-    tokens = of_tokens(split)
-    if scorer is Scorer.DETECTION:
-        return scorers.detection(explanation, tokens, judge, seed=seed, count=count)
-    if scorer is Scorer.FUZZING:
-        return scorers.fuzzing(explanation, tokens, judge, seed=seed, count=count)
-    return scorers.simulation(explanation, tokens, judge, seed=seed, count=count)
 
 
 async def _run(
