@@ -291,7 +291,8 @@ async def main():
     store = ExplanationStore(Database(Path(sys.argv[1])))
     number = 0
     while True:
-        await store.add(new(str(number), documents=frozenset({"a", "b"})), [score(each) for each in (0.1, 0.2, 0.3)])
+        scores = [score(each) for each in (0.1, 0.2, 0.3)]
+        await store.add(new(str(number), documents=frozenset({"a", "b"})), scores)
         number += 1
         print(number, flush=True)
 
