@@ -216,6 +216,7 @@ def migrate(path: Path) -> None:
             )
         if 0 < version < len(STEPS):
             copy = path.with_name(f"{path.name}.schema{version}")
+            copy.touch(mode=0o600)
             with closing(sqlite3.connect(copy)) as target:
                 connection.backup(target)
         for number, step in enumerate(STEPS[version:], start=version + 1):

@@ -18,6 +18,7 @@ from services.common.errors import TdbError
 from services.common.server import ServiceServer
 from services.explainer.upstream import Upstream
 from tests.common.backend import Backend, serving, settings
+from tests.common.certificates import CLIENT, Authority
 from tests.dataset import helpers
 from tests.explainer.served import NOBODY
 
@@ -176,6 +177,28 @@ async def test_a_wrong_service_token_is_not_the_caller_s_fault() -> None:
         with pytest.raises(errors.FailedPrecondition, match="TDB_SERVICE_TOKEN") as refused:
             await asked.inference.GetModel(MODEL)
     assert refused.value.reason == "INFERENCE_REFUSES"
+
+
+async def test_they_are_asked_by_mutual_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    service = authority.pair("service")
+    own = authority.pair("explainer", usage=CLIENT)
+    of_service = {
+        "TDB_TLS_CERT": service.cert,
+        "TDB_TLS_KEY": service.key,
+        "TDB_TLS_CLIENT_CA": authority.path,
+    }
+    known = {
+        "TDB_TLS_CA": authority.path,
+        "TDB_TLS_CLIENT_CERT": own.cert,
+        "TDB_TLS_CLIENT_KEY": own.key,
+    }
+    async with serving(Backend(), **of_service) as server:
+        async with upstream(inference=server, more=known) as asked:
+            await asked.inference.ListModels(model_pb2.ListModelsRequest())
+        async with upstream(inference=server) as asked:  # in the clear
+            with pytest.raises(errors.Unavailable, match="the inference service at"):
+                await asked.inference.ListModels(model_pb2.ListModelsRequest())
 
 
 async def test_a_stream_that_is_left_is_cancelled() -> None:
