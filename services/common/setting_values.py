@@ -67,6 +67,8 @@ class ImportSource:
     """A folder, or a URL."""
 
 
+OBJECT_STORES = ("az", "s3")
+_BUCKET = re.compile(r"[a-z0-9$][a-z0-9.-]{0,62}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 _HUB_PATH = re.compile(
@@ -347,8 +349,17 @@ def _url(must: str, url: str) -> str:
     host = parts.hostname or ""
     if not host or parts.username or parts.password or parts.fragment:
         raise ValueError(f"must {must} a URL of a host and a path, nothing else")
+    if parts.scheme in OBJECT_STORES:
+        if "?" in url or not _BUCKET.fullmatch(parts.netloc):
+            raise ValueError(
+                f"must {must} {parts.scheme}://CONTAINER/PATH, nothing else: account and "
+                "credentials come from the environment"
+            )
+        return url
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
-        raise ValueError(f"must {must} an https URL (http only on this machine)")
+        raise ValueError(
+            f"must {must} an https URL (http only on this machine), or an az or s3 one"
+        )
     return url
 
 

@@ -299,9 +299,10 @@ class Settings:
     remote_datasets: tuple[RemoteDataset, ...] = _setting(
         "TDB_REMOTE_DATASETS",
         "",
-        "Datasets that lie elsewhere, separated by commas, each `NAME=URL`: the https URL of a "
-        "dataset's folder. Its query, where a signature may stand, is sent along and never shown. "
-        "See [datasets.md](datasets.md).",
+        "Datasets that lie elsewhere, separated by commas, each `NAME=URL`: the URL of a "
+        "dataset's folder, https (its query, where a signature may stand, is sent along and never "
+        "shown), `az://CONTAINER/PATH` or `s3://BUCKET/PATH` (extra `object-stores`; account and "
+        "credentials come from the environment). See [datasets.md](datasets.md).",
         values.remote_datasets,
     )
     openai_records: str = _setting(

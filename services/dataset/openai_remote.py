@@ -17,12 +17,13 @@ from services.common.errors import InvalidArgument, NotFound
 from services.dataset import groups
 from services.dataset.block_cache import BlockCache
 from services.dataset.damage import Damaged
-from services.dataset.http_files import HttpFiles, Missing
+from services.dataset.http_files import Missing
 from services.dataset.importers import openai_records
 from services.dataset.importers.importing import OPENAI_NEURON_NOTE, OPENAI_NOTE
 from services.dataset.manifest import SUFFIXES, Manifest, ShardEntry, StoredFile
 from services.dataset.openai_catalogue import Published
 from services.dataset.reader import DatasetReader, Record
+from services.dataset.remote_files import RemoteFiles
 from services.dataset.search_file import SearchFile
 from services.dataset.storage import PartlyRead
 
@@ -104,7 +105,7 @@ class OpenAIReader(DatasetReader):
         "with `tdb dataset import`, which keeps both"
     )
 
-    def __init__(self, published: Published, files: HttpFiles, cache: BlockCache) -> None:
+    def __init__(self, published: Published, files: RemoteFiles, cache: BlockCache) -> None:
         super().__init__(OpenAIStorage(published, files.shown))
         self._published = published
         self._layers = dict(published.groups())

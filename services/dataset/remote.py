@@ -10,8 +10,9 @@ from services.common.errors import NotFound
 from services.dataset import manifest
 from services.dataset.block_cache import BlockCache
 from services.dataset.damage import Damaged
-from services.dataset.http_files import HttpFiles, Missing
+from services.dataset.http_files import Missing
 from services.dataset.manifest import StoredFile
+from services.dataset.remote_files import RemoteFiles
 
 BLOCK_BYTES = 64 * 1024
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -21,7 +22,7 @@ class RemoteStorage:
     """Raises Unavailable and FailedPrecondition where the other side does not answer as it should,
     besides what Storage says."""
 
-    def __init__(self, name: str, files: HttpFiles, cache: BlockCache) -> None:
+    def __init__(self, name: str, files: RemoteFiles, cache: BlockCache) -> None:
         self._name = name
         self._files = files
         self._cache = cache
@@ -60,7 +61,7 @@ class RemoteStorage:
 
 
 class RemoteFile:
-    def __init__(self, stored: StoredFile, files: HttpFiles, cache: BlockCache) -> None:
+    def __init__(self, stored: StoredFile, files: RemoteFiles, cache: BlockCache) -> None:
         self._stored = stored
         self._files = files
         self._cache = cache

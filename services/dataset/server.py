@@ -4,18 +4,20 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import BoundedSemaphore
 
 from tdb.dataset.v1 import service_pb2_grpc
 
 from services.common import tracing
+from services.common.errors import FailedPrecondition
 from services.common.server import ServiceServer, run_service
 from services.common.settings import Settings, SettingsError
 from services.common.tracing import Tracing
-from services.dataset import http_files
+from services.dataset import http_files, remote_files
 from services.dataset.block_cache import BlockCache
 from services.dataset.building.builds import Builds
-from services.dataset.http_files import HttpFiles
 from services.dataset.importers.imports import Imports
 from services.dataset.library import Library
 from services.dataset.openai_catalogue import PUBLISHED
@@ -42,10 +44,13 @@ def open_library(settings: Settings) -> Library:
             raise SettingsError(
                 f"TDB_REMOTE_DATASETS names {each.name}, but {folder / each.name} is here already."
             )
-        remotes.append(RemoteStorage(each.name, HttpFiles(each.url, at_once), cache))
+        with _as_setting("TDB_REMOTE_DATASETS"):
+            there = remote_files.below(each.url, at_once)
+        remotes.append(RemoteStorage(each.name, there, cache))
     published = []
     if settings.openai_records:
-        bucket = HttpFiles(settings.openai_records, at_once)
+        with _as_setting("TDB_OPENAI_RECORDS"):
+            bucket = remote_files.below(settings.openai_records, at_once)
         published = [OpenAIReader(each, bucket, cache) for each in PUBLISHED]
         taken = {each.name for each in settings.remote_datasets}
         for reader in published:
@@ -55,6 +60,15 @@ def open_library(settings: Settings) -> Library:
                     "this name: give that one another"
                 )
     return Library(folder, remotes, published=published)
+
+
+@contextmanager
+def _as_setting(name: str) -> Iterator[None]:
+    """What cannot be read as it is set is a mistake in a setting."""
+    try:
+        yield
+    except FailedPrecondition as error:
+        raise SettingsError(f"{name}: {error.message}.") from None
 
 
 def build_server(

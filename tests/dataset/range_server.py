@@ -47,7 +47,8 @@ def serving(folder: Path) -> Iterator[Server]:
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
             name = parts.path.removeprefix("/data/")
-            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
+            asked: str = self.headers.get("range") or self.headers.get("x-ms-range") or ""
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
             wanted = (int(found[1]), int(found[2])) if found else None
             state.asked.append(Asked(name, wanted, parts.query))
             time.sleep(state.delay_s)
@@ -56,6 +57,7 @@ def serving(folder: Path) -> Iterator[Server]:
             if status is None:
                 status = 200 if path.is_file() else 404
             content = path.read_bytes() if status == 200 else b"<Error/>"
+            total = len(content)
             if status == 200 and wanted and state.ranges:
                 status = 206 if wanted[0] < len(content) else 416
                 content = content[wanted[0] : wanted[1] + 1]
@@ -63,6 +65,10 @@ def serving(folder: Path) -> Iterator[Server]:
                 content = state.change(name, content)
             self.send_response(status)
             self.send_header("content-length", str(len(content)))
+            self.send_header("etag", '"one"')
+            if status == 206 and wanted:
+                last = min(wanted[1], total - 1)
+                self.send_header("content-range", f"bytes {wanted[0]}-{last}/{total}")
             if 300 <= status < 400:
                 self.send_header("location", "http://127.0.0.1:1/elsewhere")
             self.end_headers()

@@ -22,9 +22,9 @@ from services.common.errors import (
     inside,
 )
 from services.common.settings import Settings
-from services.dataset import files
+from services.dataset import files, remote_files
 from services.dataset.groups import Group
-from services.dataset.http_files import HttpFiles, Missing
+from services.dataset.http_files import Missing
 from services.dataset.importers import importing
 from services.dataset.library import BUILDING, Library, check_name
 
@@ -172,7 +172,8 @@ def _fetch(
             "TDB_OPENAI_RECORDS serves them where they are",
             field="place",
         )
-    there = HttpFiles(url)
+    with inside("place"):
+        there = remote_files.below(url)
     done = 0
     try:
         for kind in ("features", "activations", "explanations"):
