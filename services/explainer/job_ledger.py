@@ -108,6 +108,13 @@ class PatientProvider:
     def prices(self) -> Prices | None:
         return self._provider.prices
 
+    @property
+    def at_once(self) -> int:
+        return self._provider.at_once
+
+    def most(self, prompt: Prompt) -> Usage:
+        return self._provider.most(prompt)
+
     async def complete(
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None
     ) -> Reply:

@@ -67,6 +67,11 @@ class JobView:
     seconds_left: float | None = None
 
 
+@dataclass(frozen=True)
+class JobEnd(JobView):
+    """How a job was when it ended or was paused: the last that is heard of it."""
+
+
 class Work(Protocol):
     """What a job does with a component."""
 

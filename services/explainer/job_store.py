@@ -179,9 +179,12 @@ class JobStore:
 
     async def deal(self, number: int, position: int, dealt: Dealt, used: Used) -> None:
         """Writes down what became of a component."""
-        await self._database.write(
-            lambda connection: write_dealt(connection, number, position, dealt, used)
-        )
+
+        def work(connection: sqlite3.Connection) -> None:
+            write_component(connection, number, position, dealt)
+            write_used(connection, number, used)
+
+        await self._database.write(work)
 
     async def list(self) -> list[StoredJob]:
         """The newest first, at most MOST_LISTED."""
@@ -195,16 +198,24 @@ class JobStore:
         return await self._database.read(work)
 
 
-def write_dealt(
-    connection: sqlite3.Connection, number: int, position: int, dealt: Dealt, used: Used
+def write_component(
+    connection: sqlite3.Connection, number: int, position: int, dealt: Dealt
 ) -> None:
-    """What became of a component of job `number`, and what the job has used with it."""
+    """What became of a component of job `number`."""
     connection.execute(
         "UPDATE job_component SET state = ?, explanation_id = ?, reason = ? "
         "WHERE job = ? AND position = ?",
         (dealt.state, dealt.explanation_id, dealt.reason, number, position),
     )
-    write_used(connection, number, used)
+
+
+def explained_so_far(connection: sqlite3.Connection, number: int, position: int) -> str:
+    """The id of the explanation that the job has stored of a component, empty where it has none."""
+    row = connection.execute(
+        "SELECT explanation_id FROM job_component WHERE job = ? AND position = ?",
+        (number, position),
+    ).fetchone()
+    return str(row["explanation_id"])
 
 
 def write_used(connection: sqlite3.Connection, number: int, used: Used) -> None:

@@ -8,12 +8,21 @@ can be done at once.
 import asyncio
 import math
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from services.common.errors import FailedPrecondition, TdbError, Unavailable
 from services.explainer.job_ledger import JobLedger
-from services.explainer.job_run import FIRST_PAUSE_S, Item, JobRun, JobView, Wish, Work, forecast
+from services.explainer.job_run import (
+    FIRST_PAUSE_S,
+    Item,
+    JobEnd,
+    JobRun,
+    JobView,
+    Wish,
+    Work,
+    forecast,
+)
 from services.explainer.job_store import JobState, JobStore, StoredJob
 
 PROGRESS_S = 0.5
@@ -96,13 +105,13 @@ class Jobs:
             for job in await self._store.list()
         ]
 
-    async def follow(self, id: str) -> AsyncIterator[JobView | Item]:
+    async def follow(self, id: str) -> AsyncGenerator[JobView | Item, None]:
         """How it is, then components as they are dealt with and how far it is, and at last how it
         ended or was paused. Raises NotFound; Unavailable when the service stops."""
         if id not in self._runs:
             stored = await self._store.get(id)
             if id not in self._runs:
-                yield forecast(stored)
+                yield JobEnd(**vars(forecast(stored)))
                 return
         run = self._runs[id]
         queue = run.follow()
@@ -114,7 +123,7 @@ class Jobs:
             run.unfollow(queue)
         if run.state.is_under_way:
             raise Unavailable("the service stops; the job goes on when it is back", retry_after_s=1)
-        yield run.view()
+        yield JobEnd(**vars(run.view()))
 
     async def pause(self, id: str) -> JobView:
         """Raises NotFound, FailedPrecondition where it is not under way."""

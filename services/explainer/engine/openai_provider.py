@@ -78,6 +78,13 @@ class OpenAIProvider:
     def prices(self) -> Prices | None:
         return self._settings.prices
 
+    @property
+    def at_once(self) -> int:
+        return self._settings.concurrency
+
+    def most(self, prompt: Prompt) -> Usage:
+        return Usage(prompt.token_bound, self._longest(prompt), bounded=True)
+
     async def __aenter__(self) -> "OpenAIProvider":
         return self
 
@@ -130,7 +137,7 @@ class OpenAIProvider:
 
     async def _ask(self, call: "_Call") -> Reply:
         prompt, ledger, on_text = call.prompt, call.ledger, call.on_text
-        most = Usage(prompt.token_bound, self._longest(prompt), bounded=True)
+        most = self.most(prompt)
         failure = FailureKind.UNAVAILABLE
         attempt = 0
         while attempt < ATTEMPTS and call.has_caller:

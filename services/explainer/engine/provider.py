@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from services.explainer.engine.budget import Ledger, Prices
+from services.explainer.engine.budget import Ledger, Prices, Usage
 from services.explainer.engine.prompts import Prompt
 from services.explainer.engine.replies import FailureKind, Malformed, read
 
@@ -58,6 +58,13 @@ class Provider(Protocol):
 
     @property
     def prices(self) -> Prices | None: ...
+
+    @property
+    def at_once(self) -> int:
+        """How many calls it sends at once; others wait."""
+
+    def most(self, prompt: Prompt) -> Usage:
+        """The most that one call for this prompt can use."""
 
     async def complete(
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None
