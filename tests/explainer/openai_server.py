@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+import socket
 import threading
 import time
 from collections import deque
@@ -67,13 +68,18 @@ def failing(status: int = 500) -> Fault:
 
 
 class OpenAIServer:
-    """Runs on a free port of loopback while its context is open. `requests`: the bodies it took."""
+    """Runs on a free port of loopback while its context is open.
+
+    `requests`: the bodies it took; `answered`: those whose reply it sent, to somebody who was still
+    there.
+    """
 
     def __init__(self, model: Callable[[dict[str, Any]], Said | str] | None = None) -> None:
         self.model = model or (lambda body: "{}")
         self.embedding: Callable[[str], Sequence[float]] = by_words
         self.faults: deque[Fault] = deque()
         self.requests: list[dict[str, Any]] = []
+        self.answered: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.unsupported: set[str] = set()
         self.at_once = 0
@@ -160,11 +166,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(_embeddings(body, self.owner.embedding, fault)), {})
         else:
             said = self.owner.model(body) if fault.reply is None else fault.reply
+            if self._has_left():
+                return
+            self.owner.answered.append(body)
             said = Said(said) if isinstance(said, str) else said
             if body.get("stream"):
                 self._stream(body, said, fault)
             else:
                 self._send(200, json.dumps(_completion(body, said, fault)), {})
+
+    def _has_left(self) -> bool:
+        """Whether the client has hung up: it pays for no reply then."""
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _send(self, status: int, body: str, headers: dict[str, str]) -> None:
         data = body.encode()

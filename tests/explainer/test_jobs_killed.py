@@ -1,0 +1,89 @@
+"""A service that is killed at any moment of a job: nothing is paid twice, nothing left out."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from tdb.explainer.v1 import explanation_pb2, job_pb2
+
+from tests.explainer import job_bench
+from tests.explainer.job_bench import Dataset
+from tests.explainer.openai_server import OpenAIServer, Said
+from tests.explainer.process import Process
+
+AT_ONCE = 8
+
+
+def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) -> None:
+    """A job with scores, killed so often at drawn moments."""
+    draw = random.Random(seed)
+
+    def model(body: dict[str, object]) -> Said | str:
+        openai.wait(delay_s)
+        return job_bench.model(body)
+
+    with OpenAIServer(model) as openai, job_bench.serving(Dataset(components)) as dataset:
+        environment = job_bench.environment(dataset, openai)
+        calls = components * (1 + 3)  # an explanation, and detection of 6 + 6 texts by fives
+        stops = sorted(draw.sample(range(1, calls - AT_ONCE), kills))
+        with Process(folder, **environment) as service:
+            asked = job_bench.request(
+                components,
+                explanation_pb2.METHOD_CONTRASTIVE,
+                explanation_pb2.SCORER_DETECTION,
+                judge=2,
+            )
+            job = job_bench.begun(service.stub(), asked)
+            assert job.components == components
+            wait_for(openai, stops[0])
+        lost: set[str] = set()  # answered, and the answer never came: nobody can know of them
+        for stop in [*stops[1:], None]:
+            answered = job_bench.paid(openai)
+            stored = {key for (key,) in job_bench.rows(folder, "SELECT key FROM reply")}
+            lost |= answered.keys() - stored
+            with Process(folder, **environment) as service:
+                if stop is not None:
+                    wait_for(openai, stop)
+                    continue
+                last = job_bench.ended(service.stub(), job.id)
+        assert last.state == job_pb2.JOB_STATE_DONE
+        assert (last.explained, last.skipped, last.failed) == (components, 0, 0)
+        answered = job_bench.paid(openai)
+        twice = {key for key, count in answered.items() if count > 1}
+        assert twice <= lost, "a reply that was kept was paid for again"
+        assert len(lost) <= kills * AT_ONCE
+        stored = {key for (key,) in job_bench.rows(folder, "SELECT key FROM reply")}
+        assert answered.keys() == stored
+        assert len(answered) == calls
+        # What the job says it used is no less than what was paid.
+        tokens = sum(
+            sum(map(len, (each["content"] for each in body["messages"]))) // 4
+            for body in openai.answered
+        )
+        assert last.usage.prompt_tokens >= tokens
+        assert last.usage.calls >= len(openai.answered)
+        assert last.usage.calls <= len(openai.answered) + kills * AT_ONCE
+    explained = job_bench.rows(
+        folder, "SELECT component, count(*) FROM explanation GROUP BY component"
+    )
+    assert len(explained) == components
+    assert {count for _, count in explained} == {1}
+    scores = job_bench.rows(folder, "SELECT explanation, count(*) FROM score GROUP BY explanation")
+    assert len(scores) == components
+    assert {count for _, count in scores} == {2}, "balanced accuracy and AUC, once each"
+
+
+def wait_for(openai: OpenAIServer, answers: int) -> None:
+    while len(openai.answered) < answers:
+        time.sleep(0.001)
+
+
+def test_a_job_of_twenty_killed_twice(tmp_path: Path) -> None:
+    run(tmp_path, 20, kills=2, seed=0, delay_s=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_a_job_of_two_hundred_killed_five_times(tmp_path: Path, seed: int) -> None:
+    run(tmp_path, 200, kills=5, seed=seed, delay_s=0.02)
