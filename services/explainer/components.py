@@ -24,10 +24,14 @@ E = TypeVar("E", Example, HeadExample)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is explained: a component with its examples, and the dataset that they are from."""
+    """What is explained: a component with its examples, and the dataset that they are from.
+
+    `fraction_active` is the share of the corpus where it is active, None where that is not known.
+    """
 
     component: Component
     dataset: Dataset
+    fraction_active: float | None = None
 
     @property
     def address(self) -> str:
@@ -47,7 +51,9 @@ class Records:
         request = read_pb2.GetRecordRequest(dataset=dataset, component=address)
         response = await self._upstream.dataset.GetRecord(request)
         found = await self.dataset(dataset, response.manifest_hash)
-        subject = Subject(component_of(response.record), found)
+        statistics = response.record.statistics
+        active = statistics.fraction_active if statistics.HasField("fraction_active") else None
+        subject = Subject(component_of(response.record), found, active)
         return await self.with_read_outs(subject) if read_outs else subject
 
     async def dataset(self, name: str, manifest_hash: str = "") -> Dataset:

@@ -1,5 +1,6 @@
 """The calls about jobs, in the API's messages: what the servicer hands on."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -43,13 +44,23 @@ class JobCalls:
         self._store = JobStore(database)
         self._pool = pool
         self._jobs = Jobs(self._store, self._equip, first_pause_s=first_pause_s)
+        self._grace_s = 0.0
+        self._watching: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
+    async def start(self, stopped: asyncio.Event, grace_s: float) -> None:
+        """Once `stopped` is set, what is on its way has `grace_s` to end."""
+        self._grace_s = grace_s
         await self._jobs.start()
+        self._watching = asyncio.ensure_future(self._close_at(stopped))
 
-    async def close(self, grace_s: float) -> None:
-        """Gives what is on its way so long to end."""
-        await self._jobs.close(grace_s)
+    async def _close_at(self, stopped: asyncio.Event) -> None:
+        await stopped.wait()
+        await self._jobs.close(self._grace_s)
+
+    async def close(self) -> None:
+        await self._jobs.close(self._grace_s)
+        if self._watching:
+            self._watching.cancel()
 
     async def explain_many(
         self, request: explain_pb2.ExplainManyRequest, user: str

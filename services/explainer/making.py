@@ -183,7 +183,7 @@ class Maker:
                     yield event
                 else:
                     explanation = event
-        stored = await self._keep(_new(explanation, subject, task.author))
+        stored = await self._keep(new_explanation(explanation, subject, task.author))
         yield Explained(stored)
         if task.scoring is not None:
             scores = self._scores(stored, explanation, subject, split, task.scoring, ledger)
@@ -232,7 +232,7 @@ class Maker:
             explainers.explain(
                 task.method,
                 component,
-                split or _nothing_shown(component, task.seed),
+                split or nothing_shown(component, task.seed),
                 self._provider,
                 ledger,
                 seed=task.seed,
@@ -327,7 +327,7 @@ class _Text:
                 await asyncio.wait([done], timeout=TEXT_EVERY_S)
 
 
-def _new(explanation: Explanation, subject: Subject, author: str) -> NewExplanation:
+def new_explanation(explanation: Explanation, subject: Subject, author: str) -> NewExplanation:
     """As it is stored. What comes out the same again is the same explanation."""
     provenance, dataset = explanation.provenance, subject.dataset
     parts = [
@@ -362,7 +362,7 @@ def _new(explanation: Explanation, subject: Subject, author: str) -> NewExplanat
     )
 
 
-def _nothing_shown(component: Component, seed: int) -> Split[Example]:
+def nothing_shown(component: Component, seed: int) -> Split[Example]:
     """For a method that is shown no example, so that none need be there."""
     nothing: Half[Example] = Half((), (), frozenset())
     return Split(component.address, nothing, nothing, 0.0, seed)

@@ -203,7 +203,10 @@ def dataset(given: str) -> str:
 
 
 def budget(
-    request: explain_pb2.ExplainRequest | explain_pb2.ScoreRequest | explain_pb2.SimulateRequest,
+    request: explain_pb2.ExplainRequest
+    | explain_pb2.ExplainManyRequest
+    | explain_pb2.ScoreRequest
+    | explain_pb2.SimulateRequest,
 ) -> Budget:
     """Raises InvalidArgument."""
     if not request.HasField("budget"):

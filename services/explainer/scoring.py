@@ -126,7 +126,7 @@ class Scorers:
             )
         if all(each.n == 0 for each in made) and any(each.failed for each in made):
             raise _nobody_answered(made, judge)
-        return [_new(each, subject) for each in made]
+        return [new_score(each, subject) for each in made]
 
     async def _intervention(
         self, explanation: Explanation, subject: Subject, judge: Judge, scoring: Scoring, seed: int
@@ -186,7 +186,7 @@ def _nobody_answered(made: Sequence[Score], judge: Judge) -> TdbError:
     return FailedPrecondition(sentence, reason="NO_ANSWERS")
 
 
-def _new(score: Score, subject: Subject) -> NewScore:
+def new_score(score: Score, subject: Subject) -> NewScore:
     """As it is stored; only the intervention score uses no examples."""
     dataset = None if score.scorer is Scorer.INTERVENTION else subject.dataset
     return NewScore(

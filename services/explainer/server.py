@@ -88,10 +88,11 @@ def main() -> int:
     )
 
     async def prepare(server: ServiceServer) -> None:
-        servicer.stopped = server.stopped
+        await servicer.start(server.stopped, settings.drain_s)
         await server.set_serving()
 
     async def close() -> None:
+        await servicer.close()
         await upstream.close()
         if provider:
             await provider.close()

@@ -6,14 +6,17 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
-from tdb.explainer.v1 import explain_pb2, explanation_pb2, service_pb2
+from tdb.explainer.v1 import explain_pb2, explanation_pb2, job_pb2, service_pb2
 
 from services.explainer.components import Records
 from services.explainer.database import Database
 from services.explainer.engine.provider import Provider
 from services.explainer.engine.provider_settings import HOW_TO_CONFIGURE
-from services.explainer.explanation_calls import ExplanationCalls
+from services.explainer.estimate_calls import EstimateCalls
+from services.explainer.explanation_calls import ExplanationCalls, user
+from services.explainer.job_calls import JobCalls
 from services.explainer.making_calls import MakingCalls
+from services.explainer.offline_pool import OfflinePool
 from services.explainer.scoring import Steering
 from services.explainer.store import ExplanationStore
 from services.explainer.unbuilt import Unbuilt
@@ -47,10 +50,22 @@ class ExplainerServicer(Unbuilt):
         self._store = ExplanationStore(database)
         self._provider = provider
         self._explanations = ExplanationCalls(self._store)
-        self._making = MakingCalls(self._store, Records(upstream), provider, steering)
+        records = Records(upstream)
+        self._making = MakingCalls(self._store, records, provider, steering)
+        self._pool = OfflinePool()
+        self._jobs = JobCalls(database, upstream, records, provider, self._pool, steering)
+        self._estimates = EstimateCalls(database, upstream, records, provider, self._pool)
         self._has_embeddings = has_embeddings
-        self.stopped = asyncio.Event()
-        """Set when the service stops: those who follow a job are let go."""
+
+    async def start(self, stopped: asyncio.Event, grace_s: float) -> None:
+        """Goes on with the jobs that an earlier process left. Once `stopped` is set, those who
+        follow a job are let go, and what jobs have under way has `grace_s` to end."""
+        await self._jobs.start(stopped, grace_s)
+
+    async def close(self) -> None:
+        """The jobs go on when the service is back."""
+        await self._jobs.close()
+        self._pool.close()
 
     async def GetCapabilities(
         self, request: service_pb2.GetCapabilitiesRequest, context: Context
@@ -109,3 +124,47 @@ class ExplainerServicer(Unbuilt):
         self, request: explain_pb2.SimulateRequest, context: Context
     ) -> explain_pb2.SimulateResponse:
         return await self._making.simulate(request)
+
+    async def EstimateCost(
+        self, request: explain_pb2.EstimateCostRequest, context: Context
+    ) -> explain_pb2.EstimateCostResponse:
+        return await self._estimates.estimate(request, user())
+
+    async def ExplainMany(
+        self, request: explain_pb2.ExplainManyRequest, context: Context
+    ) -> AsyncIterator[job_pb2.ExplainManyResponse]:
+        async with aclosing(self._jobs.explain_many(request, user())) as responses:
+            async for response in responses:
+                yield response
+
+    async def FollowJob(
+        self, request: job_pb2.FollowJobRequest, context: Context
+    ) -> AsyncIterator[job_pb2.FollowJobResponse]:
+        async with aclosing(self._jobs.follow(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def GetJob(
+        self, request: job_pb2.GetJobRequest, context: Context
+    ) -> job_pb2.GetJobResponse:
+        return await self._jobs.get(request)
+
+    async def ListJobs(
+        self, request: job_pb2.ListJobsRequest, context: Context
+    ) -> job_pb2.ListJobsResponse:
+        return await self._jobs.list(request)
+
+    async def PauseJob(
+        self, request: job_pb2.PauseJobRequest, context: Context
+    ) -> job_pb2.PauseJobResponse:
+        return await self._jobs.pause(request)
+
+    async def ResumeJob(
+        self, request: job_pb2.ResumeJobRequest, context: Context
+    ) -> job_pb2.ResumeJobResponse:
+        return await self._jobs.resume(request)
+
+    async def CancelJob(
+        self, request: job_pb2.CancelJobRequest, context: Context
+    ) -> job_pb2.CancelJobResponse:
+        return await self._jobs.cancel(request)

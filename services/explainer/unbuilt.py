@@ -19,8 +19,8 @@ class Unbuilt(service_pb2_grpc.ExplainerServiceServicer):
         raise _refusal()
         yield  # that it is a stream
 
-    EstimateCost = Search = GetJob = ListJobs = PauseJob = ResumeJob = CancelJob = _unary
-    ExplainMany = FollowJob = ImportExplanations = EmbedExplanations = _stream
+    Search = _unary
+    ImportExplanations = EmbedExplanations = _stream
 
 
 def _refusal() -> Unimplemented:

@@ -28,7 +28,6 @@ async def explainer(
     try:
         servicer = ExplainerServicer(database, upstream, None)
         async with build_server(found, servicer, 0, on_stop=upstream.close) as server:
-            servicer.stopped = server.stopped
             await server.set_serving()
             yield server
     finally:

@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tdb.explainer.v1 import explanation_pb2, job_pb2
+from tdb.explainer.v1 import explain_pb2, explanation_pb2, job_pb2
 
 from tests.explainer import job_bench
-from tests.explainer.job_bench import Dataset
 from tests.explainer.openai_server import OpenAIServer, Said
 from tests.explainer.process import Process
 
@@ -23,7 +22,7 @@ def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) ->
         openai.wait(delay_s)
         return job_bench.model(body)
 
-    with OpenAIServer(model) as openai, job_bench.serving(Dataset(components)) as dataset:
+    with OpenAIServer(model) as openai, job_bench.serving(components) as dataset:
         environment = job_bench.environment(dataset, openai)
         calls = components * (1 + 3)  # an explanation, and detection of 6 + 6 texts by fives
         stops = sorted(draw.sample(range(1, calls - AT_ONCE), kills))
@@ -32,7 +31,7 @@ def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) ->
                 components,
                 explanation_pb2.METHOD_CONTRASTIVE,
                 explanation_pb2.SCORER_DETECTION,
-                judge=2,
+                judge=explain_pb2.JUDGE_PROVIDER,
             )
             job = job_bench.begun(service.stub(), asked)
             assert job.components == components

@@ -39,7 +39,7 @@ FIRES_SHARE = 0.3
 """A token is marked as firing above this share of its example's peak."""
 
 _REPLY_TOKENS = 200
-_REPLY_CHARACTERS = 500
+REPLY_CHARACTERS = 500
 _PAIRS, _SUMMARY, _ACTIVE, _SILENT, _READ_OUTS = 5, 10, 10, 8, 20
 _LEARNT_EXAMPLES, _LEARNT_PAIRS, _PATTERN_PROMOTED = 24, 150, 5
 _BEGUN = re.compile(
@@ -73,7 +73,7 @@ async def explain(
     if isinstance(found, FailureKind):
         return found
     text = _one_line(found["explanation"])
-    if not 0 < len(text) <= _REPLY_CHARACTERS:
+    if not 0 < len(text) <= REPLY_CHARACTERS:
         return FailureKind.MALFORMED
     provenance = Provenance(
         method=method,
