@@ -56,4 +56,8 @@ def configure(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(log_prompts=settings.log_prompts))
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+    if not settings.log_prompts:
+        # At debug level they write down what they send.
+        for name in ("openai", "httpx", "httpcore", "httpx2", "httpcore2"):
+            logging.getLogger(name).setLevel(logging.INFO)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)

@@ -24,7 +24,7 @@ from services.explainer.engine import openai_calls
 from services.explainer.engine.budget import Ledger, Prices, Usage
 from services.explainer.engine.openai_calls import ATTEMPTS
 from services.explainer.engine.prompts import Prompt
-from services.explainer.engine.provider import OnText, Reply, TokenLogprobs
+from services.explainer.engine.provider import OnText, Reply, TokenLogprobs, answer
 from services.explainer.engine.provider_settings import ProviderSettings
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.response_cache import ResponseCache
@@ -127,7 +127,7 @@ class OpenAIProvider:
                 return reply
             async with self._slots:
                 reply = await self._ask(call)
-            if reply.failure is None:
+            if not isinstance(answer(reply, call.prompt), FailureKind):
                 await self._cache.put(key, reply.to_json())
             return reply
 

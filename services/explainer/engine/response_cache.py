@@ -1,7 +1,7 @@
 """Replies that were paid for once, by the hash of endpoint, model and question.
 
-An entry is text without any key or name of a user. Only whole answers are kept: never a failure,
-never what was cut off.
+An entry is text without any key or name of a user. Only answers are kept: never a failure, never
+what was cut off or is not what was asked for.
 """
 
 from collections import OrderedDict
