@@ -28,6 +28,8 @@ class Server:
     change: Callable[[str, bytes], bytes] = lambda name, content: content
     """What is sent instead of what was asked for."""
     delay_s: float = 0.0
+    answers: threading.Event = field(default_factory=threading.Event)
+    """Cleared, it hangs until this is set again."""
     ranges: bool = True
     cut: bool = False
     """Announces all and closes half way."""
@@ -40,6 +42,7 @@ class Server:
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     state = Server(folder)
+    state.answers.set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -52,6 +55,7 @@ def serving(folder: Path) -> Iterator[Server]:
             wanted = (int(found[1]), int(found[2])) if found else None
             state.asked.append(Asked(name, wanted, parts.query))
             time.sleep(state.delay_s)
+            state.answers.wait()
             status = state.status(name)
             path = state.folder / name
             if status is None:
@@ -94,6 +98,7 @@ def serving(folder: Path) -> Iterator[Server]:
     try:
         yield state
     finally:
+        state.answers.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -34,6 +34,7 @@ from tests.common.backend import settings
 from tests.dataset import helpers, object_stores, range_server
 from tests.dataset.range_server import Server
 from tests.dataset.test_service import collect, refusal
+from tests.faults.watching import until
 
 RECORDS = helpers.random_records(4, helpers.COMPONENTS, tokens=32)
 
@@ -363,15 +364,17 @@ async def test_remote_datasets_are_served_beside_local_ones(server: Server, tmp_
 
 
 async def test_a_side_that_hangs_leaves_local_datasets_alone(
-    server: Server, tmp_path: Path
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(http_files, "TIMEOUT_S", 600.0)
     helpers.write(tmp_path / "datasets" / "near", RECORDS[:5])
     opened = open_library(
         settings(TDB_DATA_DIR=str(tmp_path), TDB_REMOTE_DATASETS=f"far={server.url}")
     )
     async with helpers.connected_to(opened) as stub:
         assert (await collect(stub, dataset="far"))[0] == RECORDS
-        server.delay_s = 3.0
+        server.answers.clear()
+        server.asked.clear()
         for path in (tmp_path / "cache" / "datasets").iterdir():
             path.unlink()
         hanging = [
@@ -380,11 +383,12 @@ async def test_a_side_that_hangs_leaves_local_datasets_alone(
             )
             for each in RECORDS
         ]
-        await asyncio.sleep(0.3)
+        await until("it hangs", lambda: len(server.asked) == http_files.AT_ONCE)
         near = read_pb2.GetRecordRequest(dataset="near", component=RECORDS[0].component)
-        answer = await asyncio.wait_for(stub.GetRecord(near), 2.0)
+        answer = await stub.GetRecord(near)
         assert answer.record == helpers.with_texts(RECORDS[0])
-        server.delay_s = 0
+        assert len([each for each in hanging if not each.done()]) >= http_files.AT_ONCE
+        server.answers.set()
         await asyncio.gather(*hanging, return_exceptions=True)
 
 
