@@ -41,6 +41,7 @@ STEPS = (
         code_version TEXT NOT NULL,
         author TEXT NOT NULL,
         based_on TEXT NOT NULL,
+        published_method TEXT NOT NULL DEFAULT '',
         created_ms INTEGER NOT NULL,
         -- What makes it the same explanation when it comes again (an import, a job's component).
         source_key TEXT UNIQUE

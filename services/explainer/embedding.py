@@ -8,7 +8,7 @@ refuses then is counted, and has no embedding.
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from services.common.errors import FailedPrecondition
@@ -52,6 +52,8 @@ class Estimate:
     calls: int
     expected_tokens: int
     most_tokens: int
+    host: str
+    model: str
 
 
 class Embedding:
@@ -64,23 +66,28 @@ class Embedding:
 
     async def estimate(self, filter: Filter) -> Estimate:
         """Raises EmbeddingsNotConfigured."""
-        model = self._endpoint().model
+        endpoint = self._endpoint()
 
         def work(connection: sqlite3.Connection) -> tuple[int, int]:
             condition, parameters = filter.sql
             row = connection.execute(
                 "SELECT count(*), coalesce(sum(length(CAST(text AS BLOB))), 0) FROM explanation "
                 f"WHERE {condition} AND {_MISSING}",
-                [*parameters, model],
+                [*parameters, endpoint.model],
             ).fetchone()
             return row[0], row[1]
 
         count, size = await self._database.read(work)
         return Estimate(
-            count, -(-count // BATCH), size // 4 + count, token_bound(count, size).tokens
+            explanations=count,
+            calls=-(-count // BATCH),
+            expected_tokens=size // 4 + count,
+            most_tokens=token_bound(count, size).tokens,
+            host=endpoint.host,
+            model=endpoint.model,
         )
 
-    async def run(self, filter: Filter, budget: Budget) -> AsyncIterator[Embedded]:
+    async def run(self, filter: Filter, budget: Budget) -> AsyncGenerator[Embedded, None]:
         """Embeds what has no embedding, and says how far it is after each step, and at the end.
 
         Raises EmbeddingsNotConfigured, BudgetExceeded, Unavailable, FailedPrecondition: what is

@@ -54,7 +54,9 @@ class EstimateCalls:
                 with inside("explain_many"):
                     return await self._explain_many(request.explain_many, user)
         raise InvalidArgument(
-            "say which call: explain, score or explain_many", field="call", reason="REQUIRED"
+            "say which call: explain, score, explain_many or embed_explanations",
+            field="call",
+            reason="REQUIRED",
         )
 
     async def _explain(self, request: explain_pb2.ExplainRequest, user: str) -> Response:

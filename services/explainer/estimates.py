@@ -78,7 +78,7 @@ class _Steering:
     """Makes the model go on with nothing in particular, without asking it."""
 
     async def prepare(
-        self, subject: Subject, *, prompts: int, seed: int
+        self, subject: Subject, *, prompts: int, seed: int, shown: frozenset[str]
     ) -> tuple[Sequence[str], Callable[[str], Awaitable[tuple[str, str]]]]:
         async def generate(prompt: str) -> tuple[str, str]:
             return f"{prompt} {_USUAL_STEERED}", f"{prompt} {_USUAL_STEERED}."

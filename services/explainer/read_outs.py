@@ -47,7 +47,7 @@ async def read_out(upstream: Upstream, dataset: Dataset, address: str) -> ReadOu
         # Another model is served, or none: an explanation can do without.
         _log.info("no read-outs", extra={"fields": {"component": address, "why": str(error)}})
         return None
-    if not _is_of(dataset, address, described.manifest):
+    if not is_of(dataset, address, described.manifest):
         return None
     scores = [
         TextScore(each.token.text, each.score)
@@ -62,7 +62,7 @@ async def read_out(upstream: Upstream, dataset: Dataset, address: str) -> ReadOu
     )
 
 
-def _is_of(dataset: Dataset, address: str, manifest: manifest_pb2.Manifest) -> bool:
+def is_of(dataset: Dataset, address: str, manifest: manifest_pb2.Manifest) -> bool:
     """Whether it is of the weights that the dataset was made with; where the dataset does not say
     which these were, of a model of this id."""
     if dataset.model.weights_hash not in ("", manifest.model.weights_hash):

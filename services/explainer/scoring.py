@@ -86,10 +86,11 @@ class Steering(Protocol):
     """What the intervention score needs of the model."""
 
     async def prepare(
-        self, subject: Subject, *, prompts: int, seed: int
+        self, subject: Subject, *, prompts: int, seed: int, shown: frozenset[str]
     ) -> tuple[Sequence[str], Generate]:
-        """So many prompts, and what makes the model go on with one: with the component amplified,
-        and without. Raises TdbError where the model that the dataset is of cannot be asked."""
+        """At most so many prompts, of no document in `shown`, and what makes the model go on with
+        one: with the component amplified, and without. Raises TdbError where the model that the
+        dataset is of cannot be asked."""
 
 
 class Scorers:
@@ -136,7 +137,10 @@ class Scorers:
                 "the intervention score is not part of this version", reason="NOT_BUILT"
             )
         prompts, generate = await self._steering.prepare(
-            subject, prompts=scoring.items or PROMPTS, seed=seed
+            subject,
+            prompts=scoring.items or PROMPTS,
+            seed=seed,
+            shown=explanation.provenance.documents,
         )
         return (await intervention(explanation, prompts, generate, judge, seed=seed),)
 
@@ -187,11 +191,10 @@ def _nobody_answered(made: Sequence[Score], judge: Judge) -> TdbError:
 
 
 def new_score(score: Score, subject: Subject) -> NewScore:
-    """As it is stored; only the intervention score uses no examples."""
-    dataset = None if score.scorer is Scorer.INTERVENTION else subject.dataset
+    """As it is stored."""
     return NewScore(
         **vars(score),
-        dataset=dataset.name if dataset else "",
-        dataset_hash=dataset.hash if dataset else "",
+        dataset=subject.dataset.name,
+        dataset_hash=subject.dataset.hash,
         code_version=__version__,
     )

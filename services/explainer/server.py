@@ -15,12 +15,15 @@ from services.common.server import ServiceServer, run_service
 from services.common.settings import Settings, SettingsError
 from services.common.tracing import Tracing
 from services.explainer.database import Database
+from services.explainer.engine import embeddings
 from services.explainer.engine.provider_settings import ProviderSettings
 from services.explainer.reply_store import ReplyStore
 from services.explainer.servicer import ExplainerServicer
+from services.explainer.steering import ModelSteering
 from services.explainer.upstream import Upstream
 
 if TYPE_CHECKING:
+    from services.explainer.engine.openai_embeddings import OpenAIEmbeddings
     from services.explainer.engine.openai_provider import OpenAIProvider
 
 SERVICE = "tdb.explainer.v1.ExplainerService"
@@ -49,6 +52,15 @@ def open_provider(settings: Settings, database: Database) -> "OpenAIProvider | N
     return OpenAIProvider(
         ProviderSettings.of(settings), ReplyStore(database, settings.reply_cache_bytes)
     )
+
+
+def open_embeddings(settings: Settings) -> "OpenAIEmbeddings | None":
+    """What makes explanations searchable by meaning; None where none is configured."""
+    if not settings.embedding_url:
+        return None
+    from services.explainer.engine.openai_embeddings import OpenAIEmbeddings
+
+    return OpenAIEmbeddings(embeddings.endpoint(settings))
 
 
 def build_server(
@@ -83,8 +95,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     provider = open_provider(settings, database)
+    searching = open_embeddings(settings)
     servicer = ExplainerServicer(
-        database, upstream, provider, has_embeddings=bool(settings.embedding_url)
+        database, upstream, provider, steering=ModelSteering(upstream), embeddings=searching
     )
 
     async def prepare(server: ServiceServer) -> None:
@@ -96,6 +109,8 @@ def main() -> int:
         await upstream.close()
         if provider:
             await provider.close()
+        if searching:
+            await searching.close()
 
     try:
         server = build_server(settings, servicer, settings.explainer_port, traces, close)

@@ -6,10 +6,19 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
-from tdb.explainer.v1 import explain_pb2, explanation_pb2, job_pb2, service_pb2
+from tdb.explainer.v1 import (
+    explain_pb2,
+    explanation_pb2,
+    job_pb2,
+    search_pb2,
+    service_pb2,
+    service_pb2_grpc,
+)
 
+from services.common.errors import inside
 from services.explainer.components import Records
 from services.explainer.database import Database
+from services.explainer.engine.embeddings import Embeddings
 from services.explainer.engine.provider import Provider
 from services.explainer.engine.provider_settings import HOW_TO_CONFIGURE
 from services.explainer.estimate_calls import EstimateCalls
@@ -18,8 +27,8 @@ from services.explainer.job_calls import JobCalls
 from services.explainer.making_calls import MakingCalls
 from services.explainer.offline_pool import OfflinePool
 from services.explainer.scoring import Steering
+from services.explainer.search_calls import SearchCalls
 from services.explainer.store import ExplanationStore
-from services.explainer.unbuilt import Unbuilt
 from services.explainer.upstream import Upstream
 
 OFFLINE_METHODS = (explanation_pb2.METHOD_TOKEN_PATTERN,)
@@ -34,9 +43,10 @@ PROVIDER_METHODS = (
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class ExplainerServicer(Unbuilt):
+class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
     """Serves the explanations in `database`, and makes more; None for `provider`: without a
-    language model."""
+    language model, for `steering`: without the intervention score, for `embeddings`: without
+    search by meaning."""
 
     def __init__(
         self,
@@ -45,7 +55,7 @@ class ExplainerServicer(Unbuilt):
         provider: Provider | None,
         *,
         steering: Steering | None = None,
-        has_embeddings: bool = False,
+        embeddings: Embeddings | None = None,
     ) -> None:
         self._store = ExplanationStore(database)
         self._provider = provider
@@ -55,7 +65,8 @@ class ExplainerServicer(Unbuilt):
         self._pool = OfflinePool()
         self._jobs = JobCalls(database, upstream, records, provider, self._pool, steering)
         self._estimates = EstimateCalls(database, upstream, records, provider, self._pool)
-        self._has_embeddings = has_embeddings
+        self._searching = SearchCalls(database, upstream, records, embeddings)
+        self._has_embeddings = embeddings is not None
 
     async def start(self, stopped: asyncio.Event, grace_s: float) -> None:
         """Goes on with the jobs that an earlier process left. Once `stopped` is set, those who
@@ -128,6 +139,9 @@ class ExplainerServicer(Unbuilt):
     async def EstimateCost(
         self, request: explain_pb2.EstimateCostRequest, context: Context
     ) -> explain_pb2.EstimateCostResponse:
+        if request.HasField("embed_explanations"):
+            with inside("embed_explanations"):
+                return await self._searching.estimate(request.embed_explanations)
         return await self._estimates.estimate(request, user())
 
     async def ExplainMany(
@@ -168,3 +182,22 @@ class ExplainerServicer(Unbuilt):
         self, request: job_pb2.CancelJobRequest, context: Context
     ) -> job_pb2.CancelJobResponse:
         return await self._jobs.cancel(request)
+
+    async def Search(
+        self, request: search_pb2.SearchRequest, context: Context
+    ) -> search_pb2.SearchResponse:
+        return await self._searching.find(request)
+
+    async def EmbedExplanations(
+        self, request: search_pb2.EmbedExplanationsRequest, context: Context
+    ) -> AsyncIterator[search_pb2.EmbedExplanationsResponse]:
+        async with aclosing(self._searching.embed(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def ImportExplanations(
+        self, request: search_pb2.ImportExplanationsRequest, context: Context
+    ) -> AsyncIterator[search_pb2.ImportExplanationsResponse]:
+        async with aclosing(self._searching.import_explanations(request)) as responses:
+            async for response in responses:
+                yield response

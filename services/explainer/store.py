@@ -39,7 +39,7 @@ _NOT_RATED = Ratings()
 _COLUMNS = (
     "id", "model_id", "weights_hash", "component", "component_group", "text", "method",
     "explainer_model", "provider", "prompt_hash", "seed", "dataset", "dataset_hash",
-    "code_version", "author", "based_on", "created_ms", "source_key",
+    "code_version", "author", "based_on", "published_method", "created_ms", "source_key",
 )  # fmt: skip
 _SCORE_COLUMNS = (
     "explanation", "scorer", "measure", "measure_name", "value", "low", "high", "n", "failures",
@@ -192,6 +192,7 @@ def insert(
             new.code_version,
             new.author,
             new.based_on,
+            new.published_method,
             created_ms,
             new.source_key,
         ),
@@ -277,12 +278,13 @@ def read(
     found = {}
     for (
         number, id, model_id, weights_hash, component, text, method, explainer_model, provider,
-        prompt_hash, seed, dataset, dataset_hash, code_version, author, based_on, created_ms,
-        documents,
+        prompt_hash, seed, dataset, dataset_hash, code_version, author, based_on,
+        published_method, created_ms, documents,
     ) in connection.execute(
         "SELECT number, id, model_id, weights_hash, component, text, method, explainer_model, "
         "provider, prompt_hash, seed, dataset, dataset_hash, code_version, author, based_on, "
-        "created_ms, (SELECT count(*) FROM explanation_document WHERE explanation = number) "
+        "published_method, created_ms, "
+        "(SELECT count(*) FROM explanation_document WHERE explanation = number) "
         "FROM explanation WHERE number IN (SELECT value FROM json_each(?))",
         (asked,),
     ):  # fmt: skip
@@ -303,6 +305,7 @@ def read(
             code_version=code_version,
             author=author,
             based_on=based_on,
+            published_method=published_method,
             created_ms=created_ms,
             scores=tuple(scores.get(number, ())),
             ratings=ratings.get(number, _NOT_RATED),

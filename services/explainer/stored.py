@@ -37,6 +37,7 @@ class NewExplanation:
     """An explanation that is to be stored. `documents` were shown to whoever made it.
 
     `explainer_model` is the language model that was asked, `provider` the endpoint's host.
+    `published_method` is how an imported text was made, in its publisher's words.
     `source_key` names what it is, for what comes again (an import, a component of a job): of one
     key one explanation is stored.
     """
@@ -55,6 +56,7 @@ class NewExplanation:
     code_version: str
     author: str
     based_on: str = ""
+    published_method: str = ""
     source_key: str | None = None
 
 
@@ -123,6 +125,7 @@ class StoredExplanation:
     code_version: str
     author: str
     based_on: str
+    published_method: str
     created_ms: int
     scores: tuple[StoredScore, ...]
     ratings: Ratings

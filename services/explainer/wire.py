@@ -44,6 +44,7 @@ def explanation(stored: StoredExplanation) -> explanation_pb2.Explanation:
             code_version=stored.code_version,
             author=stored.author,
             based_on=stored.based_on,
+            published_method=stored.published_method,
         ),
         scores=[score(each) for each in stored.scores],
         created_ms=stored.created_ms,

@@ -1,6 +1,7 @@
 """The explainer service over real gRPC, with a dataset service that holds what a test gives it."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
-from tdb.dataset.v1 import dataset_pb2, read_pb2, record_pb2
+from tdb.dataset.v1 import dataset_pb2, explanations_pb2, read_pb2, record_pb2
 from tdb.dataset.v1 import service_pb2_grpc as dataset_grpc
 from tdb.explainer.v1 import service_pb2_grpc
 from tdb.inference.v1 import component_pb2
 from tdb.inference.v1 import service_pb2_grpc as inference_grpc
 
-from services.common.errors import NotFound
+from services.common.errors import NotFound, Unavailable
 from services.common.server import ServiceServer
 from services.common.settings import Settings
 from services.explainer import server as processes
@@ -45,6 +46,9 @@ class StandInDataset(dataset_grpc.DatasetServiceServicer):
             model=dataset_pb2.RecordedModel(id="demo", weights_hash=WEIGHTS),
         )
         self.hash = DATASET_HASH
+        self.explanations: list[explanations_pb2.SourceExplanation] = []
+        self.breaks_after: deque[int] = deque()
+        """Of each stream of explanations, after how many batches it breaks off; then none does."""
         self.users: list[str] = []
 
     async def ListDatasets(self, request: Any, context: Any) -> dataset_pb2.ListDatasetsResponse:
@@ -65,6 +69,24 @@ class StandInDataset(dataset_grpc.DatasetServiceServicer):
         return read_pb2.GetRecordResponse(
             record=self.records[request.component], manifest_hash=self.hash
         )
+
+    async def StreamExplanations(
+        self, request: explanations_pb2.StreamExplanationsRequest, context: Any
+    ) -> AsyncIterator[explanations_pb2.StreamExplanationsResponse]:
+        """Batches of two; a cursor is the place where the next one begins."""
+        if request.dataset != "small":
+            raise NotFound(f"there is no dataset {request.dataset!r}", field="dataset")
+        left = self.breaks_after.popleft() if self.breaks_after else len(self.explanations)
+        for start in range(int(request.cursor or 0), len(self.explanations), 2):
+            if not left:
+                raise Unavailable("the service stops", retry_after_s=0.01)
+            left -= 1
+            batch = explanations_pb2.ExplanationBatch(
+                explanations=self.explanations[start : start + 2], cursor=str(start + 2)
+            )
+            yield explanations_pb2.StreamExplanationsResponse(batch=batch)
+        summary = explanations_pb2.StreamExplanationsSummary(manifest_hash=self.hash)
+        yield explanations_pb2.StreamExplanationsResponse(summary=summary)
 
 
 class StandInInference(inference_grpc.InferenceServiceServicer):
@@ -181,7 +203,10 @@ async def serving(
         if provider:
             provider._sleep = _no_pause
             opened.push_async_callback(provider.close)
-        served = ExplainerServicer(database, upstream, provider)
+        embeddings = processes.open_embeddings(found)
+        if embeddings:
+            opened.push_async_callback(embeddings.close)
+        served = ExplainerServicer(database, upstream, provider, embeddings=embeddings)
         server = await opened.enter_async_context(processes.build_server(found, served, 0))
         await server.set_serving()
         channel = await opened.enter_async_context(channel_to(server))

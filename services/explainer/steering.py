@@ -1,0 +1,156 @@
+"""Making a model go on with a text twice, once with a component amplified: for the intervention
+score.
+
+What is amplified: a neuron's or latent's value is set to STRENGTH times its largest activation, at
+every position that is read; what a head puts out is multiplied by HEAD_FACTOR, since it has no
+value of its own. Both texts are drawn with the same random numbers, which depend on the prompt and
+the seed. Prompts are the first tokens of texts that do not activate the component, of documents
+that its explainer did not see; a head's, of any such text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdb.inference.v1 import generate_pb2, intervention_pb2, manifest_pb2, model_pb2
+from tdb.type.v1 import token_pb2
+
+from services.common.errors import FailedPrecondition, NotFound
+from services.explainer.components import Subject
+from services.explainer.engine.components import Example, HeadExample, keyed
+from services.explainer.engine.intervention import Generate
+from services.explainer.engine.splits import split_pairs, split_tokens
+from services.explainer.read_outs import is_of
+from services.explainer.stored import Dataset
+from services.explainer.upstream import Upstream
+
+STRENGTH = 4.0
+HEAD_FACTOR = 4.0
+PROMPT_TOKENS = 8
+NEW_TOKENS = 24
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first tokens of a text; without ids where the dataset knows texts only."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+class ModelSteering:
+    """Steers the model that the inference service serves."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def prepare(
+        self, subject: Subject, *, prompts: int, seed: int, shown: frozenset[str] = frozenset()
+    ) -> tuple[Sequence[str], Generate]:
+        """Up to `prompts` prompts, and what goes on with one: with the component amplified, and
+        without. No prompt is of a document in `shown`.
+
+        Raises FailedPrecondition where nothing can be amplified, there is no prompt, or the model
+        that the dataset is of is not served.
+        """
+        amplified = amplification(subject)
+        openings = {each.text: each for each in openings_of(subject, prompts, seed, shown)}
+        if not openings:
+            raise FailedPrecondition(
+                f"{subject.address} has no example that could be gone on with: none that leaves "
+                "it inactive, of a document that its explainer did not see",
+                reason="NO_PROMPTS",
+            )
+        tokenizer = await self._tokenizer(subject.dataset)
+
+        async def generate(prompt: str) -> tuple[str, str]:
+            request = generate_pb2.GenerateRequest(
+                model=subject.dataset.model.id,
+                max_new_tokens=NEW_TOKENS,
+                temperature=TEMPERATURE,
+                seed=keyed(seed, "steer", prompt) % 2**31,
+                past_end=False,
+                twin=True,
+            )
+            request.run.prompt.CopyFrom(_prompt(openings[prompt], tokenizer))
+            request.run.interventions.append(amplified)
+            async for response in self._upstream.inference.Generate(request):
+                if response.HasField("summary"):
+                    _check(subject, response.summary.manifest)
+                    texts = {each.branch: each.text for each in response.summary.continuations}
+                    return texts[generate_pb2.BRANCH_EDITED], texts[generate_pb2.BRANCH_TWIN]
+            raise FailedPrecondition("the inference service ended a continuation too early")
+
+        return list(openings), generate
+
+    async def _tokenizer(self, dataset: Dataset) -> model_pb2.TokenizerFacts:
+        """Raises FailedPrecondition where the model is not served."""
+        try:
+            response = await self._upstream.inference.GetModel(
+                model_pb2.GetModelRequest(model=dataset.model.id)
+            )
+        except NotFound as error:
+            raise FailedPrecondition(
+                f"the dataset is of {dataset.model.id}, which is not served: {error.message}",
+                field="dataset",
+                reason="MODEL_NOT_SERVED",
+            ) from None
+        return response.tokenizer
+
+
+def amplification(subject: Subject) -> intervention_pb2.Intervention:
+    """The edit that amplifies a component. Raises FailedPrecondition where there is none."""
+    edit = intervention_pb2.Intervention(target=subject.address)
+    if subject.component.is_head:
+        edit.scale.factor = HEAD_FACTOR
+        return edit
+    largest = subject.component.scale
+    if largest <= 0:
+        raise FailedPrecondition(
+            f"{subject.address} is active nowhere, so that nothing says how strongly to set it",
+            reason="NEVER_ACTIVE",
+        )
+    edit.set.value = STRENGTH * largest
+    return edit
+
+
+def openings_of(
+    subject: Subject, count: int, seed: int, shown: frozenset[str] = frozenset()
+) -> list[Opening]:
+    """Up to `count` different openings, drawn by the seed."""
+    component = subject.component
+    examples: tuple[Example, ...] | tuple[HeadExample, ...]
+    if component.is_head:
+        pairs = split_pairs(component, seed=seed)
+        examples = (*pairs.explaining.quiet, *pairs.scoring.quiet)
+        examples = (*examples, *pairs.explaining.active, *pairs.scoring.active)
+    else:
+        tokens = split_tokens(component, seed=seed)
+        examples = (*tokens.explaining.quiet, *tokens.scoring.quiet)
+    found = {
+        "".join(each.token_texts[:PROMPT_TOKENS]): each
+        for each in examples
+        if each.document_id not in shown
+    }
+    drawn = sorted(found, key=lambda text: keyed(seed, "opening", text))[:count]
+    return [Opening(text, found[text].token_ids[:PROMPT_TOKENS]) for text in drawn]
+
+
+def _prompt(opening: Opening, tokenizer: model_pb2.TokenizerFacts) -> token_pb2.Prompt:
+    """As the model is used to it: behind the token that its texts begin with."""
+    if not opening.ids:
+        return token_pb2.Prompt(text=opening.text)
+    ids = list(opening.ids)
+    if tokenizer.prepends_bos and ids[0] != tokenizer.bos_id:
+        ids.insert(0, tokenizer.bos_id)
+    return token_pb2.Prompt(token_ids=token_pb2.TokenIds(ids=ids))
+
+
+def _check(subject: Subject, manifest: manifest_pb2.Manifest) -> None:
+    if not is_of(subject.dataset, subject.address, manifest):
+        raise FailedPrecondition(
+            f"the model {subject.dataset.model.id} that is served has other weights than the one "
+            f"that the dataset {subject.dataset.name!r} is of",
+            field="dataset",
+            reason="OTHER_MODEL",
+        )
