@@ -296,6 +296,13 @@ class Settings:
         "paid for is not paid for again. The oldest make room.",
         values.mebibytes,
     )
+    datasets_bytes: int = _setting(
+        "TDB_DATASETS_MIB",
+        "102400",
+        "Disk for datasets, in MiB, in `datasets` in `TDB_DATA_DIR`. A build or an import that may "
+        "need more is refused before it begins; nothing is deleted to make room.",
+        values.mebibytes,
+    )
     remote_datasets: tuple[RemoteDataset, ...] = _setting(
         "TDB_REMOTE_DATASETS",
         "",

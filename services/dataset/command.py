@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command != "import":
             service_commands.run(options, Settings.from_env(env), token)
             return 0
-        folder = Settings.from_env(env).folder("datasets") / library.check_name(options.name)
-        manifest = _import(parser, options, folder)
+        settings = Settings.from_env(env)
+        folder = settings.folder("datasets") / library.check_name(options.name)
+        manifest = _import(parser, options, folder, settings.datasets_bytes)
     except (TdbError, SettingsError, service_commands.Refused) as error:
         print(f"tdb: {error}", file=sys.stderr)
         return 1
@@ -79,18 +80,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _import(parser: argparse.ArgumentParser, options: argparse.Namespace, folder: Path) -> Manifest:
+def _import(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, folder: Path, most_bytes: int
+) -> Manifest:
     source: Path = options.source
     if options.format == "neuronpedia":
         if options.components or options.model:
             parser.error("neuronpedia's files name the components and the model themselves")
-        return importing.import_neuronpedia(source, folder, options.dictionary, _show)
+        return importing.import_neuronpedia(
+            source, folder, options.dictionary, _show, most_bytes=most_bytes
+        )
     if not (options.components and options.model):
         parser.error("openai's files need --components and --model")
     kind = Kind(options.components)
     if (kind is Kind.LATENT) != bool(options.dictionary):
         parser.error("--dictionary goes with --components latent")
-    return importing.import_openai(source, folder, kind, options.model, options.dictionary, _show)
+    return importing.import_openai(
+        source,
+        folder,
+        kind,
+        options.model,
+        options.dictionary,
+        _show,
+        most_bytes=most_bytes,
+    )
 
 
 def _show(group: Group, done: int, total: int) -> None:

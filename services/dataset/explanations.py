@@ -42,8 +42,7 @@ class Explanation:
     def line(self) -> bytes:
         """Raises InvalidArgument where it is longer than any that can be sent."""
         stated = {name: value for name, value in vars(self).items() if value}
-        # Half a character, as JSON can hold it, is no text.
-        line = json.dumps(stated, ensure_ascii=False).encode(errors="replace") + b"\n"
+        line = json.dumps(stated, ensure_ascii=False).encode() + b"\n"
         if len(line) > MAX_LINE_BYTES:
             raise InvalidArgument(
                 f"the explanation of {self.component} has {len(line):,} bytes; at most "

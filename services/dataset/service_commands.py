@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     source.add_argument(
         "--files",
         metavar="PATH",
-        help="a file or folder of .txt, .jsonl or .parquet (text also .gz)",
+        help="a file or folder of .txt, .jsonl, .parquet or .arrow (text also .gz)",
     )
     source.add_argument("--hub", metavar="ID", help="a dataset of the Hugging Face Hub")
     source.add_argument("--demo", action="store_true", help="the demo's corpus")

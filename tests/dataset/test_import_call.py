@@ -206,3 +206,14 @@ async def test_a_full_disk_is_said_before_work_starts(
     code, _, reason = await refused(stub, place="far", path="m/10-res-jb", neuronpedia={})
     assert (code, reason) == ("FAILED_PRECONDITION", "DISK_FULL")
     assert importing.ROOM_LEFT_BYTES > 0
+
+
+async def test_the_cap_on_all_datasets_is_held_before_work_starts(data: Path) -> None:
+    (data / "datasets" / "other").mkdir()
+    (data / "datasets" / "other" / "x.records").write_bytes(bytes(2**20 - 10))
+    variables = {"TDB_DATA_DIR": str(data), "TDB_DATASETS_MIB": "1"}
+    async with helpers.connected(data / "datasets", **variables) as stub:
+        assert (await refused(stub, path="neurons", **NEURONS))[2] == "STORE_FULL"
+        assert not (data / "datasets" / "d").exists()
+        shutil.rmtree(data / "datasets" / "other")
+        assert await refused_or_done(stub) == "OK"

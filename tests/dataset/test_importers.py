@@ -117,6 +117,7 @@ XML = b'<?xml version="1.0"?><Error><Code>BlobNotFound</Code></Error>'
         (XML, "XML or HTML"),
         (b"", "no JSON"),
         (json.dumps(neuron()).encode()[:-20], "no JSON"),
+        (b"[" * 100_000, "no JSON"),
         (b"[]", "is a JSON object"),
         (b"{}", "neuron id is a JSON object"),
     ],
@@ -124,6 +125,12 @@ XML = b'<?xml version="1.0"?><Error><Code>BlobNotFound</Code></Error>'
 def test_half_a_file_is_none(content: bytes, says: str) -> None:
     with pytest.raises(InvalidArgument, match=says):
         openai_records.parse(content, NEURON, 7)
+
+
+def test_halves_of_characters_become_the_replacement() -> None:
+    tokens = ["\ud800", "x\udfff", "\U0001f600"]
+    record = parse(neuron(random_sample=[activation(tokens, [0.0, 1.0, 2.0])]))
+    assert list(record.random[0].token_texts) == ["\ufffd", "x\ufffd", "\U0001f600"]
 
 
 @pytest.mark.parametrize(

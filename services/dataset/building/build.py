@@ -10,7 +10,6 @@ sequences, and of states at most three of one group.
 """
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from tdb.inference.v1 import harvest_pb2, manifest_pb2
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.harvest import state as states
 from services.common.harvest.state import State
-from services.dataset import manifest
+from services.dataset import manifest, room
 from services.dataset.building import asked, output_tokens, record_maker, sequences
 from services.dataset.building.array_file import Array
 from services.dataset.building.corpora import Corpus
@@ -58,14 +57,17 @@ class Build:
         inference: Inference,
         progress: Progress,
         stop: Stop,
+        most_bytes: int,
     ) -> None:
-        """`request` is canonical; `folder` is held; `corpora` is where files are."""
+        """`request` is canonical; `folder` is held; `corpora` is where files are; all datasets have
+        `most_bytes`."""
         self._request = request
         self._folder = folder
         self._corpus: Corpus = asked.corpus(request, corpora)
         self._inference = inference
         self._progress = progress
         self._stop = stop
+        self._most_bytes = most_bytes
 
     def run(self) -> None:
         """Raises TdbError; Cancelled when told to stop."""
@@ -82,7 +84,7 @@ class Build:
         plan = asked.plan(self._request, model, self._corpus)
         path = self._folder.path / PLAN
         if not path.exists():
-            _check_room(path.parent, plan.disk_bytes)
+            self._check_room(plan, plan.disk_bytes)
             plan.write(path)
         elif path.read_bytes() != plan.content():
             raise FailedPrecondition(
@@ -91,8 +93,18 @@ class Build:
                 reason=CHANGED,
             )
         else:
-            _check_room(path.parent, plan.state_bytes)
+            self._check_room(plan, plan.state_bytes)
         return plan
+
+    def _check_room(self, plan: Plan, needed: int) -> None:
+        """`needed` bytes are still to be written."""
+        folder = self._folder.dataset
+        remedy = ", or ask for fewer groups or examples, or shorter sequences"
+        room.check_cap(folder, plan.disk_bytes, self._most_bytes)
+        try:
+            room.check_disk(folder, needed, "the build needs up to", remedy)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
 
     def _harvest(self, plan: Plan, begun: Checkpoint) -> None:
         """All segments from a checkpoint on; fewer where the corpus is away for a while."""
@@ -283,20 +295,6 @@ def _check_same(plan: Plan, ran: manifest_pb2.Manifest) -> None:
             f"the inference service serves other weights as {plan.model!r} now than when the build "
             "was begun: bring those back, or delete what is built",
             reason=CHANGED,
-        )
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    if free < needed:
-        raise FailedPrecondition(
-            f"the build needs up to {needed / 2**20:,.0f} MiB in {folder.parent} and there are "
-            f"{free / 2**20:,.0f} MiB: make room, or ask for fewer groups or examples, or shorter "
-            "sequences",
-            reason="DISK_FULL",
         )
 
 

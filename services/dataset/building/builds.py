@@ -247,7 +247,15 @@ class Builds:
         self._keep(job)
         corpora = self._settings.data_dir / CORPORA
         with WorkFolder(dataset) as folder, _nothing_left_of_what_is_refused(folder):
-            build = Build(job.request, folder, corpora, inference, job.progress, job.stop)
+            build = Build(
+                job.request,
+                folder,
+                corpora,
+                inference,
+                job.progress,
+                job.stop,
+                self._settings.datasets_bytes,
+            )
             with terminal.showing(job.progress):
                 build.run()
 

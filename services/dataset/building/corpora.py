@@ -1,6 +1,7 @@
 """Where documents come from, one after another and always in the same order.
 
-    files   .txt (a file is a document), .jsonl (a line is one), .parquet (a row is one); .gz too
+    files   .txt (a file is a document), .jsonl (a line is one), .parquet or .arrow (a row is
+            one; the latter in a folder that `datasets` has saved); text as .gz too
     demo    the generator of the demo's corpus, as a process: services do not import it
     hub     the files of a Hugging Face dataset (`hub`)
 
@@ -27,7 +28,8 @@ from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 TEXT_FIELD = "text"
 DEMO_SEED = "dataset"
 MAX_DOCUMENT_CHARACTERS = 50_000_000
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow", ".txt.gz", ".jsonl.gz")
+TABLES = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class FilesCorpus:
         for path in self._paths():
             name = self._id(path)
             with _about(path), path.open("rb") as file:
-                if name.endswith(".parquet"):
-                    yield from numbered(name, parquet_texts(file, self._field, name), 0)
+                if name.endswith(TABLES):
+                    yield from numbered(name, table_texts(file, self._field, name), 0)
                 else:
                     yield from read(name, file, self._field)
 
@@ -167,29 +169,41 @@ def text_of(row: object, field: str, where: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def parquet_texts(file: IO[bytes], field: str, name: str) -> Iterator[str]:
-    """The texts of a Parquet file. Raises FailedPrecondition where it cannot be read here."""
+def table_texts(file: IO[bytes], field: str, name: str) -> Iterator[str]:
+    """The texts of a Parquet or Arrow file. Raises FailedPrecondition where it cannot be read
+    here."""
+    kind = "Arrow" if name.endswith(".arrow") else "Parquet"
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
         raise FailedPrecondition(
-            "reading Parquet needs pyarrow, which is not installed: pip install "
+            f"reading {kind} needs pyarrow, which is not installed: pip install "
             "'transformer-debugger[parquet]', or give the corpus as JSON Lines",
             reason="NOT_INSTALLED",
         ) from None
     try:
-        opened = pyarrow.parquet.ParquetFile(file)
-        if field not in opened.schema_arrow.names:
-            there = ", ".join(opened.schema_arrow.names[:10])
-            raise FailedPrecondition(f"{name} has no column {field!r}; it has {there}")
-        for batch in opened.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        if kind == "Arrow":
+            opened = pyarrow.ipc.open_stream(file)
+            names, batches = opened.schema.names, iter(opened)
+        else:
+            opened = pyarrow.parquet.ParquetFile(file)
+            names = opened.schema_arrow.names
+            batches = (
+                opened.iter_batches(batch_size=1024, columns=[field]) if field in names else ()
+            )
+        if field not in names:
+            raise FailedPrecondition(
+                f"{name} has no column {field!r}; it has {', '.join(names[:10])}"
+            )
+        for batch in batches:
+            for value in batch.column(field).to_pylist():
                 if value is not None and not isinstance(value, str):
                     raise FailedPrecondition(f"the column {field!r} of {name} holds no text")
                 yield value or ""
     except pyarrow.ArrowException as error:
-        raise FailedPrecondition(f"{name} is no Parquet file that can be read: {error}") from None
+        raise FailedPrecondition(f"{name} is no {kind} file that can be read: {error}") from None
 
 
 class DemoCorpus:

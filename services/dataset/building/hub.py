@@ -1,7 +1,7 @@
 """A dataset of the Hugging Face Hub, its files read one after another as they come.
 
-Text, JSON Lines and Parquet files are read, nothing of the dataset's own code is run. Text comes
-as a stream; a Parquet file is fetched in the parts that hold the wanted column.
+Text, JSON Lines, Parquet and Arrow files are read, nothing of the dataset's own code is run. Text
+comes as a stream; a Parquet file is fetched in the parts that hold the wanted column.
 """
 
 import os
@@ -14,11 +14,12 @@ from tdb.dataset.v1 import build_pb2
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from services.dataset.building.corpora import (
     SUFFIXES,
+    TABLES,
     TEXT_FIELD,
     Document,
     numbered,
-    parquet_texts,
     read,
+    table_texts,
 )
 
 
@@ -46,8 +47,8 @@ class HubCorpus:
             path = f"datasets/{self._id}@{revision}/{name}"
             try:
                 with system.open(path, "rb") as file:
-                    if name.endswith(".parquet"):
-                        yield from numbered(name, parquet_texts(file, self._field, name), 0)
+                    if name.endswith(TABLES):
+                        yield from numbered(name, table_texts(file, self._field, name), 0)
                     else:
                         yield from read(name, file, self._field)
             except OSError as error:

@@ -7,7 +7,6 @@ nothing of it is kept.
 
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 from tdb.dataset.v1 import dataset_pb2, record_pb2
 
 from services.common.addresses import Kind
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
-from services.dataset import explanations, groups
+from services.common.errors import InvalidArgument, NotFound
+from services.dataset import explanations, groups, room
 from services.dataset.groups import Group
 from services.dataset.importers import neuronpedia_export, openai_explanations, openai_records
 from services.dataset.importers.about import about
@@ -65,12 +64,14 @@ def import_openai(
     dictionary: str = "",
     progress: Progress = silent,
     stop: Stop = unstopped,
+    most_bytes: int | None = None,
 ) -> Manifest:
     """Imports a folder of `LAYER/INDEX.json`, or one that holds it as `collated-activations`;
     `explanations/LAYER/INDEX.jsonl` in the folder are kept beside the records.
 
     `kind` says what an index is. For latents, `dictionary` is the dictionaries' id with `{layer}`
-    in it where there are several layers. Raises NotFound where there is nothing to import,
+    in it where there are several layers; all datasets beside `target` may take `most_bytes`. Raises
+    NotFound where there is nothing to import,
     InvalidArgument for a file that is no record, FailedPrecondition as DatasetWriter does.
     """
     inner = source / "collated-activations"
@@ -99,7 +100,7 @@ def import_openai(
 
     texts = _by_group(explained, kind, dictionary)
     paths = [path for found in (*files.values(), *texts.values()) for _, path in found]
-    _check_room(target, paths)
+    _check_room(target, paths, most_bytes)
     plan = {"files": _listing(source, paths)}
     with DatasetWriter(target, header, plan) as writer:
         for group in sorted(files, key=lambda each: each.order):
@@ -127,6 +128,7 @@ def import_neuronpedia(
     dictionary: str = "",
     progress: Progress = silent,
     stop: Stop = unstopped,
+    most_bytes: int | None = None,
 ) -> Manifest:
     """Imports a folder of `batch-N.json` of one model, or an export of one source.
 
@@ -134,7 +136,7 @@ def import_neuronpedia(
     of one dictionary. Raises as `import_openai`.
     """
     if neuronpedia_export.is_one(source):
-        return _import_export(source, target, dictionary, progress, stop)
+        return _import_export(source, target, dictionary, progress, stop, most_bytes)
     paths = sorted(source.glob("batch-*.json"), key=_batch_number)
     if not paths:
         raise NotFound(f"{source} holds no batch-N.json, nor features/batch-N.jsonl.gz")
@@ -173,7 +175,7 @@ def import_neuronpedia(
         with about(path):
             yield from Batch.parse(path.read_bytes()).records(dictionary)
 
-    _check_room(target, paths)
+    _check_room(target, paths, most_bytes)
     with DatasetWriter(target, header, {"files": _listing(source, paths)}) as writer:
         for name in sorted(found):
             group = Group(Kind.LATENT, dictionary=dictionary or name)
@@ -187,7 +189,12 @@ def import_neuronpedia(
 
 
 def _import_export(
-    source: Path, target: Path, dictionary: str, progress: Progress, stop: Stop
+    source: Path,
+    target: Path,
+    dictionary: str,
+    progress: Progress,
+    stop: Stop,
+    most_bytes: int | None,
 ) -> Manifest:
     export = neuronpedia_export.scan(source)
     indices = export.indices()
@@ -202,7 +209,7 @@ def _import_export(
         ),
         notes=[NEURONPEDIA_NOTE],
     )
-    _check_room(target, export.paths)
+    _check_room(target, export.paths, most_bytes)
     with DatasetWriter(target, header, {"files": _listing(source, export.paths)}) as writer:
         for part, start in enumerate(range(0, len(indices), EXPORT_SHARD_RECORDS)):
             some = indices[start : start + EXPORT_SHARD_RECORDS]
@@ -220,22 +227,17 @@ def _until(
         yield item
 
 
-def _check_room(target: Path, paths: Iterable[Path]) -> None:
-    """Raises FailedPrecondition where the disk has not the room that records of these files may
-    take: as much as what is compressed, a quarter of what is not."""
+def _check_room(target: Path, paths: Iterable[Path], most_bytes: int | None) -> None:
+    """Raises FailedPrecondition where there is not the room that records of these files may take:
+    as much as what is compressed, a quarter of what is not."""
     needed = 0
     for path in paths:
         size = path.stat().st_size
         needed += size if path.suffix == ".gz" else size // 4
     folder = next(each for each in (target, *target.parents) if each.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed + ROOM_LEFT_BYTES:
-        raise FailedPrecondition(
-            f"the import may need {needed / 2**20:,.0f} MiB in {folder}, where "
-            f"{ROOM_LEFT_BYTES / 2**20:,.0f} MiB more should stay free, and there are "
-            f"{free / 2**20:,.0f} MiB: make room first",
-            reason="DISK_FULL",
-        )
+    if most_bytes is not None:
+        room.check_cap(target, needed, most_bytes)
+    room.check_disk(folder, needed + ROOM_LEFT_BYTES, "the import may need, with some left,", "")
 
 
 @dataclass(frozen=True)

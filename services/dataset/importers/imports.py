@@ -44,6 +44,7 @@ class Imports:
         """`folder` is where the datasets are."""
         self._folder = folder
         self._data = settings.data_dir
+        self._most_bytes = settings.datasets_bytes
         self._places = {each.name: each.location for each in settings.import_sources}
         self._library = library
         self._at_work = threading.Lock()
@@ -67,12 +68,12 @@ class Imports:
             raise ResourceExhausted("another import is under way", retry_after_s=10.0)
         try:
             if isinstance(location, Path):
-                _import(request, _within(location, path), target, say, stop)
+                _import(request, _within(location, path), target, say, stop, self._most_bytes)
             else:
                 fetched = self._data / OURS / f".{FETCHED}" / name
                 url = "/".join((location.rstrip("/"), *path.parts))
                 _fetch(url, request, fetched, say, stop)
-                _import(request, fetched, target, say, stop)
+                _import(request, fetched, target, say, stop, self._most_bytes)
                 shutil.rmtree(fetched, ignore_errors=True)
         finally:
             self._at_work.release()
@@ -140,6 +141,7 @@ def _import(
     target: Path,
     say: Say,
     stop: threading.Event,
+    most_bytes: int,
 ) -> None:
     def progress(group: Group, done: int, total: int) -> None:
         say(import_pb2.ImportProgress(phase="writing", group=str(group), done=done, total=total))
@@ -150,11 +152,18 @@ def _import(
     if request.HasField("openai"):
         given = request.openai
         importing.import_openai(
-            source, target, Kind(given.components), given.model, given.dictionary, progress, check
+            source,
+            target,
+            Kind(given.components),
+            given.model,
+            given.dictionary,
+            progress,
+            check,
+            most_bytes,
         )
     else:
         importing.import_neuronpedia(
-            source, target, request.neuronpedia.dictionary, progress, check
+            source, target, request.neuronpedia.dictionary, progress, check, most_bytes
         )
 
 

@@ -2,13 +2,13 @@
 its line; nothing of a file is taken for whole that is not."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from services.common.errors import InvalidArgument
+from services.dataset.importers import json_text
 
 MAX_LINE_BYTES = 64 * 2**20
 
@@ -32,8 +32,8 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except ValueError:
+                value = json_text.loads(line)
+            except InvalidArgument:
                 raise InvalidArgument(f"line {number} is no JSON") from None
             if not isinstance(value, dict):
                 raise InvalidArgument(f"line {number} is no JSON object")

@@ -18,7 +18,6 @@ Left out: neighbours in the dictionary and the neuron basis, the histogram of lo
 attribution to source positions of attention dictionaries (`dfa_*`).
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from services.common.addresses import Kind
 from services.common.errors import InvalidArgument, inside
 from services.dataset import records
 from services.dataset.groups import Group
+from services.dataset.importers import json_text
 
 _TOP = -1
 
@@ -47,10 +47,7 @@ class Batch:
     @classmethod
     def parse(cls, content: bytes) -> "Batch":
         """Raises InvalidArgument."""
-        try:
-            document = json.loads(content)
-        except ValueError:
-            raise InvalidArgument("this is no JSON") from None
+        document = json_text.loads(content)
         wanted = {"model_id": str, "layer": int, "sae_set": str, "features": list}
         for name, kind in wanted.items():
             if not isinstance(document, dict) or not isinstance(document.get(name), kind):

@@ -18,7 +18,6 @@ What the files are like, beyond their layout:
 - Where the bucket has no such file it answers in XML.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from services.common.addresses import Kind
 from services.common.errors import InvalidArgument, inside
 from services.dataset import records
 from services.dataset.groups import Group
+from services.dataset.importers import json_text
 
 _MOMENTS = ("mean", "variance", "skewness", "kurtosis")
 _RENAMED = {"idx": "neuron_index", "layer": "layer_index"}
@@ -68,8 +68,8 @@ def parse(content: bytes, group: Group, index: int) -> record_pb2.ComponentRecor
 
 def _json(content: bytes) -> Any:
     try:
-        return json.loads(content)
-    except ValueError:
+        return json_text.loads(content)
+    except InvalidArgument:
         start = content[:40].decode(errors="replace").lstrip()
         what = "XML or HTML, which is how a server says no" if start.startswith("<") else "no JSON"
         raise InvalidArgument(f"this is {what}: it starts {start!r}") from None

@@ -199,6 +199,22 @@ async def test_too_small_a_disk_is_said_before_any_work(
     assert list((data / "datasets").iterdir()) == []
 
 
+async def test_the_cap_on_all_datasets_is_held_before_any_work(
+    data: Path, inference: ServiceServer
+) -> None:
+    other = data / "datasets" / "other"
+    (other / "building").mkdir(parents=True)
+    async with helpers.serving(data, inference.port, TDB_DATASETS_MIB="20") as stub:
+        with (other / "building" / "state").open("wb") as file:
+            file.truncate(20 * 2**20)
+        code, says = await refusal(stub, REQUEST)
+        assert code == "FAILED_PRECONDITION"
+        assert "of the 20 MiB that datasets may take (TDB_DATASETS_MIB) others take 20" in says
+        assert not (data / "datasets" / "built").exists()
+        shutil.rmtree(other)
+        await helpers.build(stub, REQUEST)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 async def test_a_disk_that_fills_up_costs_a_segment(
     data: Path,

@@ -36,6 +36,30 @@ def test_parquet_files_are_read_by_column(tmp_path: Path) -> None:
         list(FilesCorpus(tmp_path, request).documents())
 
 
+def test_a_folder_that_datasets_has_saved_is_read_by_column(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text("{}")
+    table = pyarrow.table({"n": [1, 2, 3], "text": ["one", None, "three"]})
+    path = folder / "data-00000-of-00001.arrow"
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    request = build_pb2.CorpusFiles(path="saved")
+    name = "train/data-00000-of-00001.arrow"
+    found = [(each.id, each.text) for each in FilesCorpus(tmp_path, request).documents()]
+    assert found == [(f"{name}:0", "one"), (f"{name}:1", ""), (f"{name}:2", "three")]
+    for field, says in (("body", "has no column 'body'; it has n, text"), ("n", "holds no text")):
+        request = build_pb2.CorpusFiles(path="saved", field=field)
+        with pytest.raises(TdbError, match=says):
+            list(FilesCorpus(tmp_path, request).documents())
+    for content in (b"no arrow", path.read_bytes()[:-200]):
+        path.write_bytes(content)
+        with pytest.raises(TdbError, match="is no Arrow file that can be read"):
+            list(FilesCorpus(tmp_path, build_pb2.CorpusFiles(path="saved")).documents())
+
+
 def test_without_pyarrow_parquet_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
