@@ -237,7 +237,9 @@ def _check_room(target: Path, paths: Iterable[Path], most_bytes: int | None) -> 
     folder = next(each for each in (target, *target.parents) if each.exists())
     if most_bytes is not None:
         room.check_cap(target, needed, most_bytes)
-    room.check_disk(folder, needed + ROOM_LEFT_BYTES, "the import may need, with some left,", "")
+    room.check_disk(
+        folder, needed + ROOM_LEFT_BYTES, "the import may need, with some to spare,", " first"
+    )
 
 
 @dataclass(frozen=True)
