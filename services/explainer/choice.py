@@ -6,8 +6,8 @@ compared within one judge only: a language model's before the offline simulator'
 the one that was asked last.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from services.explainer.engine.explanations import Method
 from services.explainer.engine.offline_simulator import OfflineSimulator
@@ -18,8 +18,7 @@ UNRATED = 3.0
 _HEADLINE = "ev_correlation"
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A number that choice goes by. `judge` says whose it is; of a published one, its name."""
 
     judge: str
@@ -28,9 +27,9 @@ class Mark:
     created_ms: int
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What choice knows of an explanation; `rating` is the mean, None where nobody rated it."""
+class Candidate(NamedTuple):
+    """What choice knows of an explanation; `rating` is the mean, None where nobody rated it, and
+    of a judge's `marks` the last is the newest."""
 
     number: int
     id: str
@@ -38,31 +37,31 @@ class Candidate:
     created_ms: int
     based_on: str
     rating: float | None
-    marks: tuple[Mark, ...]
+    marks: Sequence[Mark]
 
 
-def best_first(candidates: Iterable[Candidate]) -> list[Candidate]:
+def best_first(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """Explanations of one component, the best first, then the newest."""
-    known = list(candidates)
-    if len(known) < 2:
-        return known
-    by_id = {each.id: each for each in known}
-    judges = _judges(known)
+    if len(candidates) < 2:
+        return candidates
+    judges = {judge: place for place, judge in enumerate(_judges(candidates), start=1)}
+    by_id = {each.id: each for each in candidates}
 
     def rank(each: Candidate) -> tuple[float, ...]:
-        newest = (-each.created_ms, -each.number)
         if each.method is Method.HUMAN:
-            return 0, -_rating(each, by_id), 0.0, *newest
-        for place, judge in enumerate(judges, start=1):
-            value = _value(each, judge)
-            if value is not None:
-                return 1, place, -value, *newest
-        return 1, len(judges) + 1, 0.0, *newest
+            return 0, -_rating(each, by_id), -each.created_ms, -each.number
+        # Numbers of judges that come first hide those of later ones.
+        place, value = len(judges) + 1, 0.0
+        for judge, published, number, _ in each.marks:
+            other = judges[published, judge]
+            if other <= place:
+                place, value = other, number
+        return place, -value, -each.created_ms, -each.number
 
-    return sorted(known, key=rank)
+    return sorted(candidates, key=rank)
 
 
-def _rating(candidate: Candidate, by_id: dict[str, Candidate]) -> float:
+def _rating(candidate: Candidate, by_id: Mapping[str, Candidate]) -> float:
     """Its mean rating; of an edit that nobody rated, that of the text it was made from."""
     seen: set[str] = set()
     each: Candidate | None = candidate
@@ -78,9 +77,10 @@ def _judges(candidates: Sequence[Candidate]) -> list[tuple[bool, str]]:
     """Whose numbers count, in this order: (published, judge)."""
     newest: dict[tuple[bool, str], int] = {}
     for each in candidates:
-        for mark in each.marks:
-            judge = (mark.published, mark.judge)
-            newest[judge] = max(newest.get(judge, 0), mark.created_ms)
+        for judge, published, _, created_ms in each.marks:
+            newest[published, judge] = max(newest.get((published, judge), 0), created_ms)
+    if len(newest) < 2:
+        return list(newest)
     return sorted(
         newest,
         key=lambda judge: (
@@ -90,9 +90,3 @@ def _judges(candidates: Sequence[Candidate]) -> list[tuple[bool, str]]:
             judge[1],
         ),
     )
-
-
-def _value(candidate: Candidate, judge: tuple[bool, str]) -> float | None:
-    """The newest number of this judge."""
-    found = [each for each in candidate.marks if (each.published, each.judge) == judge]
-    return max(found, key=lambda each: each.created_ms).value if found else None

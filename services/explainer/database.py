@@ -46,7 +46,10 @@ STEPS = (
         -- What makes it the same explanation when it comes again (an import, a job's component).
         source_key TEXT UNIQUE
     ) STRICT;
-    CREATE INDEX explanation_of_component ON explanation (component, model_id);
+    -- All that choosing among explanations reads of them.
+    CREATE INDEX explanation_of_component ON explanation (
+        component, model_id, weights_hash, number, id, method, created_ms, based_on
+    );
     CREATE INDEX explanation_searched
         ON explanation (model_id, component_group, method, weights_hash);
     CREATE TABLE explanation_document (
@@ -73,6 +76,10 @@ STEPS = (
         created_ms INTEGER NOT NULL
     ) STRICT;
     CREATE INDEX score_of_explanation ON score (explanation, number);
+    -- What choice goes by, so that a table of 10,000 components need not read every score.
+    CREATE INDEX score_of_choice
+        ON score (explanation, number, judge, measure_name, value, created_ms)
+        WHERE measure = '' OR (measure = 'auc' AND scorer IN ('detection', 'head_pairs'));
     CREATE TABLE rating (
         explanation INTEGER NOT NULL REFERENCES explanation ON DELETE CASCADE,
         user TEXT NOT NULL,
