@@ -6,6 +6,8 @@ A record holds an example in several places (a top example may also be one of a 
 at random); the engine has each once.
 """
 
+import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,11 +17,13 @@ from tdb.dataset.v1 import dataset_pb2, read_pb2, record_pb2
 from services.common.addresses import Kind, parse
 from services.common.errors import FailedPrecondition, NotFound, TdbError, Unavailable, inside
 from services.explainer.engine.components import Component, Example, HeadExample, TextScore
-from services.explainer.read_outs import read_out
+from services.explainer.read_outs import AGAIN_S, read_out
 from services.explainer.stored import Dataset, ExplainedModel
 from services.explainer.upstream import Upstream
 
 E = TypeVar("E", Example, HeadExample)
+
+_log = logging.getLogger("tdb.explainer")
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,23 @@ class Records:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._known: dict[str, Dataset] = {}
+        self._ask_again = 0.0
 
-    async def fetch(self, dataset: str, address: str, *, read_outs: bool) -> Subject:
+    async def fetch(
+        self, dataset: str, address: str, *, read_outs: bool, required: bool = False
+    ) -> Subject:
         """One component; with `read_outs` what it promotes and suppresses too, where that is known:
-        from its record, else from the inference service where that has the same weights."""
+        from its record, else from the inference service where that has the same weights. Where that
+        is away an explanation does without, unless it is `required`: Unavailable."""
         request = read_pb2.GetRecordRequest(dataset=dataset, component=address)
         response = await self._upstream.dataset.GetRecord(request)
         found = await self.dataset(dataset, response.manifest_hash)
         statistics = response.record.statistics
         active = statistics.fraction_active if statistics.HasField("fraction_active") else None
         subject = Subject(component_of(response.record), found, active)
-        return await self.with_read_outs(subject) if read_outs else subject
+        if not read_outs:
+            return subject
+        return await self.with_read_outs(subject, required=required)
 
     async def dataset(self, name: str, manifest_hash: str = "") -> Dataset:
         """What the dataset is about; with a hash, of that version of it. Raises NotFound."""
@@ -72,12 +82,21 @@ class Records:
                 return self._known[name]
         raise NotFound(f"there is no dataset {name!r}", field="dataset")
 
-    async def with_read_outs(self, subject: Subject) -> Subject:
+    async def with_read_outs(self, subject: Subject, *, required: bool = False) -> Subject:
         """With what the component promotes and suppresses, where the record does not say and the
         inference service does."""
-        if subject.component.promoted:
+        now = time.monotonic()
+        if subject.component.promoted or (now < self._ask_again and not required):
             return subject
-        found = await read_out(self._upstream, subject.dataset, subject.address)
+        try:
+            found = await read_out(self._upstream, subject.dataset, subject.address)
+        except Unavailable as error:
+            if required:
+                raise
+            # Many components would wait for it in vain, one after the other.
+            self._ask_again = now + AGAIN_S
+            _log.info("no read-outs for now", extra={"fields": {"why": error.message}})
+            return subject
         if found is None:
             return subject
         component = replace(subject.component, promoted=found.promoted, suppressed=found.suppressed)

@@ -67,7 +67,10 @@ class EstimateCalls:
             return Response(components=1)
         provider = self._asked()
         subject = await self._records.fetch(
-            dataset, request.component, read_outs=task.needs_read_outs
+            dataset,
+            request.component,
+            read_outs=task.needs_read_outs,
+            required=task.is_about_read_outs,
         )
         return _response(await estimates.of_explanation(subject, task, provider), provider, 1)
 
@@ -123,7 +126,10 @@ class EstimateCalls:
         task = plan.task
         try:
             subject = await self._records.fetch(
-                plan.dataset, component, read_outs=task.needs_read_outs
+                plan.dataset,
+                component,
+                read_outs=task.needs_read_outs,
+                required=task.is_about_read_outs,
             )
             plan.gate.check(subject)
             least = plan.gate.min_pattern_auc

@@ -106,7 +106,12 @@ class JobWork:
     ) -> tuple[Dealt, str]:
         plan = self._plan
         task = plan.task
-        subject = await self._records.fetch(plan.dataset, component, read_outs=task.needs_read_outs)
+        subject = await self._records.fetch(
+            plan.dataset,
+            component,
+            read_outs=task.needs_read_outs,
+            required=task.is_about_read_outs,
+        )
         plan.gate.check(subject)
         if not plan.again:
             await self._check_new(position, subject)

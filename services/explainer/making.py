@@ -82,6 +82,11 @@ class Task:
         return self.method in (Method.OUTPUT_CENTRED, Method.TOKEN_PATTERN)
 
     @property
+    def is_about_read_outs(self) -> bool:
+        """Whether there is no explanation without what the component promotes."""
+        return self.method is Method.OUTPUT_CENTRED
+
+    @property
     def asks_provider(self) -> bool:
         """Whether a language model is asked for any of it."""
         pattern = self.method is OFFLINE

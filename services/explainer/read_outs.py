@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from tdb.inference.v1 import component_pb2, manifest_pb2
 
 from services.common.addresses import Kind, parse
-from services.common.errors import TdbError
+from services.common.errors import (
+    DeadlineExceeded,
+    ResourceExhausted,
+    TdbError,
+    Unavailable,
+)
 from services.explainer.engine.components import TextScore
 from services.explainer.stored import Dataset
 from services.explainer.upstream import Upstream
@@ -21,6 +26,8 @@ TOKENS = 40
 """Tokens that are asked for, promoted and suppressed together."""
 PATIENCE_S = 30.0
 """How long an explanation waits for them: a busy device must not keep it for ever."""
+AGAIN_S = 30.0
+"""When an inference service that did not answer is asked again."""
 
 _log = logging.getLogger("tdb.explainer")
 
@@ -34,7 +41,10 @@ class ReadOut:
 
 
 async def read_out(upstream: Upstream, dataset: Dataset, address: str) -> ReadOut | None:
-    """Of a component of the model that the dataset is of; None where nobody can say."""
+    """Of a component of the model that the dataset is of; None where nobody can say.
+
+    Raises Unavailable where the inference service is not there or too busy.
+    """
     if parse(address).kind is Kind.HEAD:
         return None
     request = component_pb2.DescribeComponentRequest(
@@ -43,7 +53,13 @@ async def read_out(upstream: Upstream, dataset: Dataset, address: str) -> ReadOu
     try:
         async with asyncio.timeout(PATIENCE_S):
             described = await upstream.inference.DescribeComponent(request)
-    except (TdbError, TimeoutError) as error:
+    except (Unavailable, DeadlineExceeded, ResourceExhausted, TimeoutError) as error:
+        raise Unavailable(
+            str(error) or f"the inference service did not answer within {PATIENCE_S:g} s",
+            reason="NO_READ_OUTS_NOW",
+            retry_after_s=AGAIN_S,
+        ) from None
+    except TdbError as error:
         # Another model is served, or none: an explanation can do without.
         _log.info("no read-outs", extra={"fields": {"component": address, "why": str(error)}})
         return None
