@@ -6,6 +6,7 @@ A record holds an example in several places (a top example may also be one of a 
 at random); the engine has each once.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -61,7 +62,8 @@ class Records:
         found = await self.dataset(dataset, response.manifest_hash)
         statistics = response.record.statistics
         active = statistics.fraction_active if statistics.HasField("fraction_active") else None
-        subject = Subject(component_of(response.record), found, active)
+        component = await asyncio.to_thread(component_of, response.record)
+        subject = Subject(component, found, active)
         if not read_outs:
             return subject
         return await self.with_read_outs(subject, required=required)

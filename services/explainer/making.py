@@ -9,7 +9,7 @@ work: what is stored is whole, and what was sent to a language model is in the l
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -49,8 +49,6 @@ from services.explainer.stored import (
     StoredExplanation,
     StoredScore,
 )
-
-Keep = Callable[[NewExplanation], Awaitable[StoredExplanation]]
 
 OF_HEADS = (Method.ATTENTION_HEAD, Method.OUTPUT_CENTRED, Method.TOKEN_PATTERN)
 OF_OTHERS = (
@@ -152,7 +150,6 @@ class Maker:
     """Makes explanations and scores, and stores them.
 
     None for `provider`: without a language model; for `steering`: without the intervention score.
-    `keep` stores an explanation in place of the store's `add`.
     """
 
     def __init__(
@@ -160,13 +157,10 @@ class Maker:
         store: ExplanationStore,
         provider: Provider | None,
         steering: Steering | None = None,
-        *,
-        keep: Keep | None = None,
     ) -> None:
         self._store = store
         self._provider = provider
         self._scorers = Scorers(provider, steering)
-        self._keep = keep or store.add
 
     async def explain(
         self, subject: Subject, task: Task, ledger: Ledger
@@ -188,7 +182,7 @@ class Maker:
                     yield event
                 else:
                     explanation = event
-        stored = await self._keep(new_explanation(explanation, subject, task.author))
+        stored = await self._store.add(new_explanation(explanation, subject, task.author))
         yield Explained(stored)
         if task.scoring is not None:
             scores = self._scores(stored, explanation, subject, split, task.scoring, ledger)

@@ -32,7 +32,15 @@ from tests.explainer.openai_server import (
     too_many,
 )
 from tests.explainer.stack import Stack, refusal
-from tests.explainer.test_making import DETECTION, FUZZING, PAIRS, SIMULATION, explained, told
+from tests.explainer.test_making import (
+    DETECTION,
+    FUZZING,
+    PAIRS,
+    SIMULATION,
+    described,
+    explained,
+    told,
+)
 from tests.explainer.test_making import scored as score
 from tests.explainer.test_servicer import (
     CONTRASTIVE,
@@ -264,6 +272,23 @@ async def test_a_wrong_key_is_never_shown(
     assert refusal(error.value)[2] == "PROVIDER_MISCONFIGURED"
     assert wrong not in repr(error.value)
     assert wrong not in caplog.text
+
+
+async def test_without_what_is_promoted_there_is_nothing_to_show(
+    tmp_path: Path, openai: OpenAIServer
+) -> None:
+    method = explanation_pb2.METHOD_OUTPUT_CENTRED
+    async with stack.serving(tmp_path, [synthetic.component(count=10)], openai) as served:
+        found = await refused(served, method=method)
+        assert found == ("FAILED_PRECONDITION", "method", "NO_READ_OUTS")
+        assert not openai.requests
+        served.inference.described = described()
+        explanation, _, _ = await explained(served, method=method)
+    assert explanation.text == TEXT
+    assert synthetic.enclosed(openai.requests[0], "data") == {
+        "promoted": [[" box", 2.0], [" house", 1.5]],
+        "suppressed": [[" out", -3.0], [" in", -0.5]],
+    }
 
 
 async def test_questions_without_an_answer_are_counted(served: Stack, openai: OpenAIServer) -> None:
