@@ -210,7 +210,7 @@ class Maker:
         split = None
         if set(scoring.scorers) != {Scorer.INTERVENTION}:
             seed = scoring.draw_seed(None) if stored.seed is None else stored.seed
-            split = await split_of(subject.component, seed)
+            split = await split_of(subject.component, seed, provenance.documents)
         scores = self._scores(stored, explanation, subject, split, scoring, ledger)
         async with aclosing(scores):
             async for score in scores:
@@ -272,11 +272,16 @@ class Maker:
                 yield ScoreStored(score)
 
 
-async def split_of(component: Component, seed: int) -> AnySplit:
-    """The examples dealt out by the seed. Raises FailedPrecondition (`TOO_FEW_DOCUMENTS`)."""
+async def split_of(
+    component: Component, seed: int, shown: frozenset[str] = frozenset()
+) -> AnySplit:
+    """The examples dealt out by the seed, those of documents that were `shown` not for scoring.
+
+    Raises FailedPrecondition (`TOO_FEW_DOCUMENTS`).
+    """
     if component.is_head:
-        return await asyncio.to_thread(split_pairs, component, seed=seed)
-    return await asyncio.to_thread(split_tokens, component, seed=seed)
+        return await asyncio.to_thread(split_pairs, component, seed=seed, shown=shown)
+    return await asyncio.to_thread(split_tokens, component, seed=seed, shown=shown)
 
 
 def check_model(stored: StoredExplanation, subject: Subject) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,35 +184,50 @@ async def test_an_explanation_is_scored_on_the_halves_it_was_made_with(served: S
     assert [(each.seed, each.n) for each in others] == [(6, 6), (6, 6)]
 
 
-async def test_what_the_explainer_saw_is_not_scored(served: Stack) -> None:
-    explanation, _, _ = await explained(served, seed=5)
-    # The dataset comes again with the same documents and another text in them.
-    component = synthetic.component()
-    swapped = [
-        Example(
-            token_texts=each.token_texts,
-            activations=each.activations,
-            document_id=f"doc-{(number * 7 + 3) % len(component.examples)}",
-        )
+def renamed(component: Component, count: int) -> Component:
+    """The first `count` texts, under the names of other documents of the same dataset."""
+    examples = tuple(
+        replace(each, document_id=f"doc-{(number * 7 + 3) % len(component.examples)}")
         for number, each in enumerate(component.examples)
         if isinstance(each, Example)
-    ]
-    moved = Component(address=component.address, examples=tuple(swapped[:70]), max_activation=4.0)
-    served.dataset.records[component.address] = stack.record(moved)
-    with pytest.raises(grpc.aio.AioRpcError, match="were shown to the explainer") as refused:
-        await scored(served, explanation.id, DETECTION, FUZZING)
-    assert refusal(refused.value) == ("FAILED_PRECONDITION", "", "DOCUMENTS_SHARED")
+    )
+    return replace(component, examples=examples[:count])
+
+
+async def test_what_the_explainer_saw_is_not_scored(served: Stack) -> None:
+    explanation, before, _ = await explained(served, seed=5, scoring=scoring(DETECTION, items=200))
+    shown = await served.store.documents(explanation.id)
+    # The dataset comes again, with other texts in its documents.
+    moved = renamed(synthetic.component(), 100)
+    served.dataset.records["neuron.1.7"] = stack.record(moved)
+    _, dealt = documents(moved, 5)
+    assert dealt & shown
+    after, _ = await scored(served, explanation.id, DETECTION, items=200)
+    assert 0 < after[0].n < before[0].n
+    assert after[0].value > 0.9
     # An edit stands on the same documents.
     edit = await write(served, synthetic.NAMES, based_on=explanation.id)
     assert edit.provenance.documents == explanation.provenance.documents
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await scored(served, edit.id, DETECTION)
-    assert refusal(refused.value)[2] == "DOCUMENTS_SHARED"
+    again, _ = await scored(served, edit.id, DETECTION, items=200)
+    assert again[0].n == after[0].n
     # Nobody knows what the author of a new text saw, and that is said.
     written = await write(served, synthetic.NAMES)
-    scores, summary = await scored(served, written.id, DETECTION)
-    assert scores[0].value > 0.9
+    scores, summary = await scored(served, written.id, DETECTION, items=200)
+    assert scores[0].n > after[0].n
     assert "nobody knows which documents" in summary.warnings[0]
+
+
+async def test_where_all_was_shown_nothing_is_scored(served: Stack) -> None:
+    explanation, _, _ = await explained(served, seed=5)
+    shown = await served.store.documents(explanation.id)
+    known = synthetic.component()
+    seen = tuple(
+        each for each in known.examples if isinstance(each, Example) and each.document_id in shown
+    )
+    served.dataset.records["neuron.1.7"] = stack.record(replace(known, examples=seen))
+    with pytest.raises(grpc.aio.AioRpcError, match="that were not shown") as refused:
+        await scored(served, explanation.id, DETECTION)
+    assert refusal(refused.value) == ("FAILED_PRECONDITION", "", "TOO_FEW_DOCUMENTS")
 
 
 async def test_a_wrong_text_has_a_low_score(served: Stack) -> None:

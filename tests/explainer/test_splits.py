@@ -45,6 +45,19 @@ def test_halves_share_no_document_and_lose_none(seed: int) -> None:
         assert peaks == sorted(peaks, reverse=True)
 
 
+def test_what_was_shown_before_is_not_scored() -> None:
+    known = component(*plain())
+    before = split_tokens(known, seed=1)
+    shown = frozenset(sorted(before.scoring.documents)[::3])
+    split = split_tokens(known, seed=1, shown=shown)
+    assert split.scoring.documents == before.scoring.documents - shown
+    assert split.explaining.documents == before.explaining.documents | shown
+    # What the same split has shown changes nothing.
+    assert split_tokens(known, seed=1, shown=before.explaining.documents) == before
+    with pytest.raises(FailedPrecondition, match="that were not shown"):
+        split_tokens(known, seed=1, shown=before.scoring.documents)
+
+
 def test_the_order_of_a_record_decides_nothing_and_the_seed_does() -> None:
     examples = plain()
     shuffled = list(examples)

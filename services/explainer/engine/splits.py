@@ -69,8 +69,15 @@ class Split(Generic[E]):
     seed: int
 
 
-def split_tokens(component: Component, *, seed: int, window: int = WINDOW) -> Split[Example]:
-    """The halves for a neuron or latent, each example cut to `window` tokens.
+def split_tokens(
+    component: Component,
+    *,
+    seed: int,
+    window: int = WINDOW,
+    shown: frozenset[str] = frozenset(),
+) -> Split[Example]:
+    """The halves for a neuron or latent, each example cut to `window` tokens. Documents that were
+    `shown` to an explainer, of whatever examples it had, are not on the scoring side.
 
     An active example is cut around its peak, a quiet one where the seed says; a long active one
     also gives a quiet window where it has one. Raises FailedPrecondition where there are too few
@@ -87,10 +94,12 @@ def split_tokens(component: Component, *, seed: int, window: int = WINDOW) -> Sp
         for example, documents in zip(examples, _documents(examples), strict=True)
         for part in _windows(example, documents, window, scale, seed)
     ]
-    return _deal(component.address, cut, scale, seed, needs_quiet=True)
+    return _deal(component.address, cut, scale, seed, shown, needs_quiet=True)
 
 
-def split_pairs(component: Component, *, seed: int) -> Split[HeadExample]:
+def split_pairs(
+    component: Component, *, seed: int, shown: frozenset[str] = frozenset()
+) -> Split[HeadExample]:
     """The halves for a head, its examples whole. Raises as `split_tokens`.
 
     Weak pairs are in every text, so that there need be no quiet ones.
@@ -99,7 +108,7 @@ def split_pairs(component: Component, *, seed: int) -> Split[HeadExample]:
         raise InvalidArgument(f"{component.address} is not a head", field="component")
     examples = [each for each in component.examples if isinstance(each, HeadExample)]
     whole = list(zip(examples, _documents(examples), strict=True))
-    return _deal(component.address, whole, component.scale, seed, needs_quiet=False)
+    return _deal(component.address, whole, component.scale, seed, shown, needs_quiet=False)
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,7 @@ def _deal(
     examples: Sequence[tuple[E, _Documents]],
     scale: float,
     seed: int,
+    shown: frozenset[str],
     *,
     needs_quiet: bool,
 ) -> Split[E]:
@@ -160,14 +170,16 @@ def _deal(
         names.setdefault(documents.group, set()).update((documents.group, documents.own))
     firing = _shuffled(active, address, seed)
     rest = _shuffled(quiet.keys() - active.keys(), address, seed)
+    scoring = {*firing[1::2], *rest[1::2]}
+    scoring -= {group for group in scoring if names[group] & shown}
     halves: list[Half[E]] = []
-    for side in range(2):
-        groups = set(firing[side::2]) | set(rest[side::2])
+    for groups in ({*firing, *rest} - scoring, scoring):
         half = _half(groups, active, quiet, names, seed)
         if not half.active or (needs_quiet and not half.quiet):
             raise FailedPrecondition(
                 f"{address} has examples of {len(firing)} documents that activate it and of "
-                f"{len(rest)} others: too few to explain on some and to score on the rest",
+                f"{len(rest)} others: too few to explain on some and to score on "
+                f"{'others that were not shown' if shown else 'the rest'}",
                 reason="TOO_FEW_DOCUMENTS",
             )
         halves.append(half)
