@@ -168,8 +168,8 @@ def _deal(
         if grouped not in kept:
             kept.append(grouped)
         names.setdefault(documents.group, set()).update((documents.group, documents.own))
-    firing = _shuffled(active, address, seed)
-    rest = _shuffled(quiet.keys() - active.keys(), address, seed)
+    firing: list[str] = _shuffled(active, address, seed)
+    rest: list[str] = _shuffled(quiet.keys() - active.keys(), address, seed)
     scoring = {*firing[1::2], *rest[1::2]}
     scoring -= {group for group in scoring if names[group] & shown}
     halves: list[Half[E]] = []
