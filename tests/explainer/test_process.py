@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tdb.explainer.v1 import explanation_pb2, search_pb2, service_pb2
+from tdb.explainer.v1 import explanation_pb2, service_pb2
 
 from services.explainer.database import STEPS, connect
 from tests.explainer.process import Process
@@ -141,9 +141,3 @@ def test_it_describes_itself_where_that_is_asked_for(tmp_path: Path) -> None:
         )
     names = [each.name for each in answer.list_services_response.service]
     assert "tdb.explainer.v1.ExplainerService" in names
-
-
-def test_what_is_not_built_is_refused_by_its_name(tmp_path: Path) -> None:
-    with Process(tmp_path) as service, pytest.raises(grpc.RpcError) as refused:
-        service.stub().Search(search_pb2.SearchRequest())
-    assert refusal(refused) == ("UNIMPLEMENTED", "Search is not part of this version yet")

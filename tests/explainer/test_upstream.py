@@ -20,9 +20,10 @@ from services.explainer.upstream import Upstream
 from tests.common.backend import Backend, serving, settings
 from tests.common.certificates import CLIENT, Authority
 from tests.dataset import helpers
-from tests.explainer.served import NOBODY
 
 MODEL = model_pb2.GetModelRequest(model="m")
+NOBODY = "127.0.0.1:1"
+"""Where nothing listens."""
 
 
 @asynccontextmanager

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from tdb.inference.v1 import attribute_pb2, objective_pb2
 from tdb.type.v1 import tensor_pb2
 
+from tests.faults import random_explanations
+
 NUMBERS = (0, 1, -1, 2, 7, 8, 15, 16, 31, 32, 33, 63, 64, 255, 256, 399, 400, 1000, 1001, 10_001)
 INT32 = st.sampled_from((*NUMBERS, 100_000, 100_001, 2**31 - 1, -(2**31))) | st.integers(
     -(2**31), 2**31 - 1
@@ -72,6 +74,8 @@ class World:
     datasets: tuple[str, ...]
     components: tuple[str, ...]
     """Those that the data sets have records of."""
+    explanations: tuple[str, ...] = ()
+    """Ids of those that are stored."""
 
 
 @dataclass
@@ -564,6 +568,12 @@ HINTS |= {
     )
 }
 """What a plausible value of a field is, by the field's full name."""
+
+CHOICES |= random_explanations.CHOICES
+PRESENCE |= random_explanations.PRESENCE
+COUNTS |= random_explanations.COUNTS
+UNIQUE |= random_explanations.UNIQUE
+HINTS |= random_explanations.HINTS
 
 
 @st.composite

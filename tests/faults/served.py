@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Protocol
 
 from services.common.server import ServiceServer
 from services.common.settings import Settings
@@ -12,8 +13,12 @@ from services.inference.scheduler import Scheduler
 from services.inference.server import build_server
 
 
+class Listening(Protocol):
+    port: int
+
+
 @contextmanager
-def in_thread(serving: AbstractAsyncContextManager[ServiceServer]) -> Iterator[int]:
+def in_thread(serving: AbstractAsyncContextManager[Listening]) -> Iterator[int]:
     """Keeps `serving` on a thread; its port."""
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()

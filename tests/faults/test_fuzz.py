@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -19,10 +20,17 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tdb.dataset.v1 import service_pb2 as dataset_pb2
+from tdb.explainer.v1 import explanation_pb2
+from tdb.explainer.v1 import service_pb2 as explainer_pb2
+from tdb.explainer.v1 import service_pb2_grpc as explainer_grpc
 from tdb.inference.v1 import service_pb2 as inference_pb2
 
+from services.common.errors import TdbError
+from services.explainer.engine.components import Component
 from services.inference.engine.model import Model
 from tests.dataset import helpers
+from tests.explainer import stack, synthetic
+from tests.explainer.openai_server import OpenAIServer, Said
 from tests.faults import served
 from tests.faults.conftest import WORLD
 from tests.faults.random_messages import requests, spoiled
@@ -34,6 +42,8 @@ HANG_S = 60.0
 # What needs the model or a data set stands for more of the requests than what only looks it up.
 CHEAP = {"ListModels", "GetModel", "GetQueue", "GetStatus", "Tokenize", "ListDatasets"}
 CHEAP |= {"BuildDataset", "CancelBuild", "ImportDataset", "DeleteDataset"}
+CHEAP |= {"GetCapabilities", "DeleteExplanation", "GetJob", "ListJobs", "FollowJob", "PauseJob"}
+CHEAP |= {"ResumeJob", "CancelJob", "ImportExplanations", "EmbedExplanations"}
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
@@ -53,6 +63,12 @@ NEEDED = {"Run", "Attribute", "Verify", "Generate", "StreamActivations", "Descri
     "StreamOutputTokens",
     "StreamExplanations",
     "Search",
+    "Explain",
+    "Score",
+    "Simulate",
+    "ListExplanations",
+    "WriteExplanation",
+    "RateExplanation",
 }
 """RPCs that must have been answered, not only refused."""
 
@@ -63,6 +79,7 @@ class Caller:
     def __init__(self, channel: grpc.Channel, service: ServiceDescriptor) -> None:
         self._channel = channel
         self.rpcs = list(service.methods)
+        self.world = WORLD
         self.clients = ThreadPoolExecutor(AT_ONCE)
         self.ends: Counter[tuple[str, str]] = Counter()
 
@@ -111,6 +128,47 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
         yield caller
 
 
+@pytest.fixture(scope="module")
+def explainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    """With a language model that follows explanations, and texts in its store."""
+    few = replace(synthetic.component(count=6), address="neuron.1.9")
+    components = [synthetic.component(count=60), few, synthetic.head()]
+    folder = tmp_path_factory.mktemp("explanations")
+    service = explainer_pb2.DESCRIPTOR.services_by_name["ExplainerService"]
+    with (
+        OpenAIServer(_follow) as model,
+        in_thread(stack.serving(folder, components, model)) as port,
+        caller_of(port, service) as caller,
+    ):
+        caller.world = replace(
+            WORLD,
+            models=("demo",),
+            components=(*(each.address for each in components), "neuron.1.8"),
+            explanations=tuple(_written(port, components)),
+        )
+        yield caller
+
+
+def _follow(body: dict[str, Any]) -> Said | str:
+    """Follows the explanations that can be followed; any other question gets the same answer."""
+    try:
+        return synthetic.follower()(body)
+    except (AttributeError, KeyError, ValueError, IndexError, AssertionError, TdbError):
+        return '{"explanation": "fires on names"}'
+
+
+def _written(port: int, components: list[Component]) -> Iterator[str]:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = explainer_grpc.ExplainerServiceStub(channel)
+        for number in range(60):
+            request = explanation_pb2.WriteExplanationRequest(
+                model=explanation_pb2.ExplainedModel(id="demo"),
+                component=components[0 if number % 6 else number // 6 % 3].address,
+                text=synthetic.NAMES,
+            )
+            yield stub.WriteExplanation(request).explanation.id
+
+
 def not_finite(message: Message, path: str = "") -> Iterator[str]:
     """The fields of an answer that hold NaN or infinity."""
     for each, value in message.ListFields():
@@ -129,7 +187,7 @@ def check(caller: Caller, data: st.DataObject) -> None:
     weighted = [rpc for rpc in caller.rpcs for _ in range(1 if rpc.name in CHEAP else 6)]
     for _ in range(data.draw(st.sampled_from((1, 2, 4, AT_ONCE)))):
         rpc = data.draw(st.sampled_from(weighted))
-        request = data.draw(requests(rpc.input_type, WORLD))
+        request = data.draw(requests(rpc.input_type, caller.world))
         raw = request.SerializeToString()
         if data.draw(st.integers(0, 19)) == 13:
             raw = data.draw(spoiled(raw))
@@ -182,3 +240,12 @@ def test_random_requests_to_datasets_are_answered_or_refused(dataset: Caller) ->
 @pytest.mark.long
 def test_many_random_requests_to_datasets_are_answered_or_refused(dataset: Caller) -> None:
     fuzz(dataset, MANY // 3)
+
+
+def test_random_requests_for_explanations_are_answered_or_refused(explainer: Caller) -> None:
+    fuzz(explainer, FEW // 3)
+
+
+@pytest.mark.long
+def test_many_random_requests_for_explanations_are_answered_or_refused(explainer: Caller) -> None:
+    fuzz(explainer, MANY // 3)

@@ -1,25 +1,32 @@
-"""The explainer service through the gateway: JSON, refusals in a stream, readiness."""
+"""The explainer service through the gateway: JSON, server-sent events, readiness."""
 
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from gateway.app import create_app
-from services.common.server import ServiceServer
 from tests.common.backend import settings
-from tests.explainer import served
+from tests.explainer import stack, synthetic
 from tests.gateway.helpers import NOWHERE, violations
 
 SERVICE = "/tdb.explainer.v1.ExplainerService"
+MODEL = {"id": "demo", "weightsHash": stack.WEIGHTS}
+EXPLAIN = {
+    "dataset": "small",
+    "component": "neuron.1.7",
+    "method": "METHOD_TOKEN_PATTERN",
+    "scoring": {"scorers": ["SCORER_DETECTION"], "items": 10},
+}
 
 
 @asynccontextmanager
-async def gateway_to(server: ServiceServer) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings(), {"explainer": f"127.0.0.1:{server.port}"}, NOWHERE)
+async def gateway_to(port: int) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(settings(), {"explainer": f"127.0.0.1:{port}"}, NOWHERE)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -30,36 +37,61 @@ async def gateway_to(server: ServiceServer) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with served.explainer(tmp_path) as server, gateway_to(server) as client:
+    async with (
+        stack.serving(tmp_path, [synthetic.component()]) as served,
+        gateway_to(served.port) as client,
+    ):
         yield client
 
 
-async def test_capabilities_are_json(client: httpx.AsyncClient) -> None:
+async def events(client: httpx.AsyncClient, method: str, body: Any) -> list[Any]:
+    """The data of server-sent events."""
+    answer = await client.post(
+        f"{SERVICE}/{method}", json=body, headers={"accept": "text/event-stream"}
+    )
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line[:6] == "data: "]
+
+
+async def test_texts_are_written_and_listed_as_json(client: httpx.AsyncClient) -> None:
     answer = await client.post(f"{SERVICE}/GetCapabilities", json={})
-    assert answer.status_code == 200
     assert answer.json()["methods"] == ["METHOD_TOKEN_PATTERN"]
-    assert answer.json()["provider"] == ""
+    written = {"model": MODEL, "component": "neuron.1.7", "text": 'fires on " Mary"'}
+    answer = await client.post(f"{SERVICE}/WriteExplanation", json=written)
+    stored = answer.json()["explanation"]
+    assert (answer.status_code, stored["text"]) == (200, 'fires on " Mary"')
+    asked = {"model": MODEL, "components": ["neuron.1.7"]}
+    answer = await client.post(f"{SERVICE}/ListExplanations", json=asked)
+    assert answer.json()["explanations"] == [stored]
 
 
-async def test_unknown_fields_and_methods_are_refused(client: httpx.AsyncClient) -> None:
+async def test_an_explanation_that_is_made_comes_as_events(client: httpx.AsyncClient) -> None:
+    told = await events(client, "Explain", EXPLAIN)
+    kinds = [next(iter(event)) for event in told[:-1]]
+    assert kinds[0] == "progress"
+    assert kinds[-1] == "summary"
+    (explanation,) = [event["explanation"] for event in told if "explanation" in event]
+    assert explanation["provenance"]["method"] == "METHOD_TOKEN_PATTERN"
+    assert {event["score"]["scorer"] for event in told if "score" in event} == {"SCORER_DETECTION"}
+    assert told[-1] == {}
+
+
+async def test_refusals_name_their_field(client: httpx.AsyncClient) -> None:
     answer = await client.post(f"{SERVICE}/GetExplanation", json={"id": "x", "key": "sk-1"})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_argument")
     assert violations(answer) == ["key"]
+    answer = await client.post(f"{SERVICE}/GetExplanation", json={"id": "x"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     assert (await client.post(f"{SERVICE}/Spend", json={})).status_code == 404
+    told = await events(client, "Explain", {**EXPLAIN, "method": "METHOD_CONTRASTIVE"})
+    assert told[-1]["error"]["code"] == "failed_precondition"
+    assert "TDB_PROVIDER_URL" in told[-1]["error"]["message"]
 
 
 async def test_readiness_speaks_for_it(tmp_path: Path) -> None:
-    async with served.explainer(tmp_path) as server, gateway_to(server) as client:
+    async with stack.serving(tmp_path) as served, gateway_to(served.port) as client:
         assert (await client.get("/readyz")).status_code == 200
-        await server.set_not_serving()
+    async with gateway_to(served.port) as client:
         answer = await client.get("/readyz")
         assert answer.status_code == 503
         assert list(answer.json()["awaited"]) == ["explainer"]
-
-
-async def test_a_refused_stream_is_an_event(client: httpx.AsyncClient) -> None:
-    answer = await client.post(
-        f"{SERVICE}/Explain", json={}, headers={"accept": "text/event-stream"}
-    )
-    data = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:6] == "data: "]
-    assert data[-1]["error"]["code"] == "unimplemented"
