@@ -125,6 +125,20 @@ another {many:,} tokens of the corpus makes active. Training took {minutes:.1f} 
 | dictionary | FVU | L0 | dead |
 |---|---|---|---|
 {rows}"""
+_EXPLANATIONS = """Made and scored without a language model (the `token_pattern` method and the
+offline simulator, see `docs/explanations.md`) on the demo's own dataset, by
+
+    {command}
+
+{skipped}
+
+Medians over latents, with the 95% interval of 1,000 bootstrap draws of latents. *Another's*: the
+median where each explanation is scored for the next latent instead of its own; chance is 0.5, and 0
+for simulation.
+
+| dictionary | score | latents | median | another's |
+|---|---|---|---|---|
+{rows}"""
 
 
 def _row(*cells: object) -> str:
@@ -235,3 +249,19 @@ def state_dictionaries(
     )
     text = _DICTIONARIES.format(rows=table, threads=torch.get_num_threads(), **figures)
     card.write_text(f"{before}## Dictionaries\n\n{text}\n\n{limits}{after}")
+
+
+def state_explanations(
+    card: Path, command: str, skipped: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Puts what explanations of latents are worth before a card's limits."""
+    before, limits, after = card.read_text().partition("## Limits\n")
+    if not limits:
+        raise ValueError(f"{card} is no card of the demo model; `python -m demo.train` writes one.")
+    before = before.partition("## Explanations\n")[0]
+    text = _EXPLANATIONS.format(
+        command=command,
+        skipped="\n".join(f"- {each}." for each in skipped),
+        rows="\n".join(_row(*each) for each in rows),
+    )
+    card.write_text(f"{before}## Explanations\n\n{text}\n\n{limits}{after}")

@@ -10,7 +10,12 @@ import pytest
 from tdb.dataset.v1 import explanations_pb2
 from tdb.explainer.v1 import explain_pb2, explanation_pb2, search_pb2, service_pb2
 
+from services.dataset import explanations, groups
+from services.dataset.explanations import Explanation
+from services.dataset.store import DatasetWriter
 from services.explainer import importing
+from tests.dataset import helpers as dataset_helpers
+from tests.dataset.building import helpers as building_helpers
 from tests.explainer import stack
 from tests.explainer.openai_server import EMBEDDING_MODEL, KEY, OpenAIServer
 from tests.explainer.stack import DATASET_HASH, WEIGHTS, Stack, refusal
@@ -271,3 +276,28 @@ async def test_a_dataset_that_is_not_there(plain: Stack) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await imported(plain, "other")
     assert refusal(refused.value)[:2] == ("NOT_FOUND", "dataset")
+
+
+async def test_from_a_real_dataset_service(tmp_path: Path) -> None:
+    told = [
+        Explanation(
+            "neuron.0.2", "names of women", "oai_token-act-pair", "gpt-4o", scores={"a": 1}
+        ),
+        Explanation("neuron.1.3", "towns", scores={"ev_correlation": 0.5, "rsquared": -0.25}),
+    ]
+    folder = tmp_path / "data" / "datasets" / "told"
+    with DatasetWriter(folder, dataset_helpers.header()) as writer:
+        records = dataset_helpers.random_records(2, dataset_helpers.COMPONENTS[:12])
+        writer.write(groups.parse("neuron.0"), 0, records)
+        writer.finish(dataset_helpers.VOCABULARY, explanations=explanations.write(folder, told))
+    async with (
+        building_helpers.serving_at(tmp_path / "data", 1) as port,
+        stack.serving(tmp_path, TDB_DATASET_ADDRESS=f"127.0.0.1:{port}") as served,
+    ):
+        summary = await imported(served, "told")
+        assert (summary.read, summary.added, summary.refused_count) == (2, 2, 0)
+        assert (await imported(served, "told")).known == 2
+        (one,) = await found(served, "towns")
+        assert one.explanation.component == "neuron.1.3"
+        scores = {each.measure_name: each.value for each in one.explanation.scores}
+        assert scores == {"ev_correlation": 0.5, "rsquared": -0.25}
