@@ -1,6 +1,7 @@
 """The explainer service as a process: start, refusals at the door, its file, the end."""
 
 import signal
+import socket
 import sqlite3
 import stat
 from contextlib import closing
@@ -9,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tdb.explainer.v1 import explanation_pb2, service_pb2
+from tdb.explainer.v1 import explain_pb2, explanation_pb2, service_pb2
 
 from services.explainer.database import STEPS, connect
 from tests.explainer.process import Process
@@ -141,3 +142,25 @@ def test_it_describes_itself_where_that_is_asked_for(tmp_path: Path) -> None:
         )
     names = [each.name for each in answer.list_services_response.service]
     assert "tdb.explainer.v1.ExplainerService" in names
+
+
+def test_a_call_in_flight_ends_with_the_service(tmp_path: Path) -> None:
+    """Told to stop, it gives a call TDB_DRAIN_SECONDS, then ends it, and itself with 0."""
+    with socket.socket() as silent:  # takes connections, and never says anything
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Process(tmp_path, TDB_DATASET_ADDRESS=address) as service:
+            explained = service.stub().Explain(
+                explain_pb2.ExplainRequest(
+                    dataset="d", component="neuron.0.1", method=explanation_pb2.METHOD_TOKEN_PATTERN
+                )
+            )
+            assert next(explained).WhichOneof("event") == "progress"
+            service.process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(explained)
+            code, errors = service.end()
+    assert refusal(refused)[0] == "UNAVAILABLE"
+    assert code == 0, errors
+    assert "Traceback" not in errors
