@@ -5,10 +5,11 @@ language model reads every other text.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from tdb import __version__
 
@@ -35,6 +36,8 @@ from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.scores import Score, Scorer
 from services.explainer.engine.token_patterns import TokenPattern
 from services.explainer.stored import NewScore
+
+T = TypeVar("T")
 
 MAX_ITEMS = 200
 PROMPTS = 8
@@ -122,9 +125,10 @@ class Scorers:
         else:
             assert split is not None
             count = scoring.items or scorers.COUNT
-            made = await _run(
-                scorers.score(scorer, explanation, split, judge, seed=seed, count=count), judge
+            asked = partial(
+                scorers.score, scorer, explanation, split, judge, seed=seed, count=count
             )
+            made = await off_the_loop(asked, judge)
         if all(each.n == 0 for each in made) and any(each.failed for each in made):
             raise _nobody_answered(made, judge)
         return [new_score(each, subject) for each in made]
@@ -172,13 +176,11 @@ def is_pattern(text: str) -> bool:
     return True
 
 
-async def _run(
-    work: Coroutine[Any, Any, tuple[Score, ...]], judge: ProviderJudge | OfflineSimulator
-) -> tuple[Score, ...]:
-    """Off the event loop where nobody is waited for and all is arithmetic."""
+async def off_the_loop(work: Callable[[], Coroutine[Any, Any, T]], judge: Judge) -> T:
+    """The result of `work`: in a thread where nobody is waited for and all is arithmetic."""
     if isinstance(judge, OfflineSimulator):
-        return await asyncio.to_thread(asyncio.run, work)
-    return await work
+        return await asyncio.to_thread(lambda: asyncio.run(work()))
+    return await work()
 
 
 def _nobody_answered(made: Sequence[Score], judge: Judge) -> TdbError:

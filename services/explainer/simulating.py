@@ -1,6 +1,5 @@
 """What an explanation leads one to expect on texts that somebody made up."""
 
-import asyncio
 from collections.abc import Sequence
 
 from services.common.addresses import Kind, parse
@@ -12,7 +11,7 @@ from services.explainer.engine.provider import Provider
 from services.explainer.engine.provider_judge import all_of
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.token_patterns import TokenPattern
-from services.explainer.scoring import JudgeChoice, is_pattern, judge_of
+from services.explainer.scoring import JudgeChoice, is_pattern, judge_of, off_the_loop
 
 
 def check_kind(component: str) -> None:
@@ -42,11 +41,11 @@ async def simulate(
     judge = judge_of(choice, text, provider, ledger)
     # Judges read the text alone, whatever it is about.
     explanation = Explanation("", text, Provenance(method=Method.HUMAN))
-    if isinstance(judge, OfflineSimulator):
-        if is_pattern(text) and TokenPattern.parse(text).is_of_pairs:
-            raise InvalidArgument("is a pattern of a head's pairs, not of tokens", field="text")
-        answers = all_of([judge.simulate(explanation, each, seed=seed) for each in texts])
-        return judge.name, await asyncio.to_thread(asyncio.run, answers)
-    return judge.name, await all_of(
-        [judge.simulate(explanation, each, seed=seed) for each in texts]
-    )
+    is_offline = isinstance(judge, OfflineSimulator) and is_pattern(text)
+    if is_offline and TokenPattern.parse(text).is_of_pairs:
+        raise InvalidArgument("is a pattern of a head's pairs, not of tokens", field="text")
+
+    async def answers() -> list[list[float] | FailureKind]:
+        return await all_of([judge.simulate(explanation, each, seed=seed) for each in texts])
+
+    return judge.name, await off_the_loop(answers, judge)
