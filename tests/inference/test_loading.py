@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from services.common.errors import FailedPrecondition
 from services.common.settings import ModelSource
@@ -48,6 +49,17 @@ def test_weights_are_those_of_the_folder(model_folder: Path) -> None:
         assert torch.equal(ours, theirs[name]), name
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert not loaded.model.training
+
+
+def test_gelu_is_one_kernel_in_float32_and_the_same_function(model_folder: Path) -> None:
+    x = torch.linspace(-12, 12, 4801)
+    whole = load(model_folder).model.transformer.h[0].mlp.act
+    half = loading.load("m", str(model_folder), None, CPU, torch.bfloat16).model
+    composed = half.transformer.h[0].mlp.act
+    assert (type(whole), type(composed)) == (GELUTanh, NewGELUActivation)
+    torch.testing.assert_close(whole(x), composed(x), rtol=1e-6, atol=1e-6)
+    with pytest.raises(AssertionError):  # the exact GELU is another function
+        torch.testing.assert_close(torch.nn.functional.gelu(x), composed(x), rtol=1e-6, atol=1e-6)
 
 
 def test_missing_weights_are_refused(copy: Path) -> None:

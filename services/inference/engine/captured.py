@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,23 @@ class ExpertsWrite:
     """After them."""
 
 
+class _Running(list[Any]):
+    """What a pass captures per layer, kept for the running layer only, under its number."""
+
+    def __init__(self, first_layer: int) -> None:
+        super().__init__()
+        self._next = first_layer
+
+    def append(self, value: Any) -> None:
+        self[:] = [value]
+        self._next += 1
+
+    def __getitem__(self, layer: Any) -> Any:
+        if layer != self._next - 1:
+            raise LookupError(f"layer {layer} is not the one that runs now")
+        return super().__getitem__(0)
+
+
 @dataclass
 class Pass:
     """One forward pass and what it captured.
@@ -192,6 +210,12 @@ class Pass:
         for row, spec in enumerate(self.rows):
             for number, edit in enumerate(spec.edits):
                 self._at_site[edit.target.kind, edit.target.layer].append((row, number, edit))
+
+    def keep_running_layer_only(self, first_layer: int) -> None:
+        """Of all that is captured per layer; the pass begins with that layer."""
+        for each in fields(Pass):
+            if each.default_factory is list:
+                setattr(self, each.name, _Running(first_layer))
 
     def logits_at(self, row: int) -> tuple[int, ...]:
         """The row's positions that `logits` are at, in order."""

@@ -7,7 +7,7 @@ keeps pads out of every real token.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from services.inference.engine.architecture import Architecture
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.captured import Pass, Row
 from services.inference.engine.harvesting.groups import Group
-from services.inference.engine.harvesting.watching import Take, Watched
+from services.inference.engine.harvesting.watching import Enough, Take, Watched
 from services.inference.engine.interventions import Edit, SourceRun
 from services.inference.engine.memory import Batch, Sizes, passed, recorded
 from services.inference.engine.points import Point
@@ -99,16 +99,17 @@ class Hooks:
         self._run(Pass(rows, (0,), False, cancel, sites=probe))
 
     def watch(self, ids: Tensor, groups: Sequence[Group], take: Take, cancel: CancelToken) -> None:
-        """Runs the model without its unembedding over ids [B, T]; `take` gets the activations of
-        each of the groups while they are there.
+        """Runs the model over ids [B, T] up to the last of the groups; `take` gets the activations
+        of each while they are there.
 
         Raises Cancelled and DeadlineExceeded from the token, and what `take` raises.
         """
         rows = [Row(tuple(row)) for row in ids.tolist()]
         dictionaries = self.shelf.bind([each.dictionary for each in groups if each.dictionary])
         current = Watched(rows, cancel, self.architecture, groups, dictionaries, take)
-        with self._running(current), torch.no_grad():
+        with self._running(current), torch.no_grad(), suppress(Enough):
             self._model.base_model(input_ids=ids, use_cache=False)
+            raise RuntimeError("a pass ended before all groups were seen: a hook was bypassed")
 
     def record(
         self,

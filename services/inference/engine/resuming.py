@@ -14,7 +14,7 @@ recording (masks, rotary embeddings), cut to the tokens that are run.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -131,23 +131,6 @@ class Recording(Pass):
         return super().edit_neurons(layer, activations)
 
 
-class _Running(list[Any]):
-    """What a pass captures per layer, kept for the running layer only, under its number."""
-
-    def __init__(self, first_layer: int) -> None:
-        super().__init__()
-        self._next = first_layer
-
-    def append(self, value: Any) -> None:
-        self[:] = [value]
-        self._next += 1
-
-    def __getitem__(self, layer: Any) -> Any:
-        if layer != self._next - 1:
-            raise LookupError(f"layer {layer} is not the one that runs now")
-        return super().__getitem__(0)
-
-
 class Resumed(Pass):
     """A pass that goes on from a recording, over tokens [first, last] of its run."""
 
@@ -177,9 +160,8 @@ class Resumed(Pass):
             cancel,
             branches=keeps_layers,
         )
-        for each in fields(Pass):
-            if each.default_factory is list and not keeps_layers:
-                setattr(self, each.name, _Running(start.layer))
+        if not keeps_layers:
+            self.keep_running_layer_only(start.layer)
 
     def _moved(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
         """The edits that reach these tokens, with queries counted from the first of them."""

@@ -14,6 +14,7 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.harvesting import groups
 from services.inference.engine.harvesting.gathering import Gathering
 from services.inference.engine.harvesting.harvest import AskedHarvest, CorpusSequence, Harvest
+from services.inference.engine.harvesting.watching import Watched
 from tests.inference.families.models import (
     EXPERT_VARIANTS,
     HEADS,
@@ -123,6 +124,34 @@ def test_neurons_and_heads_are_those_of_a_pass_by_hand(variant: str) -> None:
     swapped = replace(states["neuron.0"], group=f"neuron.{last}")
     with pytest.raises(AssertionError):
         brute.check(swapped, seen, ROUNDING)
+
+
+def test_a_pass_goes_no_further_than_the_last_group() -> None:
+    engine = engine_of("gpt2/tied")
+    ran: list[int] = []
+    handles = [
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, layer in enumerate(engine.architecture.layers)
+    ]
+    try:
+        for names, wanted in ((("neuron.1", "head.0"), [0]), (("head.0",), [])):
+            ran.clear()
+            asked = AskedHarvest(groups.all_of(names, engine.shape), KEEP, corpus()[:1])
+            Harvest(engine.hooks, asked).batch(0, CancelToken())
+            assert ran == wanted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_group_that_no_hook_reports_is_not_left_out_silently(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of("gpt2/tied")
+    monkeypatch.setattr(Watched, "edit_neurons", lambda self, layer, activations: activations)
+    asked = AskedHarvest(groups.all_of(["neuron.1"], engine.shape), KEEP, corpus())
+    with pytest.raises(RuntimeError, match="bypassed"):
+        Harvest(engine.hooks, asked).batch(0, CancelToken())
 
 
 def test_a_batch_that_failed_half_way_is_not_counted_twice(

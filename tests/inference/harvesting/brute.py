@@ -104,7 +104,7 @@ def check(state: State, seen: Sequence[Seen], rounding: float = 0.0, every_nth: 
     """That the state says of each component what all of its activations say, moments to 1e-4.
 
     rounding: of the activations, in shares of a component's largest; counts are then exact but for
-    values that close to an edge.
+    values that close to an edge, the order of the top but for maxima that close to each other.
     """
     tolerance = 1e-4
     keep, group = state.keep, state.group
@@ -144,7 +144,17 @@ def check(state: State, seen: Sequence[Seen], rounding: float = 0.0, every_nth: 
             ("strata", strata_kept(seen, keep, group, component)),
         ):
             examples = list(reading._examples(state, name, component))
-            assert [each.sequence for each in examples] == wanted, (component, name)
+            kept = [each.sequence for each in examples]
+            if name == "top" and rounding and kept != wanted:
+                # The same tokens at the beginning of several sequences are as large in all of them.
+                assert len(set(kept)) == len(wanted)
+                ours, theirs = (
+                    np.array([by_index[index].activations[:, component].max() for index in each])
+                    for each in (kept, wanted)
+                )
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=margin)
+            else:
+                assert kept == wanted, (component, name)
             for each in examples:
                 row = by_index[each.sequence].activations[:, component]
                 np.testing.assert_allclose(each.activations, row, rtol=1e-5, atol=1e-5 * size)

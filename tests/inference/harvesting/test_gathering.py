@@ -14,10 +14,11 @@ from services.common.addresses import Kind
 from services.common.errors import FailedPrecondition
 from services.common.harvest import bins, reading
 from services.common.harvest.state import Keep, State, merge
-from services.inference.engine.harvesting import gathering
+from services.inference.engine.harvesting import gathering, kept
 from services.inference.engine.harvesting.counts import binned
 from services.inference.engine.harvesting.gathering import Gathering
 from services.inference.engine.harvesting.groups import Group
+from services.inference.engine.harvesting.scratch import Scratch
 from tests.inference.harvesting import brute
 from tests.inference.harvesting.brute import Seen
 
@@ -40,7 +41,9 @@ def gathered(
 ) -> State:
     """The state of sequences in batches of equal length, in the order given."""
     longest = longest or max(len(each.ids) for each in seen)
-    state = Gathering(group, keep, len(seen), longest, torch.tensor(TOKENS))
+    indices = torch.tensor([each.index for each in seen])
+    scratch = Scratch(torch.device("cpu"))
+    state = Gathering(group, keep, indices, longest, torch.tensor(TOKENS), scratch)
     for length in sorted({len(each.ids) for each in seen}):
         same = [each for each in seen if len(each.ids) == length]
         for first in range(0, len(same), batch):
@@ -110,7 +113,9 @@ def test_a_state_is_what_brute_force_finds(seen: list[Seen]) -> None:
 
 
 def test_many_sequences_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathering, "_AT_ONCE", 20)
+    for name in ("_AT_ONCE", "_MAXIMA_AT_ONCE"):
+        monkeypatch.setattr(gathering, name, 20)
+    monkeypatch.setattr(kept, "_AT_ONCE", 20)
     seen = normal(200)
     state = gathered(seen)
     brute.check(state, seen)
@@ -262,7 +267,8 @@ def test_memory_is_what_is_said_and_does_not_grow_with_sequences(kind: Kind) -> 
     group = Group(kind, 0, "", 64)
     for sequences in (100, 100_000):
         tokens = torch.arange(50)
-        found = held(Gathering(group, Keep(), sequences, 16, tokens), set())
+        scratch = Scratch(tokens.device)
+        found = held(Gathering(group, Keep(), torch.arange(sequences), 16, tokens, scratch), set())
         said = group.bytes(Keep(), sequences, 16, 50)
         assert found <= said <= 1.2 * found
         assert said == group.bytes(Keep(), 100, 16, 50)

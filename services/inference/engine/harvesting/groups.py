@@ -37,9 +37,12 @@ class Group:
             capacity = keep.capacity(kept)
             if kept != "strata":
                 capacity = min(capacity, sequences)
-            numbers += capacity * (4 * self.places(longest) + 16)
+            numbers += capacity * (4 * self.places(longest) + 8)
+            if kept == "random":
+                numbers += capacity * 12
         tables = tokens * 8 * (1 + (self.kind is Kind.HEAD))
-        own = numbers + 2 * 8 * bins.BINS + 6 * 8 + tables
+        limits = 4 * (bins.BINS - bins.FIRST_POSITIVE) + 4
+        own = numbers + limits + 2 * (8 * bins.BINS + 4) + 6 * 8 + tables
         return self.components * own + 3 * 8 * tokens
 
 

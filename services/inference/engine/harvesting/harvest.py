@@ -19,6 +19,7 @@ from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.forward import Hooks
 from services.inference.engine.harvesting.gathering import Gathering
 from services.inference.engine.harvesting.groups import Group
+from services.inference.engine.harvesting.scratch import Scratch
 from services.inference.engine.harvesting.watching import pairs
 
 TOKENS_PER_BATCH = 512
@@ -117,8 +118,10 @@ class Harvest:
     def _begin(self) -> dict[Group, Gathering]:
         asked = self._asked
         tokens = torch.tensor(sorted(asked.tokens), dtype=torch.long, device=self._device)
+        sequences = torch.tensor([each.index for each in asked.sequences], device=self._device)
+        scratch = Scratch(self._device)
         return {
-            group: Gathering(group, asked.keep, len(asked.sequences), asked.longest, tokens)
+            group: Gathering(group, asked.keep, sequences, asked.longest, tokens, scratch)
             for group in asked.groups
         }
 

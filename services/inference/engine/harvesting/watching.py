@@ -18,8 +18,15 @@ Take = Callable[[Group, Tensor], None]
 """Gets a group's activations [B, P, N]; they may be gone once it returns."""
 
 
+class Enough(Exception):
+    """All groups were taken: what lies behind them need not run."""
+
+
 class Watched(Pass):
-    """Rows of equal length whose activations of some groups go to `take`, layer by layer."""
+    """Rows of equal length whose activations of some groups go to `take`, layer by layer.
+
+    Raises Enough behind the last one.
+    """
 
     def __init__(
         self,
@@ -31,12 +38,25 @@ class Watched(Pass):
         take: Take,
     ) -> None:
         super().__init__(rows, (), False, cancel)
+        self.keep_running_layer_only(0)
         self._architecture = architecture
         self._groups = {(each.kind, each.layer): each for each in groups if not each.dictionary}
-        self._take = take
+        self._take_one = take
+        self._left = set(groups)
         self._pattern: tuple[Tensor, Tensor] | None = None
         latents = {each.dictionary: each for each in groups if each.dictionary}
-        self.sites = _Encoding(dictionaries, latents, take)
+        self.sites = _Encoding(dictionaries, latents, self._take)
+
+    def _take(self, group: Group, values: Tensor) -> None:
+        self._take_one(group, values)
+        self._left.remove(group)
+        if not self._left:
+            raise Enough
+
+    def edit_attention_inputs(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return query, key, value
 
     def edit_neurons(self, layer: int, activations: Tensor) -> Tensor:
         group = self._groups.get((Kind.NEURON, layer))
