@@ -13,7 +13,7 @@ from services.explainer.database import Database
 from services.explainer.engine.budget import Prices
 from services.explainer.engine.provider import Provider
 from services.explainer.job_ledger import JobLedger
-from services.explainer.job_run import FIRST_PAUSE_S, Item, JobEnd, JobView
+from services.explainer.job_run import Item, JobEnd, JobView
 from services.explainer.job_store import JobStore, StoredJob
 from services.explainer.job_work import JobWork
 from services.explainer.jobs import Jobs, Tools
@@ -33,8 +33,6 @@ class JobCalls:
         provider: Provider | None,
         pool: OfflinePool,
         steering: Steering | None = None,
-        *,
-        first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._database = database
         self._upstream = upstream
@@ -43,7 +41,7 @@ class JobCalls:
         self._steering = steering
         self._store = JobStore(database)
         self._pool = pool
-        self._jobs = Jobs(self._store, self._equip, first_pause_s=first_pause_s)
+        self._jobs = Jobs(self._store, self._equip)
         self._grace_s = 0.0
         self._watching: asyncio.Task[None] | None = None
 

@@ -102,7 +102,8 @@ async def components(request: Request, task: Task, upstream: Upstream) -> list[s
         group, first, last = _range(request.range)
         with inside("first"):
             task.check(request.range.first)
-        dataset = await _dataset(request.dataset, upstream)
+    dataset = await _dataset(request.dataset, upstream)
+    with inside("range"):
         return await _held(dataset, group, first, last, upstream)
 
 

@@ -106,15 +106,12 @@ class JobRun:
         ledger: JobLedger,
         work: Work,
         at_once: Callable[[], int],
-        *,
-        first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._job = job
         self._store = store
         self._ledger = ledger
         self._work = work
         self._at_once = at_once
-        self._first_pause_s = first_pause_s
         self._counts = Counter(job.counts)
         self._reasons = Counter(job.reasons)
         self._pending: deque[tuple[int, str]] = deque()
@@ -196,7 +193,7 @@ class JobRun:
         self._tell(None)
 
     async def _until_it_stops(self) -> None:
-        pause_s = self._first_pause_s
+        pause_s = FIRST_PAUSE_S
         while True:
             answered = self._answered
             if self._job.state is not JobState.WAITING and self._wish is None:
@@ -217,7 +214,7 @@ class JobRun:
             if not _may_pass(trouble):
                 return await self._set(JobState.FAILED, trouble.message)
             await self._set(JobState.WAITING, trouble.message)
-            pause_s = self._first_pause_s if self._answered > answered else pause_s
+            pause_s = FIRST_PAUSE_S if self._answered > answered else pause_s
             try:
                 await asyncio.wait_for(self._told.wait(), pause_s)
             except TimeoutError:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from services.common.errors import FailedPrecondition, TdbError, Unavailable
 from services.explainer.job_ledger import JobLedger
 from services.explainer.job_run import (
-    FIRST_PAUSE_S,
     Item,
     JobEnd,
     JobRun,
@@ -48,12 +47,9 @@ class Jobs:
         self,
         store: JobStore,
         equip: Callable[[StoredJob], Tools],
-        *,
-        first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._store = store
         self._equip = equip
-        self._first_pause_s = first_pause_s
         self._runs: dict[str, JobRun] = {}
         self._places: dict[str, str] = {}
         self._queues: dict[str, deque[JobRun]] = defaultdict(deque)
@@ -190,7 +186,6 @@ class Jobs:
             tools.ledger,
             tools.work,
             share,
-            first_pause_s=self._first_pause_s,
         )
 
     def _enqueue(self, run: JobRun) -> None:

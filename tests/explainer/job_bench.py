@@ -87,6 +87,12 @@ def model(body: dict[str, Any]) -> Said | str:
     return follower()(body)
 
 
+def said(body: dict[str, Any]) -> Said:
+    """What `model` says, in pieces."""
+    answer = model(body)
+    return Said(answer) if isinstance(answer, str) else answer
+
+
 def environment(dataset: str, openai: OpenAIServer, **more: str) -> dict[str, str]:
     return {
         "TDB_DATASET_ADDRESS": dataset,
@@ -102,7 +108,6 @@ def request(
     method: "explanation_pb2.Method.ValueType" = explanation_pb2.METHOD_CONTRASTIVE,
     *scorers: "explanation_pb2.Scorer.ValueType",
     max_tokens: int | None = 10**8,
-    judge: "explain_pb2.Judge.ValueType" = explain_pb2.JUDGE_UNSPECIFIED,
     **more: Any,
 ) -> explain_pb2.ExplainManyRequest:
     made = explain_pb2.ExplainManyRequest(
@@ -115,7 +120,9 @@ def request(
         made.budget.max_tokens = max_tokens
     if scorers:
         made.scoring.scorers.extend(scorers)
-        made.scoring.judge = judge
+        if method != explanation_pb2.METHOD_TOKEN_PATTERN:
+            # What `model` says is a token pattern, which would be judged offline.
+            made.scoring.judge = explain_pb2.JUDGE_PROVIDER
     return made
 
 

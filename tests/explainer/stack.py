@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
-from tdb.dataset.v1 import dataset_pb2, explanations_pb2, read_pb2, record_pb2
+from tdb.dataset.v1 import dataset_pb2, explanations_pb2, read_pb2, record_pb2, search_pb2
 from tdb.dataset.v1 import service_pb2_grpc as dataset_grpc
 from tdb.explainer.v1 import service_pb2_grpc
 from tdb.inference.v1 import component_pb2
@@ -52,10 +52,28 @@ class StandInDataset(dataset_grpc.DatasetServiceServicer):
         self.users: list[str] = []
 
     async def ListDatasets(self, request: Any, context: Any) -> dataset_pb2.ListDatasetsResponse:
-        return dataset_pb2.ListDatasetsResponse(
-            datasets=[
-                dataset_pb2.Dataset(name="small", manifest_hash=self.hash, header=self.header)
-            ]
+        described = dataset_pb2.Dataset(name="small", manifest_hash=self.hash, header=self.header)
+        indices: dict[str, list[int]] = {}
+        for component in self.records:
+            group, _, index = component.rpartition(".")
+            indices.setdefault(group, []).append(int(index))
+        for group, held in sorted(indices.items()):
+            described.groups.add(name=group, records=len(held), first=min(held), last=max(held))
+        return dataset_pb2.ListDatasetsResponse(datasets=[described])
+
+    async def Search(
+        self, request: search_pb2.SearchRequest, context: Any
+    ) -> search_pb2.SearchResponse:
+        """The components of the one group that is asked for, two at a time."""
+        (group,) = request.groups
+        held = sorted(
+            (each for each in self.records if each.rpartition(".")[0] == group),
+            key=lambda each: int(each.rpartition(".")[2]),
+        )
+        at = int(request.cursor or 0)
+        return search_pb2.SearchResponse(
+            components=[search_pb2.FoundComponent(component=each) for each in held[at : at + 2]],
+            next_cursor=str(at + 2) if at + 2 < len(held) else "",
         )
 
     async def GetRecord(
@@ -207,6 +225,7 @@ async def serving(
         if embeddings:
             opened.push_async_callback(embeddings.close)
         served = ExplainerServicer(database, upstream, provider, embeddings=embeddings)
+        opened.push_async_callback(served.close)
         server = await opened.enter_async_context(processes.build_server(found, served, 0))
         await server.set_serving()
         channel = await opened.enter_async_context(channel_to(server))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from services.explainer import job_run
 from services.explainer.database import Database
 from services.explainer.engine.budget import Budget, BudgetExceeded, Usage
 from services.explainer.engine.provider_settings import ProviderMisconfigured
@@ -38,7 +39,7 @@ class Bench:
         self.most: Counter[str] = Counter()
         self.waits = 0
         self.work: type[_Work] = _Work
-        self.jobs = Jobs(self.store, self.equip, first_pause_s=0.01)
+        self.jobs = Jobs(self.store, self.equip)
 
     def equip(self, job: StoredJob) -> Tools:
         ledger = JobLedger.of(job, self.store, self.budget, None)
@@ -109,6 +110,11 @@ async def opened(folder: Path) -> AsyncIterator[Bench]:
         bench.gate.set()
         await bench.jobs.close(5)
         bench.database.close()
+
+
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_run, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tdb.explainer.v1 import explain_pb2, explanation_pb2, job_pb2
+from tdb.explainer.v1 import explanation_pb2, job_pb2
 
 from tests.explainer import job_bench
 from tests.explainer.openai_server import OpenAIServer, Said
@@ -31,7 +31,6 @@ def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) ->
                 components,
                 explanation_pb2.METHOD_CONTRASTIVE,
                 explanation_pb2.SCORER_DETECTION,
-                judge=explain_pb2.JUDGE_PROVIDER,
             )
             job = job_bench.begun(service.stub(), asked)
             assert job.components == components
