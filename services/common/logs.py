@@ -57,7 +57,7 @@ def configure(settings: Settings) -> None:
     handler.setFormatter(JsonLines(log_prompts=settings.log_prompts))
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     if not settings.log_prompts:
-        # At debug level they write down what they send.
+        # At debug level they write down what they send, and at info a line for each of many calls.
         for name in ("openai", "httpx", "httpcore", "httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.INFO)
+            logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)

@@ -20,7 +20,7 @@ def loggers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize(("prompts", "level"), [("0", logging.INFO), ("1", logging.NOTSET)])
+@pytest.mark.parametrize(("prompts", "level"), [("0", logging.WARNING), ("1", logging.NOTSET)])
 def test_questions_are_written_down_only_where_that_is_allowed(prompts: str, level: int) -> None:
     logs.configure(settings(TDB_LOG_LEVEL="debug", TDB_LOG_PROMPTS=prompts))
     assert {logging.getLogger(name).level for name in TALKATIVE} == {level}

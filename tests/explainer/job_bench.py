@@ -99,6 +99,8 @@ def environment(dataset: str, openai: OpenAIServer, **more: str) -> dict[str, st
         "TDB_PROVIDER_URL": openai.url,
         "TDB_PROVIDER_MODEL": MODEL,
         "TDB_PROVIDER_KEY": KEY,
+        # Nobody reads what is logged, and a pipe that is full would stop the service.
+        "TDB_LOG_LEVEL": "error",
         **more,
     }
 
