@@ -46,7 +46,7 @@ export function python(
 
 /** The buttons of a view: its exact request for a terminal, a program, or to read. */
 export function CopyButtons({ method, request }: { method: Method; request: unknown }) {
-  const { service, rpc = method, streams = false } = (CALLS as Record<Method, Call>)[method];
+  const { service, rpc = method, streams = false } = (calls() as Record<Method, Call>)[method];
   const url = address(`${service}/${rpc}`);
   const authorised = bearer.get() !== null;
   return (
@@ -77,17 +77,19 @@ interface Call {
   streams?: boolean;
 }
 
-const CALLS = {
-  Attribute: { service: SERVICE },
-  Generate: { service: SERVICE, streams: true },
-  DescribeComponent: { service: SERVICE },
-  GetRecord: { service: DATASET_SERVICE },
-  Search: { service: DATASET_SERVICE },
-  Explain: { service: EXPLAINER_SERVICE, streams: true },
-  ExplainMany: { service: EXPLAINER_SERVICE, streams: true },
-  SearchExplanations: { service: EXPLAINER_SERVICE, rpc: "Search" },
-} as const satisfies Record<string, Call>;
-type Method = keyof typeof CALLS;
+/** Asked for when it is needed: a test may load this without the services. */
+const calls = () =>
+  ({
+    Attribute: { service: SERVICE },
+    Generate: { service: SERVICE, streams: true },
+    DescribeComponent: { service: SERVICE },
+    GetRecord: { service: DATASET_SERVICE },
+    Search: { service: DATASET_SERVICE },
+    Explain: { service: EXPLAINER_SERVICE, streams: true },
+    ExplainMany: { service: EXPLAINER_SERVICE, streams: true },
+    SearchExplanations: { service: EXPLAINER_SERVICE, rpc: "Search" },
+  }) as const satisfies Record<string, Call>;
+type Method = keyof ReturnType<typeof calls>;
 
 function Copy({ label, title, text }: { label: string; title: string; text: () => string }) {
   const [said, setSaid] = useState<string | null>(null);
