@@ -164,14 +164,14 @@ export function sorted(
 ): NodeRowJson[] {
   if (sort?.column === "says") {
     const way = sort.by === "down" ? -1 : 1;
-    const [told, silent] = [
-      rows.flatMap((row) => {
-        const text = textOf(row);
-        return text === undefined ? [] : [{ row, text }];
-      }),
-      rows.filter((row) => textOf(row) === undefined),
-    ];
-    const ordered = told.sort((a, b) => way * byAddress(a.text, b.text));
+    const told: { row: NodeRowJson; text: string }[] = [];
+    const silent: NodeRowJson[] = [];
+    for (const row of rows) {
+      const text = textOf(row);
+      if (text === undefined) silent.push(row);
+      else told.push({ row, text: text.toLowerCase() });
+    }
+    const ordered = told.sort((a, b) => (a.text === b.text ? 0 : a.text < b.text ? -way : way));
     return [...ordered.map(({ row }) => row), ...silent];
   }
   if (sort?.column === "node" || sort?.column === "at") {

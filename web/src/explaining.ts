@@ -28,6 +28,8 @@ export interface Run {
   text: string;
   usage: UsageJson | undefined;
   unscored: UnscoredReasonJson[];
+  /** What the reader of the scores should know. */
+  warnings: string[];
   problem: Problem | null;
   done: boolean;
   /** What was made, as it came. */
@@ -43,6 +45,7 @@ const START: Run = {
   text: "",
   usage: undefined,
   unscored: [],
+  warnings: [],
   problem: null,
   done: false,
   explanation: null,
@@ -101,7 +104,12 @@ async function follow(component: string, scored: string, ask: Events): Promise<v
         void known(component);
       }
       if (made) void known(component);
-      if (summary) amend({ usage: summary.usage ?? now.usage, unscored: summary.unscored ?? [] });
+      if (summary)
+        amend({
+          usage: summary.usage ?? now.usage,
+          unscored: summary.unscored ?? [],
+          warnings: summary.warnings ?? [],
+        });
     }
     await known(component);
     amend({ phase: "", done: true });

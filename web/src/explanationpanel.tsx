@@ -13,7 +13,7 @@ import {
   refreshCapabilities,
 } from "./explanations";
 import { count } from "./numbers";
-import { problems, type Problem } from "./problems";
+import { problems, sentence, type Problem } from "./problems";
 import { SCORERS, type KnownScorer } from "./worth";
 import { Writing } from "./writing";
 
@@ -157,9 +157,9 @@ function Away() {
 function RunProgress({ component }: { component: string }) {
   const run = runs.value.get(component);
   if (!run) return null;
-  const { done, phase, text, problem, unscored, explanation } = run;
+  const { done, phase, text, problem, unscored, warnings, explanation } = run;
   const used = usageWords(run.usage);
-  if (done && !problem && unscored.length === 0 && used === "") return null;
+  if (done && !problem && unscored.length + warnings.length === 0 && used === "") return null;
   return (
     <div class="run-progress" role="group" aria-label="Explaining" aria-busy={!done}>
       <p>
@@ -182,9 +182,14 @@ function RunProgress({ component }: { component: string }) {
           {problem.text}
         </p>
       )}
+      {warnings.map((warning) => (
+        <p key={warning} class="quiet-text">
+          {sentence(warning)}
+        </p>
+      ))}
       {unscored.map(({ scorer, message }, i) => (
         <p key={i} class="quiet-text">
-          No {SCORERS[scorer as KnownScorer]?.name ?? ""} score: {message}
+          No {SCORERS[scorer as KnownScorer]?.name ?? ""} score: {sentence(message ?? "")}
         </p>
       ))}
     </div>

@@ -14,6 +14,8 @@ import { beside, column, type Question } from "./url";
 
 /** Tokens asked for per read-out. */
 const READ_OUT_TOKENS = 6;
+/** Of more rows than this the service makes no read-outs. */
+const READ_OUT_ROWS = 1_000;
 /** Tokens told that a latent of an attention dictionary reads from. */
 const SOURCES = 5;
 /** Likely tokens told beside each generated one. */
@@ -44,7 +46,7 @@ export function attributeRequest(
     ...(dictionaries.length > 0 ? { dictionaries } : {}),
     topK: question.rows,
     rankBy: column(question.rankBy),
-    ...(readOuts
+    ...(readOuts && question.rows <= READ_OUT_ROWS
       ? {
           readOuts: {
             tokens: READ_OUT_TOKENS,

@@ -13,7 +13,7 @@ import type {
   EstimateCostResponseJson,
 } from "./gen/tdb/explainer/v1/explain_pb";
 import { count } from "./numbers";
-import { problems, type Problem } from "./problems";
+import { problems, sentence, type Problem } from "./problems";
 
 interface Asked {
   estimate: EstimateCostResponseJson;
@@ -29,7 +29,8 @@ export interface Spending {
   question: preact.ComponentChild;
 }
 
-export function useSpending(): Spending {
+/** `sends` says what is sent, where that is not what explaining sends. */
+export function useSpending(sends?: string): Spending {
   const [busy, setBusy] = useState(false);
   const [problem, setProblem] = useState<Problem | null>(null);
   const [asked, setAsked] = useState<Asked | null>(null);
@@ -60,7 +61,7 @@ export function useSpending(): Spending {
         asked.start(budgetOf(asked.estimate));
       }}
     >
-      <EstimateFacts estimate={asked.estimate} />
+      <EstimateFacts estimate={asked.estimate} sends={sends} />
     </Confirm>
   );
   return { propose, busy, problem, question };
@@ -68,11 +69,13 @@ export function useSpending(): Spending {
 
 interface FactsProps {
   estimate: EstimateCostResponseJson;
+  /** What is sent, where that is not what explaining sends. */
+  sends?: string | undefined;
   /** What may be spent, where that is not the most that it can cost. */
   budget?: string;
 }
 
-export function EstimateFacts({ estimate, budget }: FactsProps) {
+export function EstimateFacts({ estimate, sends, budget }: FactsProps) {
   const { provider = "", providerModel = "", calls = 0 } = estimate;
   return (
     <dl class="facts-list">
@@ -81,7 +84,10 @@ export function EstimateFacts({ estimate, budget }: FactsProps) {
         <strong>{provider}</strong>, {providerModel}
       </dd>
       <dt>what is sent</dt>
-      <dd>examples of the corpus and the explanations made of them, in {count(calls, "call")}</dd>
+      <dd>
+        {sends ?? "examples of the corpus and the explanations made of them"}, in{" "}
+        {count(calls, "call")}
+      </dd>
       <dt>what it costs</dt>
       <dd>
         {estimateWords(estimate)}. No more than {budget ?? "that"} is spent.
@@ -97,7 +103,7 @@ export function HowToConfigure() {
   return (
     <p class="quiet-text how">
       No language model is configured, so only token patterns are made and judged here.{" "}
-      {said.howToConfigure}
+      {sentence(said.howToConfigure ?? "")}
     </p>
   );
 }

@@ -26,7 +26,7 @@ const KEYS = ["ablate", "trace", "verify", "open", "explain"];
 export function TableBar() {
   const { rankBy = "total", rows: wanted = DEFAULT_ROWS } = asked.value ?? {};
   const [rows, most] = [shownRows.value.length, allRows.value.length];
-  const sizes = [...new Set([20, 50, 200, 1000, wanted])].sort((a, b) => a - b);
+  const sizes = [...new Set([20, 50, 200, 1000, 10_000, wanted])].sort((a, b) => a - b);
   return (
     <div class="table-bar">
       <span class="count" aria-live="polite">

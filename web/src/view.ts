@@ -13,6 +13,7 @@ import {
   withFilter,
   type Filters,
 } from "./filters";
+import type { ExplanationJson } from "./gen/tdb/explainer/v1/explanation_pb";
 import type { NodeRowJson } from "./gen/tdb/inference/v1/attribute_pb";
 import { sampling } from "./generating";
 import { encodeSampling } from "./sampling";
@@ -47,8 +48,13 @@ export const shownRows = computed(() => sorted(kept.value, state.sort.value, col
 /** What the row's explanation says, with its method and score. */
 function textOf({ node = "" }: NodeRowJson): string | undefined {
   const found = bestOf(site(node).component);
-  return found ? `${found.text} ${label(found)}` : undefined;
+  if (!found) return undefined;
+  const known = texts.get(found) ?? `${found.text} ${label(found)}`;
+  texts.set(found, known);
+  return known;
 }
+
+const texts = new WeakMap<ExplanationJson, string>();
 
 /** A column that is hidden filters nothing. */
 function withoutHidden(filters: Filters): Filters {
