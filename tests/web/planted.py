@@ -61,10 +61,7 @@ class Planted:
     def neuron(self, index: int) -> record_pb2.ComponentRecord:
         """Fires at WORDS[index], by 4 plus a little that depends on the text."""
         rows = [
-            [
-                (4.0 + number % 7 / 10) * (each["text"] == WORDS[index % len(WORDS)])
-                for each in own
-            ]
+            [(4.0 + number % 7 / 10) * (each["text"] == WORDS[index % len(WORDS)]) for each in own]
             for number, own in enumerate(self.tokens)
         ]
         return self._record(f"neuron.{LAYER}.{index}", rows, "activations")

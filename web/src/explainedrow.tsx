@@ -6,11 +6,18 @@ import { absent, awayProblem, bestOf, capabilities, explainable, lookUp } from "
 import { datasetFor, explainOffline, phaseWords, runs } from "./explaining";
 import { openNode } from "./opening";
 
-const LINES_HEIGHT = 44; // as in theme.css
+// as in theme.css: one line, and where the text needs more, two
+const ONE_LINE = 24;
+const TWO_LINES = 44;
+const CHARACTER = 6.6;
+/** Characters of the words beside the text. */
+const LABEL = 70;
 
 /** Room the section takes in an open row, whatever is in it: fixed, so that the table's window can count. */
 export function explainedHeight(node: string): number {
-  return explainable(node) && capabilities.value ? LINES_HEIGHT : 0;
+  if (!explainable(node) || !capabilities.value) return 0;
+  const said = bestOf(site(node).component)?.text ?? "";
+  return (said.length + LABEL) * CHARACTER > innerWidth ? TWO_LINES : ONE_LINE;
 }
 
 export function ExplainedRow({ node }: { node: string }) {
@@ -26,7 +33,7 @@ export function ExplainedRow({ node }: { node: string }) {
     <section
       class="explained-row"
       aria-label={`What ${component} does`}
-      style={{ height: `${LINES_HEIGHT}px` }}
+      style={{ height: `${explainedHeight(node)}px` }}
     >
       {run && !run.done && !run.scored ? (
         <p class="quiet-text">{phaseWords(run.phase)}…</p>

@@ -5,7 +5,7 @@
 import { signal } from "@preact/signals";
 import { chosen, listed } from "./datasets";
 import { explain, score } from "./explainer";
-import { forget, lookUp, refresh } from "./explanations";
+import { forget, lookUp, refresh, refreshCapabilities } from "./explanations";
 import type {
   ExplainRequestJson,
   ExplainResponseJson,
@@ -112,6 +112,7 @@ async function follow(component: string, scored: string, ask: Events): Promise<v
         });
     }
     await known(component);
+    void refreshCapabilities(); // it says how many explanations there are
     amend({ phase: "", done: true });
   } catch (error) {
     if (own.signal.aborted) return;

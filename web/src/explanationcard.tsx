@@ -4,7 +4,7 @@ import { Confirm } from "./confirm";
 import { deleteExplanation } from "./explainer";
 import { running, startScore } from "./explaining";
 import { JudgeField, judgesOf, ScorerChoice, scoringOf, type JudgeChoice } from "./explainform";
-import { allOf, refresh } from "./explanations";
+import { allOf, refresh, refreshCapabilities } from "./explanations";
 import { Label } from "./explanationcell";
 import type { ExplanationJson } from "./gen/tdb/explainer/v1/explanation_pb";
 import type { ScoreRequestJson } from "./gen/tdb/explainer/v1/explain_pb";
@@ -241,6 +241,7 @@ function Delete({ explanation, onDone }: { explanation: ExplanationJson; onDone:
   const remove = async () => {
     try {
       await deleteExplanation({ id });
+      void refreshCapabilities();
       await refresh(component);
     } catch (error) {
       setWrong(problems(error)[0]?.text ?? null);

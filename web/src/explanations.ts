@@ -16,6 +16,7 @@ import { problems, type Problem } from "./problems";
 import { answer, locked, model } from "./state";
 import { isComponent } from "./url";
 
+const KEY = "tdb.explanations";
 const AT_ONCE = 10_000;
 const AGED_MS = 120_000;
 const AGAIN_MS = 10_000;
@@ -185,8 +186,6 @@ export function followTable(): void {
   });
   effect(() => remember(columnWanted.value));
 }
-
-const KEY = "tdb.explanations";
 
 function remembered(): boolean {
   try {

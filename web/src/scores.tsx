@@ -1,7 +1,15 @@
 /** The scores of an explanation: each with its interval, what guessing gives, and what failed. */
 import type { ScoreJson } from "./gen/tdb/explainer/v1/explanation_pb";
 import { full, num } from "./numbers";
-import { failureWords, figure, measureMeaning, measureName, scorerName, scoreTitle } from "./worth";
+import {
+  SCORERS,
+  failureWords,
+  figure,
+  measureMeaning,
+  measureName,
+  scorerName,
+  scoreTitle,
+} from "./worth";
 
 export function Scores({ scores }: { scores: readonly ScoreJson[] }) {
   if (scores.length === 0)
@@ -35,12 +43,22 @@ export function Scores({ scores }: { scores: readonly ScoreJson[] }) {
         </tr>
       </thead>
       <tbody>
-        {scores.map((score, i) => (
+        {ordered(scores).map((score, i) => (
           <Row key={i} score={score} measured={measured} />
         ))}
       </tbody>
     </table>
   );
+}
+
+const SCORERS_IN_ORDER = Object.keys(SCORERS);
+
+/** By scorer, the measure that explanations are compared by first; equal ones stay the newest first. */
+export function ordered(scores: readonly ScoreJson[]): ScoreJson[] {
+  const place = ({ scorer = "", measure }: ScoreJson) =>
+    2 * SCORERS_IN_ORDER.indexOf(scorer) +
+    (measure === "MEASURE_AUC" || measure === "MEASURE_PEARSON" ? 0 : 1);
+  return [...scores].sort((a, b) => place(a) - place(b));
 }
 
 function Row({ score, measured }: { score: ScoreJson; measured: boolean }) {

@@ -1,7 +1,7 @@
 /** A text that a person writes: new, or as an edit of another, which stays in the history. */
 import { useState } from "preact/hooks";
 import { writeExplanation } from "./explainer";
-import { explainedModel, refresh } from "./explanations";
+import { explainedModel, refresh, refreshCapabilities } from "./explanations";
 import type { ExplanationJson } from "./gen/tdb/explainer/v1/explanation_pb";
 import { problems } from "./problems";
 
@@ -30,6 +30,7 @@ export function Writing({ component, of, onDone }: WritingProps) {
         of ? { basedOn: of.id ?? "", text } : { model: explainedModel(), component, text },
       );
       await refresh(component);
+      void refreshCapabilities();
       onDone();
     } catch (error) {
       setWrong(problems(error)[0]?.text ?? null);
