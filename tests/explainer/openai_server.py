@@ -82,6 +82,8 @@ class OpenAIServer:
         self.answered: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.unsupported: set[str] = set()
+        self.pause_s = 0.0
+        """Between the pieces of a streamed reply."""
         self.at_once = 0
         self.most_at_once = 0
         self._lock = threading.Lock()
@@ -205,6 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
             self.wfile.flush()
+            if self.owner.pause_s:
+                self.owner.wait(self.owner.pause_s)
         self.wfile.write(b"data: [DONE]\n\n")
 
 

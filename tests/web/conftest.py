@@ -52,12 +52,13 @@ def product_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def product(product_folder: Path) -> Iterator[str]:
     """URL of the product, started as a user starts it."""
-    with _started(product_folder, "--demo") as url:
+    with started(product_folder, "--demo") as url:
         yield url
 
 
 @contextmanager
-def _started(folder: Path, *flags: str) -> Iterator[str]:
+def started(folder: Path, *flags: str, **variables: str) -> Iterator[str]:
+    """URL of a product of its own; `variables` are added to its environment."""
     if not (ROOT / "gateway" / "static" / "index.html").is_file():
         _absent("the page is not built: run `npm run build` in web/")
     env = {key: value for key, value in os.environ.items() if not key.startswith("TDB_")}
@@ -68,7 +69,7 @@ def _started(folder: Path, *flags: str) -> Iterator[str]:
         "TDB_EXPLAINER_PORT": "0",
         "TDB_DATA_DIR": str(folder / "data"),
         "TDB_DEMO_DATASET": "0",
-    }
+    } | variables
     said = folder / "said.txt"
     with (
         said.open("w") as output,
@@ -123,12 +124,12 @@ def complaints(page: Page, product: str) -> Complaints:
 
 @pytest.fixture
 def page(browser: Browser, product: str) -> Iterator[Page]:
-    with _page(browser, product) as page:
+    with new_page(browser, product) as page:
         yield page
 
 
 @contextmanager
-def _page(browser: Browser, product: str) -> Iterator[Page]:
+def new_page(browser: Browser, product: str) -> Iterator[Page]:
     """A fresh page; whatever the browser complained about fails the test at the end."""
     context = browser.new_context(
         base_url=product, viewport={"width": 1280, "height": 860}, reduced_motion="reduce"

@@ -19,7 +19,7 @@ from services.dataset.store import DatasetWriter
 DATASET = "planted"
 LAYER = 1
 WORDS = (" Mary", " John", " store", " park", " drink", " book", " ball", " ring")
-HEADS = 8
+HEADS, NEURONS = 8, 16
 TEXTS = [
     f"{start}{first}{middle}{second} today"
     for start in ("When", "Then", "Once")
@@ -59,9 +59,11 @@ class Planted:
         return [texts.get(token, f"<{token}>") for token in range(max(texts) + 1)]
 
     def neuron(self, index: int) -> record_pb2.ComponentRecord:
-        """Fires at WORDS[index], by 4 plus a little that depends on the text."""
+        """Fires at WORDS[index], by 4 plus a little that depends on the text; further ones are
+        silent."""
+        word = dict(enumerate(WORDS)).get(index)
         rows = [
-            [(4.0 + number % 7 / 10) * (each["text"] == WORDS[index % len(WORDS)]) for each in own]
+            [(4.0 + number % 7 / 10) * (each["text"] == word) for each in own]
             for number, own in enumerate(self.tokens)
         ]
         return self._record(f"neuron.{LAYER}.{index}", rows, "activations")
@@ -100,6 +102,15 @@ class Planted:
         return made
 
 
+def forget(there: Planted) -> None:
+    """Takes all explanations of what is planted away."""
+    every = [f"neuron.{LAYER}.{index}" for index in range(NEURONS)]
+    every += [f"head.{LAYER}.{index}" for index in range(HEADS)]
+    asked = {"model": there.of(), "components": every}
+    for each in explainer(there.product, "ListExplanations", asked)["explanations"]:
+        explainer(there.product, "DeleteExplanation", {"id": each["id"]})
+
+
 @contextmanager
 def planted(product: str, data: Path) -> Iterator[Planted]:
     """Serves the dataset, and takes it and all explanations away at the end."""
@@ -113,7 +124,7 @@ def planted(product: str, data: Path) -> Iterator[Planted]:
     )
     with DatasetWriter(data / "datasets" / DATASET, header) as writer:
         for name, made in (
-            (f"neuron.{LAYER}", [found.neuron(index) for index in range(2 * len(WORDS))]),
+            (f"neuron.{LAYER}", [found.neuron(index) for index in range(NEURONS)]),
             (f"head.{LAYER}", [found.head(index) for index in range(HEADS)]),
         ):
             writer.write(groups.parse_component(f"{name}.0")[0], 0, made)

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.web.driving import answered, rows, shoot, start
-from tests.web.planted import DATASET, LAYER, WORDS, Planted, explainer, planted
+from tests.web.planted import DATASET, LAYER, WORDS, Planted, explainer, forget, planted
 
 pytestmark = pytest.mark.browser
 LIST = "**/tdb.explainer.v1.ExplainerService/ListExplanations"
@@ -27,12 +27,7 @@ def there(product: str, product_folder: Path) -> Iterator[Planted]:
 def nothing_explained(there: Planted) -> Iterator[None]:
     """Each test begins without explanations of what is planted."""
     yield
-    every = [f"neuron.{LAYER}.{index}" for index in range(2 * len(WORDS))]
-    every += [f"head.{LAYER}.{index}" for index in range(8)]
-    asked = {"model": there.of(), "components": every}
-    found = explainer(there.product, "ListExplanations", asked)
-    for each in found["explanations"]:
-        explainer(there.product, "DeleteExplanation", {"id": each["id"]})
+    forget(there)
 
 
 def written(there: Planted, component: str, text: str) -> dict[str, Any]:

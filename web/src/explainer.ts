@@ -33,6 +33,8 @@ import type {
   ResumeJobResponseJson,
 } from "./gen/tdb/explainer/v1/job_pb";
 import type {
+  EmbedExplanationsRequestJson,
+  EmbedExplanationsResponseJson,
   ImportExplanationsRequestJson,
   ImportExplanationsResponseJson,
   SearchRequestJson,
@@ -73,6 +75,10 @@ export const followJob = streamed<FollowJobRequestJson, FollowJobResponseJson>("
 export const pauseJob = unary<PauseJobRequestJson, PauseJobResponseJson>("PauseJob");
 export const resumeJob = unary<ResumeJobRequestJson, ResumeJobResponseJson>("ResumeJob");
 export const cancelJob = unary<CancelJobRequestJson, CancelJobResponseJson>("CancelJob");
+export const embedExplanations = streamed<
+  EmbedExplanationsRequestJson,
+  EmbedExplanationsResponseJson
+>("EmbedExplanations");
 export const searchExplanations = unary<SearchRequestJson, SearchResponseJson>("Search");
 export const importExplanations = streamed<
   ImportExplanationsRequestJson,

@@ -1,6 +1,6 @@
 /** Takes over the explanations that came with imported datasets, with their published scores. */
-import { useRef, useState } from "preact/hooks";
-import { listed } from "./datasets";
+import { useEffect, useRef, useState } from "preact/hooks";
+import { listed, refreshDatasets } from "./datasets";
 import { importExplanations } from "./explainer";
 import { refreshCapabilities, renew } from "./explanations";
 import type { DatasetJson } from "./gen/tdb/dataset/v1/dataset_pb";
@@ -9,6 +9,7 @@ import { count } from "./numbers";
 import { problems } from "./problems";
 
 export function ExplanationImport() {
+  useEffect(() => void refreshDatasets(), []); // what was imported meanwhile is there at once
   const own = (listed.value?.datasets ?? []).filter(({ explanations = 0 }) => explanations > 0);
   return (
     <section class="explanation-import" aria-label="Import explanations">

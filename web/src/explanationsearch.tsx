@@ -1,6 +1,7 @@
 /** Components by what is said of them: by words, or by meaning where an endpoint for embeddings is configured. */
 import { useRef, useState } from "preact/hooks";
 import { CopyButtons } from "./copy";
+import { Embedding } from "./embedding";
 import { searchExplanations } from "./explainer";
 import { Label } from "./explanationcell";
 import { capabilities, explainedModel } from "./explanations";
@@ -102,6 +103,7 @@ export function ExplanationSearch({ onOpened }: { onOpened: () => void }) {
             }
           }}
           class="field query"
+          autofocus
           type="search"
           autocomplete="off"
           maxLength={1000}
@@ -117,7 +119,7 @@ export function ExplanationSearch({ onOpened }: { onOpened: () => void }) {
           value={mode}
           title={
             meaning
-              ? "By words: each of them, or one that begins so, stands in the text"
+              ? "By words: each of them, or one that begins so, stands in the text. By meaning: what is looked for is sent to the endpoint for embeddings"
               : "By meaning needs an endpoint for embeddings: TDB_EMBEDDING_URL where the explainer service starts"
           }
           onChange={(event) => setMode(event.currentTarget.value as SearchModeJson)}
@@ -170,7 +172,13 @@ export function ExplanationSearch({ onOpened }: { onOpened: () => void }) {
         </p>
       )}
       {found ? (
-        <Results found={found} busy={busy} onMore={() => void ask(found)} onOpened={onOpened} />
+        <Results
+          found={found}
+          busy={busy}
+          onMore={() => void ask(found)}
+          onAgain={() => void ask(null)}
+          onOpened={onOpened}
+        />
       ) : (
         !wrong && (
           <p class="quiet-text">
@@ -188,10 +196,18 @@ interface ResultsProps {
   found: Found;
   busy: boolean;
   onMore: () => void;
+  /** Asks the same anew. */
+  onAgain: () => void;
   onOpened: () => void;
 }
 
-function Results({ found: { found, last }, busy, onMore, onOpened }: ResultsProps) {
+function Results({
+  found: { request, found, last },
+  busy,
+  onMore,
+  onAgain,
+  onOpened,
+}: ResultsProps) {
   const { total = 0, nextCursor = "", withoutEmbedding = 0 } = last;
   const here = explainedModel();
   return (
@@ -200,8 +216,10 @@ function Results({ found: { found, last }, busy, onMore, onOpened }: ResultsProp
         {total === 0
           ? "Nothing says that; try fewer words, or other kinds and methods."
           : `${found.length} of ${count(total, "explanation")}`}
-        {withoutEmbedding > 0 && `; ${withoutEmbedding} have no embedding yet and were left out`}
       </p>
+      {withoutEmbedding > 0 && (
+        <Embedding missing={withoutEmbedding} model={request.model} onDone={onAgain} />
+      )}
       <ul class="found">
         {found.map(({ explanation = {}, relevance }) => {
           const { component = "", text, model: of } = explanation;

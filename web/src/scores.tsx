@@ -51,11 +51,11 @@ export function Scores({ scores }: { scores: readonly ScoreJson[] }) {
   );
 }
 
-const SCORERS_IN_ORDER = Object.keys(SCORERS);
+const SCORERS_IN_ORDER: string[] = Object.keys(SCORERS);
 
 /** By scorer, the measure that explanations are compared by first; equal ones stay the newest first. */
 export function ordered(scores: readonly ScoreJson[]): ScoreJson[] {
-  const place = ({ scorer = "", measure }: ScoreJson) =>
+  const place = ({ scorer = "SCORER_UNSPECIFIED", measure }: ScoreJson) =>
     2 * SCORERS_IN_ORDER.indexOf(scorer) +
     (measure === "MEASURE_AUC" || measure === "MEASURE_PEARSON" ? 0 : 1);
   return [...scores].sort((a, b) => place(a) - place(b));
