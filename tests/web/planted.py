@@ -13,13 +13,19 @@ import httpx
 import numpy as np
 from tdb.dataset.v1 import dataset_pb2, record_pb2
 
-from services.dataset import groups
+from services.dataset import explanations, groups
+from services.dataset.explanations import Explanation
 from services.dataset.store import DatasetWriter
 
 DATASET = "planted"
 LAYER = 1
 WORDS = (" Mary", " John", " store", " park", " drink", " book", " ball", " ring")
 HEADS, NEURONS = 8, 16
+PUBLISHED = [
+    Explanation(f"neuron.{LAYER}.8", "things of a shop", scores={"ev_correlation": 0.42}),
+    Explanation(f"neuron.{LAYER}.9", "games", "oai_token-act-pair", "gpt-4o"),
+]
+"""What the dataset brings along."""
 TEXTS = [
     f"{start}{first}{middle}{second} today"
     for start in ("When", "Then", "Once")
@@ -122,13 +128,14 @@ def planted(product: str, data: Path) -> Iterator[Planted]:
         ),
         corpus=dataset_pb2.Corpus(name="planted", tokens=sum(map(len, found.tokens))),
     )
-    with DatasetWriter(data / "datasets" / DATASET, header) as writer:
+    folder = data / "datasets" / DATASET
+    with DatasetWriter(folder, header) as writer:
         for name, made in (
             (f"neuron.{LAYER}", [found.neuron(index) for index in range(NEURONS)]),
             (f"head.{LAYER}", [found.head(index) for index in range(HEADS)]),
         ):
             writer.write(groups.parse_component(f"{name}.0")[0], 0, made)
-        writer.finish(found.vocabulary())
+        writer.finish(found.vocabulary(), explanations=explanations.write(folder, PUBLISHED))
     try:
         yield found
     finally:
