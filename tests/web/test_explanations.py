@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from tests.web.driving import answered, rows, shoot, start
 from tests.web.planted import DATASET, LAYER, WORDS, Planted, explainer, forget, planted
@@ -131,14 +131,12 @@ def test_a_table_of_ten_thousand_rows(page: Page, there: Planted) -> None:
     written(there, component, "looks back at a name")
     start(page)
     asked: list[int] = []
-    page.on(
-        "request",
-        lambda made: (
+
+    def note(made: Request) -> None:
+        if made.url.endswith("ListExplanations"):
             asked.append(len(made.post_data_json["components"]))
-            if made.url.endswith("ListExplanations")
-            else None
-        ),
-    )
+
+    page.on("request", note)
     page.get_by_role("combobox", name="rows").select_option("10000")
     expect(page.locator(".table-bar")).to_contain_text("10000 rows", timeout=SLOW_MS)
     answered(page)

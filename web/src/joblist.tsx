@@ -60,13 +60,15 @@ export function JobList() {
   );
 }
 
-/** Which components a job is about. */
-export function aboutWords({ list, range }: ExplainManyRequestJson): string {
+/** Which components a job is about; a list of jobs does not name those of a list. */
+export function aboutWords({ list, range }: ExplainManyRequestJson, components: number): string {
   if (range) return `${range.first ?? ""} to ${range.last ?? ""}`;
   const [first = "", second] = list?.components ?? [];
   const n = list?.components?.length ?? 0;
   if (n === 1) return first;
-  return n === 0 ? "" : `${first}, ${second ?? ""}${n > 2 ? ` and ${n - 2} more` : ""}`;
+  return n === 0
+    ? count(components, "component")
+    : `${first}, ${second ?? ""}${n > 2 ? ` and ${n - 2} more` : ""}`;
 }
 
 function Job({ job }: { job: JobJson }) {
@@ -81,7 +83,7 @@ function Job({ job }: { job: JobJson }) {
   const active = isActive(job);
   const bad = job.state === "JOB_STATE_FAILED" || job.state === "JOB_STATE_OUT_OF_BUDGET";
   const cost = costWords(job);
-  const about = aboutWords(request);
+  const about = aboutWords(request, components);
   return (
     <li class="job" aria-label={`Job on ${about}`} data-state={job.state}>
       <p class="job-head">

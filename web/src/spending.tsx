@@ -102,8 +102,7 @@ export function HowToConfigure() {
   if (!said || said.provider) return null;
   return (
     <p class="quiet-text how">
-      No language model is configured, so only token patterns are made and judged here.{" "}
-      {sentence(said.howToConfigure ?? "")}
+      {sentence(said.howToConfigure || "No language model is configured")}
     </p>
   );
 }

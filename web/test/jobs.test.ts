@@ -107,12 +107,13 @@ test("the cost so far, the budget and the forecast", () => {
 });
 
 test("what a job is about", () => {
-  expect(aboutWords({ range: { first: "neuron.1.0", last: "neuron.1.9" } })).toBe(
+  expect(aboutWords({ range: { first: "neuron.1.0", last: "neuron.1.9" } }, 10)).toBe(
     "neuron.1.0 to neuron.1.9",
   );
-  expect(aboutWords({ list: { components: ["head.1.0", "head.1.1", "head.1.2"] } })).toBe(
+  expect(aboutWords({ list: { components: ["head.1.0", "head.1.1", "head.1.2"] } }, 3)).toBe(
     "head.1.0, head.1.1 and 1 more",
   );
+  expect(aboutWords({}, 5)).toBe("5 components");
 });
 
 test.each([
