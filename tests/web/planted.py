@@ -46,6 +46,15 @@ def explainer(product: str, method: str, request: dict[str, Any]) -> dict[str, A
     return call(product, f"tdb.explainer.v1.ExplainerService/{method}", request)
 
 
+def streamed(product: str, method: str, request: dict[str, Any]) -> str:
+    """All that a stream of the explainer brings, as server-sent events."""
+    url = f"{product}tdb.explainer.v1.ExplainerService/{method}"
+    headers = {"accept": "text/event-stream"}
+    answer = httpx.post(url, json=request, headers=headers, timeout=60)
+    answer.raise_for_status()
+    return answer.text
+
+
 class Planted:
     def __init__(self, product: str) -> None:
         self.product = product
