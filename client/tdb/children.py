@@ -22,11 +22,13 @@ SHOWN_LEVELS = ("warning", "error", "critical")
 
 @dataclass(frozen=True)
 class Service:
-    """What to run, and which variable tells it its port."""
+    """What to run, and which variable tells it its port. It is not given the variables `without`:
+    secrets that are no matter of its own."""
 
     name: str
     command: Sequence[str]
     port_variable: str
+    without: Sequence[str] = ()
 
 
 def say(text: str) -> None:
@@ -90,9 +92,10 @@ class Child:
         cls, service: Service, env: Mapping[str, str], lifeline: int, log_folder: Path
     ) -> "Child":
         """Starts the service; it ends when the other side of the pipe `lifeline` closes."""
+        given = {name: value for name, value in env.items() if name not in service.without}
         process = await asyncio.create_subprocess_exec(
             *service.command,
-            env={**env, "TDB_PARENT_FD": str(lifeline), "PYTHONUNBUFFERED": "1"},
+            env={**given, "TDB_PARENT_FD": str(lifeline), "PYTHONUNBUFFERED": "1"},
             pass_fds=[lifeline],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tdb.status import Where
 
 DEMO_NAME = "demo-gpt2"
+KEYS = ("TDB_PROVIDER_KEY", "TDB_EMBEDDING_KEY")
+"""For the explainer service and no other process."""
 
 
 class CliError(Exception):
@@ -293,10 +295,10 @@ def _up(options: argparse.Namespace, env: dict[str, str]) -> int:
     python = (sys.executable, "-P", "-m")
     plan = Plan(
         services=[
-            Service("inference", (*python, "services.inference"), "TDB_INFERENCE_PORT"),
-            Service("dataset", (*python, "services.dataset"), "TDB_DATASET_PORT"),
+            Service("inference", (*python, "services.inference"), "TDB_INFERENCE_PORT", KEYS),
+            Service("dataset", (*python, "services.dataset"), "TDB_DATASET_PORT", KEYS),
             Service("explainer", (*python, "services.explainer"), "TDB_EXPLAINER_PORT"),
-            Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT"),
+            Service("gateway", (*python, "gateway"), "TDB_GATEWAY_PORT", KEYS),
         ],
         env={**env, "HF_HUB_DISABLE_TELEMETRY": "1"},
         host=host,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.cli.helpers import Up, alive, tdb, until
 from tests.cli.test_up import model, post, ready
+from tests.explainer.test_process import KEY, PROVIDER
 from tests.faults.process import child
 
 __all__ = ["model"]
@@ -26,8 +27,10 @@ def answers(url: str) -> bool:
 
 
 def test_a_killed_explainer_comes_back_with_what_it_had(model: Path, tmp_path: Path) -> None:
-    with Up(tdb("up", "--model", f"small={model}"), tmp_path) as up:
+    with Up(tdb("up", "--model", f"small={model}"), tmp_path, **PROVIDER) as up:
         url = up.url()
+        told = {pid: KEY in Path(f"/proc/{pid}/environ").read_text() for pid in up.children()}
+        assert [pid for pid, has_key in told.items() if has_key] == [child(up, "explainer")]
         stored: Any = post(f"{url}/{SERVICE}/WriteExplanation", WRITTEN)["explanation"]
         others = set(up.children()) - {child(up, "explainer")}
         os.kill(child(up, "explainer"), signal.SIGKILL)
