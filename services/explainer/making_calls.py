@@ -89,15 +89,21 @@ class MakingCalls:
         asks = asks_provider(scoring.judge, is_pattern(stored.text))
         ledger = self._ledger(budget, asks=asks)
         yield explain_pb2.ScoreResponse(progress=_progress("reading", ledger))
-        subject = await self._records.fetch(dataset, stored.component, read_outs=False)
+        try:
+            subject = await self._records.fetch(dataset, stored.component, read_outs=False)
+        except TdbError as error:
+            # The request names none: the dataset is what lacks it.
+            error.field = error.field.replace("component", "dataset")
+            raise
         summary = explain_pb2.ExplainSummary(warnings=_warnings(stored))
         refused: TdbError | None = None
-        scores = 0
+        phase, scores = "reading", 0
         async with aclosing(self._maker.score(stored, subject, scoring, ledger)) as events:
             async for event in events:
                 match event:
                     case Doing():
-                        yield explain_pb2.ScoreResponse(progress=_progress(event.phase, ledger))
+                        phase = event.phase
+                        yield explain_pb2.ScoreResponse(progress=_progress(phase, ledger))
                     case ScoreStored():
                         scores += 1
                         yield explain_pb2.ScoreResponse(score=wire.score(event.score))
@@ -105,6 +111,7 @@ class MakingCalls:
                         refused = refused or event.error
                         summary.unscored.append(_unscored(event))
         if refused is not None and not scores:
+            yield explain_pb2.ScoreResponse(progress=_progress(phase, ledger))
             raise refused
         summary.usage.CopyFrom(wire.usage(ledger))
         yield explain_pb2.ScoreResponse(summary=summary)

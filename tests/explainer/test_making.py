@@ -322,6 +322,13 @@ async def test_a_damaged_record_is_no_bug_of_ours(served: Stack) -> None:
     assert refusal(refused.value) == ("FAILED_PRECONDITION", "component", "RECORD_UNREADABLE")
 
 
+async def test_a_dataset_without_the_component_scores_nothing(served: Stack) -> None:
+    written = await write(served, synthetic.NAMES, component="neuron.5.5")
+    with pytest.raises(grpc.aio.AioRpcError, match=r"no record of neuron\.5\.5") as refused:
+        await scored(served, written.id)
+    assert refusal(refused.value) == ("NOT_FOUND", "dataset", "NOT_FOUND")
+
+
 async def test_a_dataset_service_that_is_away_is_said_to_be(tmp_path: Path) -> None:
     async with stack.serving(tmp_path, TDB_DATASET_ADDRESS="127.0.0.1:1") as served:
         with pytest.raises(grpc.aio.AioRpcError, match="dataset service at") as refused:

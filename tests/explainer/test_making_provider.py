@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,15 @@ async def test_a_language_model_may_judge_a_pattern(served: Stack, openai: OpenA
 
 
 async def test_the_text_is_told_while_it_is_written(served: Stack, openai: OpenAIServer) -> None:
+    openai.model = answering("the name Mary, and no other name")
+    openai.pause_s = 0.06
     events = await told(served, method=CONTRASTIVE)
     written = [each.progress.text for each in events if each.progress.text]
-    assert all(TEXT.startswith(text) for text in written)
+    assert len(written) > 1
+    assert written[0] == "the"
+    assert all(after.startswith(before) for before, after in pairwise(written))
+    kinds = [each.WhichOneof("event") for each in events]
+    assert kinds[-2:] == ["explanation", "summary"]
 
 
 async def test_what_was_paid_for_is_not_paid_again(served: Stack, openai: OpenAIServer) -> None:
@@ -307,10 +314,12 @@ async def test_a_score_without_any_answer_is_none(served: Stack, openai: OpenAIS
     request = explain_pb2.ScoreRequest(
         id=written.id, dataset="small", scoring=scoring(DETECTION, judge=PROVIDER, items=5)
     )
+    seen: list[explain_pb2.ScoreResponse] = []
     with pytest.raises(grpc.aio.AioRpcError, match="10 malformed") as error:
-        async for _ in served.stub.Score(request):
-            pass
+        await _all(served.stub.Score(request), seen)
     assert refusal(error.value) == ("FAILED_PRECONDITION", "", "NO_ANSWERS")
+    assert seen[-1].progress.phase == "detection"
+    assert seen[-1].progress.usage.calls == 2
     (kept,) = await listed(served)
     assert not kept.scores
 
