@@ -127,7 +127,8 @@ async def of_scores(
         for scorer in scoring.scorers:
             try:
                 if split is None and scorer is not Scorer.INTERVENTION:
-                    split = await split_of(subject.component, explanation.provenance.seed or 0)
+                    made = explanation.provenance
+                    split = await split_of(subject.component, made.seed or 0, made.documents)
                 await judged.score(scorer, explanation, subject, split, scoring, Ledger())
             except TdbError:
                 continue  # nobody has answered; or the score cannot be made, which costs nothing

@@ -71,6 +71,7 @@ class Jobs:
         runs = list(self._runs.values())
         for run in runs:
             run.tell(Wish.CLOSE)
+            run.let_go()
         workers = list(self._workers.values())
         if workers:
             await asyncio.wait(workers, timeout=grace_s)

@@ -30,7 +30,7 @@ class OfflinePool:
     """As many processes as there are processors, at most MAX_PROCESSES."""
 
     def __init__(self, processes: int | None = None) -> None:
-        self.processes = processes or min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+        self.processes = processes or min(_processors(), MAX_PROCESSES)
         self._executor: ProcessPoolExecutor | None = None
 
     @property
@@ -64,6 +64,13 @@ class OfflinePool:
                 self.processes, multiprocessing.get_context("spawn"), initializer=_begin
             )
         return self._executor
+
+
+def _processors() -> int:
+    """Those that this process may use, where the system says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _begin() -> None:

@@ -41,6 +41,8 @@ def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) ->
             stored = {key for (key,) in job_bench.rows(folder, "SELECT key FROM reply")}
             lost |= answered.keys() - stored
             with Process(folder, **environment) as service:
+                (listed,) = service.stub().ListJobs(job_pb2.ListJobsRequest()).jobs
+                assert (listed.id, listed.components) == (job.id, components)
                 if stop is not None:
                     wait_for(openai, stop)
                     continue
@@ -75,6 +77,62 @@ def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) ->
 def wait_for(openai: OpenAIServer, answers: int) -> None:
     while len(openai.answered) < answers:
         time.sleep(0.001)
+
+
+def run_offline(folder: Path, components: int, kills: int, seed: int) -> None:
+    """The same of a job that asks nobody: its processes end with the service."""
+    draw = random.Random(seed)
+    with OpenAIServer() as openai, job_bench.serving(components) as dataset:
+        environment = job_bench.environment(dataset, openai)
+        asked = job_bench.request(
+            components,
+            explanation_pb2.METHOD_TOKEN_PATTERN,
+            explanation_pb2.SCORER_DETECTION,
+            max_tokens=None,
+        )
+        id = ""
+        for stop in sorted(draw.sample(range(1, components), kills)):
+            with Process(folder, **environment) as service:
+                stub = service.stub()
+                id = id or job_bench.begun(stub, asked).id
+                while stub.GetJob(job_pb2.GetJobRequest(id=id)).job.explained < stop:
+                    time.sleep(0.01)
+                children = children_of(service.process.pid)
+                assert children
+            wait_until_gone(children)
+        with Process(folder, **environment) as service:
+            last = job_bench.ended(service.stub(), id)
+        assert (last.explained, last.skipped, last.failed) == (components, 0, 0)
+        assert not openai.requests
+    explained = job_bench.rows(
+        folder, "SELECT component, count(*) FROM explanation GROUP BY component"
+    )
+    assert {count for _, count in explained} == {1}
+    assert len(explained) == components
+    assert job_bench.rows(folder, "SELECT count(*) FROM score") == [(2 * components,)]
+
+
+def children_of(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children")
+    if not found.exists():
+        pytest.skip("only Linux says which processes are a process's")
+    return [int(each) for each in found.read_text().split()]
+
+
+def wait_until_gone(processes: list[int]) -> None:
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{each}").exists() for each in processes):
+        assert time.monotonic() < end, "a process outlives its service"
+        time.sleep(0.01)
+
+
+def test_an_offline_job_of_thirty_killed_once(tmp_path: Path) -> None:
+    run_offline(tmp_path, 30, kills=1, seed=0)
+
+
+@pytest.mark.long
+def test_an_offline_job_of_two_thousand_killed_three_times(tmp_path: Path) -> None:
+    run_offline(tmp_path, 2_000, kills=3, seed=0)
 
 
 def test_a_job_of_twenty_killed_twice(tmp_path: Path) -> None:
