@@ -157,12 +157,14 @@ def by_words(connection: sqlite3.Connection, question: Question) -> Ranking:
     """Explanations that hold each word of the query, or one that starts with it; the best first."""
     # A word has no quote, so none needs to be escaped.
     match = " ".join(f'"{word}"*' for word in words(question.query))
-    condition, parameters = question.filter.sql
-    # CROSS JOIN is SQLite's word for this order: the texts first, then what else is asked of them.
+    sources, condition, parameters = "explanation_text", "TRUE", list[str]()
+    if question.filter != Filter():
+        # CROSS JOIN is SQLite's word for this order: the texts first, then what else is asked.
+        sources += " CROSS JOIN explanation ON explanation.number = explanation_text.rowid"
+        condition, parameters = question.filter.sql
     rows = connection.execute(
-        "SELECT number, bm25(explanation_text) AS rank FROM explanation_text "
-        "CROSS JOIN explanation ON explanation.number = explanation_text.rowid "
-        f"WHERE explanation_text MATCH ? AND {condition} ORDER BY rank, number DESC",
+        f"SELECT explanation_text.rowid, bm25(explanation_text) FROM {sources} "
+        f"WHERE explanation_text MATCH ? AND {condition} ORDER BY 2, 1 DESC",
         [match, *parameters],
     ).fetchall()
     return Ranking(

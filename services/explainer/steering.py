@@ -8,6 +8,7 @@ the seed. Prompts are the first tokens of texts that do not activate the compone
 that its explainer did not see; a head's, of any such text.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from tdb.type.v1 import token_pb2
 
 from services.common.errors import FailedPrecondition, NotFound
 from services.explainer.components import Subject
-from services.explainer.engine.components import Example, HeadExample, keyed
+from services.explainer.engine.components import keyed
+from services.explainer.engine.explainers import AnySplit
 from services.explainer.engine.intervention import Generate
 from services.explainer.engine.splits import split_pairs, split_tokens
 from services.explainer.read_outs import is_of
@@ -50,17 +52,12 @@ class ModelSteering:
         """Up to `prompts` prompts, and what goes on with one: with the component amplified, and
         without. No prompt is of a document in `shown`.
 
-        Raises FailedPrecondition where nothing can be amplified, there is no prompt, or the model
-        that the dataset is of is not served.
+        Raises FailedPrecondition where nothing can be amplified, there are too few documents, or
+        the model that the dataset is of is not served.
         """
         amplified = amplification(subject)
-        openings = {each.text: each for each in openings_of(subject, prompts, seed, shown)}
-        if not openings:
-            raise FailedPrecondition(
-                f"{subject.address} has no example that could be gone on with: none that leaves "
-                "it inactive, of a document that its explainer did not see",
-                reason="NO_PROMPTS",
-            )
+        drawn = await asyncio.to_thread(openings_of, subject, prompts, seed, shown)
+        openings = {each.text: each for each in drawn}
         tokenizer = await self._tokenizer(subject.dataset)
 
         async def generate(prompt: str) -> tuple[str, str]:
@@ -117,23 +114,20 @@ def amplification(subject: Subject) -> intervention_pb2.Intervention:
 def openings_of(
     subject: Subject, count: int, seed: int, shown: frozenset[str] = frozenset()
 ) -> list[Opening]:
-    """Up to `count` different openings, drawn by the seed."""
+    """Up to `count` different openings, drawn by the seed. Raises FailedPrecondition."""
     component = subject.component
-    examples: tuple[Example, ...] | tuple[HeadExample, ...]
+    split: AnySplit
     if component.is_head:
-        pairs = split_pairs(component, seed=seed)
-        examples = (*pairs.explaining.quiet, *pairs.scoring.quiet)
-        examples = (*examples, *pairs.explaining.active, *pairs.scoring.active)
+        split = split_pairs(component, seed=seed, shown=shown)
     else:
-        tokens = split_tokens(component, seed=seed)
-        examples = (*tokens.explaining.quiet, *tokens.scoring.quiet)
+        split = split_tokens(component, seed=seed, shown=shown)
     found = {
-        "".join(each.token_texts[:PROMPT_TOKENS]): each
-        for each in examples
-        if each.document_id not in shown
+        "".join(each.token_texts[:PROMPT_TOKENS]): each.token_ids[:PROMPT_TOKENS]
+        for half in ((split.scoring,) if shown else (split.explaining, split.scoring))
+        for each in (*half.quiet, *(half.active if component.is_head else ()))
     }
     drawn = sorted(found, key=lambda text: keyed(seed, "opening", text))[:count]
-    return [Opening(text, found[text].token_ids[:PROMPT_TOKENS]) for text in drawn]
+    return [Opening(text, found[text]) for text in drawn]
 
 
 def _prompt(opening: Opening, tokenizer: model_pb2.TokenizerFacts) -> token_pb2.Prompt:

@@ -116,7 +116,7 @@ async def test_prompts_are_openings_of_quiet_texts_that_the_explainer_did_not_se
     everything = frozenset(each.document_id for each in component.examples)
     with pytest.raises(FailedPrecondition) as refused:
         await prepare(model, subject(component), shown=everything)
-    assert refused.value.reason == "NO_PROMPTS"
+    assert refused.value.reason == "TOO_FEW_DOCUMENTS"
 
 
 @pytest.mark.parametrize(("prepends", "before"), [(True, [0]), (False, [])])
