@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from itertools import pairwise
@@ -73,6 +73,11 @@ def answering(text: str = TEXT) -> Any:
         return json.dumps({"explanation": text})
 
     return answer
+
+
+def saying(said: Said | str) -> Callable[[dict[str, Any]], Said | str]:
+    """A model that says always the same."""
+    return lambda body: said
 
 
 @pytest.fixture
@@ -197,14 +202,13 @@ async def test_two_at_once_pay_once(served: Stack, openai: OpenAIServer) -> None
     assert sum(summary.usage.calls for _, _, summary in made) == 1
 
 
-@pytest.mark.parametrize("fault", [too_many(), too_many("0"), failing(), failing(503)])
-async def test_what_passes_is_tried_again(
-    served: Stack, openai: OpenAIServer, fault: Fault
-) -> None:
-    openai.faults.extend([fault] * (ATTEMPTS - 1))
-    explanation, _, _ = await explained(served, method=CONTRASTIVE)
-    assert explanation.text == TEXT
-    assert len(openai.requests) == ATTEMPTS
+async def test_what_passes_is_tried_again(served: Stack, openai: OpenAIServer) -> None:
+    for seed, fault in enumerate([too_many(), too_many("0"), failing(), failing(503)]):
+        openai.requests.clear()
+        openai.faults.extend([fault] * (ATTEMPTS - 1))
+        explanation, _, _ = await explained(served, method=CONTRASTIVE, seed=seed)
+        assert explanation.text == TEXT
+        assert len(openai.requests) == ATTEMPTS
 
 
 FAILURES = [
@@ -226,32 +230,32 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("faults", "status", "reason"), FAILURES)
 async def test_what_goes_wrong_is_said_and_nothing_is_stored(
-    served: Stack, openai: OpenAIServer, faults: list[Fault], status: str, reason: str
+    served: Stack, openai: OpenAIServer
 ) -> None:
-    openai.faults.extend(faults)
-    assert await refused(served) == (status, "", reason)
-    assert await served.store.count() == 0
-    # Nothing of it is kept: the next one is asked anew.
-    explanation, _, _ = await explained(served, method=CONTRASTIVE)
-    assert explanation.text == TEXT
+    for seed, (faults, status, reason) in enumerate(FAILURES):
+        openai.faults.extend(faults)
+        assert await refused(served, seed=seed) == (status, "", reason)
+        assert await served.store.count() == seed
+        # Nothing of it is kept: the next one is asked anew.
+        explanation, _, _ = await explained(served, method=CONTRASTIVE, seed=seed)
+        assert explanation.text == TEXT
 
 
-@pytest.mark.parametrize(
-    ("said", "reason"),
-    [
+async def test_what_the_model_will_not_say_is_said(served: Stack, openai: OpenAIServer) -> None:
+    for said, reason in (
         (Said('{"explanation": "the na', finish="length"), "EXPLAINER_TRUNCATED"),
         (Said('{"explanation": "\\u202e"}'), "EXPLAINER_MALFORMED"),
         (Said(refusal="I cannot"), "EXPLAINER_REFUSED"),
         (Said("{}", finish="content_filter"), "EXPLAINER_REFUSED"),
-    ],
-)
-async def test_what_the_model_will_not_say_is_said(
-    served: Stack, openai: OpenAIServer, said: Said, reason: str
-) -> None:
-    openai.model = lambda body: said
-    assert await refused(served) == ("FAILED_PRECONDITION", "", reason)
+    ):
+        openai.model = saying(said)
+        assert await refused(served, seed=len(openai.requests)) == (
+            "FAILED_PRECONDITION",
+            "",
+            reason,
+        )
+    assert await served.store.count() == 0
 
 
 async def test_what_was_used_is_said_before_a_refusal(served: Stack, openai: OpenAIServer) -> None:
@@ -310,7 +314,7 @@ async def test_questions_without_an_answer_are_counted(served: Stack, openai: Op
 
 async def test_a_score_without_any_answer_is_none(served: Stack, openai: OpenAIServer) -> None:
     written = await write(served, synthetic.NAMES)
-    openai.model = lambda body: "none"
+    openai.model = saying("none")
     request = explain_pb2.ScoreRequest(
         id=written.id, dataset="small", scoring=scoring(DETECTION, judge=PROVIDER, items=5)
     )
@@ -393,7 +397,7 @@ async def test_texts_are_simulated_by_the_language_model(
     assert [list(each.expected) for each in response.texts] == [[0.0, 10.0], [0.0]]
     assert response.usage.calls == 2
     assert {each["seed"] for each in openai.requests} == {4}
-    openai.model = lambda body: "none"
+    openai.model = saying("none")
     response = await served.stub.Simulate(SIMULATE(text="names", texts=texts(" a")))
     assert (list(response.texts[0].expected), response.texts[0].failure) == ([], "malformed")
 
