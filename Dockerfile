@@ -47,7 +47,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 FROM environment AS dataset-environment
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
-    pip install "$(echo /wheels/*.whl)[dataset,otel]"
+    pip install "$(echo /wheels/*.whl)[dataset,object-stores,otel]"
 
 FROM environment AS explainer-environment
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \

@@ -51,6 +51,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return kind is None or kind.__name__ != "ExecuteBatchError"
 
 
+_TALKATIVE = (
+    *("openai", "httpx", "httpcore", "httpx2", "httpcore2"),
+    *("azure", "adlfs", "botocore", "aiobotocore", "s3fs", "fsspec"),
+)
+
+
 def configure(settings: Settings) -> None:
     """Sends all logging of this process to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
@@ -58,6 +64,6 @@ def configure(settings: Settings) -> None:
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     if not settings.log_prompts:
         # At debug level they write down what they send, and at info a line for each of many calls.
-        for name in ("openai", "httpx", "httpcore", "httpx2", "httpcore2"):
+        for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)

@@ -8,7 +8,10 @@ import pytest
 from services.common import logs
 from tests.common.backend import settings
 
-TALKATIVE = ("openai", "httpx", "httpcore", "httpx2", "httpcore2")
+TALKATIVE = (
+    *("openai", "httpx", "httpcore", "httpx2", "httpcore2"),
+    *("azure", "adlfs", "botocore", "aiobotocore", "s3fs", "fsspec"),
+)
 
 
 @pytest.fixture(autouse=True)
