@@ -4,9 +4,9 @@
 
 A name with several addresses is several replicas (`dns:///` is gRPC's default scheme), and so is
 `ipv4:10.0.0.1:50051,10.0.0.2:50051`. Calls go round those that say they are SERVING: one that loads
-its model or drains is passed over. A call that no replica took is tried again: every call of ours
-can be repeated, since the same request has the same result. What is not tried again is a stream
-that has brought something.
+its model or drains is passed over. A call that no replica took is tried again: the same
+request has the same result. What is not tried again is a stream that has brought something, and
+what would be stored or paid for twice.
 """
 
 import json
@@ -33,6 +33,9 @@ CONNECTION: Sequence[tuple[str, str | int]] = (
 )
 
 _HEALTH = "grpc.health.v1.Health"
+_EXPLAINER = "tdb.explainer.v1.ExplainerService"
+ONCE = ("WriteExplanation", "Explain", "Score", "ExplainMany")
+"""Methods of the explainer service that store something anew each time."""
 
 
 def options(retryable: Sequence[str] = RETRYABLE) -> list[tuple[str, str | int]]:
@@ -58,5 +61,6 @@ def service_config(retryable: Sequence[str] = RETRYABLE) -> dict[str, object]:
                 },
             },
             {"name": [{"service": _HEALTH}]},  # who asks for health wants to hear it at once
+            {"name": [{"service": _EXPLAINER, "method": method} for method in ONCE]},
         ],
     }

@@ -32,7 +32,8 @@ class Shown:
         line, self._line = self._line, ""
         if line:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        print(f"{item.component}\t{_one_line(item.text or item.reason)}", flush=True)
+        told = item.text or f"no explanation: {item.reason}"
+        print(f"{item.component}\t{_one_line(told)}", flush=True)
         if line:
             print(line, end="", file=sys.stderr, flush=True)
             self._line = line
@@ -83,7 +84,7 @@ def estimate(found: explain_pb2.EstimateCostResponse) -> str:
 
 
 def table_of(jobs: Iterable[job_pb2.Job]) -> str:
-    head = ("JOB", "STATE", "DONE", "OF", "METHOD", "DATASET", "USER", "SPENT", "SINCE")
+    head = ("JOB", "STATE", "DONE", "OF", "METHOD", "DATASET", "USER", "SPENT", "AGE")
     return table(
         head,
         [

@@ -5,6 +5,7 @@ of `STEPS`, applied in order when the service starts, after the file was copied.
 """
 
 import asyncio
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from services.common.errors import FailedPrecondition, ResourceExhausted
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
+
+ROOM_BYTES, DISK_BYTES = 2**20, 64 * 2**20
+"""Left in the file, and on its disk, when work begins whose result is to be stored."""
 
 BUSY_S = 10.0
 """How long a change waits for the one before it, another process's included."""
@@ -172,6 +176,20 @@ class Database:
         """`work` on a connection, off the event loop; what it sees is of one moment."""
         return await self._run(self._readers, work, write=False)
 
+    async def check_room(self) -> None:
+        """Asked before work whose result is to be stored. Raises FailedPrecondition."""
+
+        def room(connection: sqlite3.Connection) -> int:
+            pages, most, unused, size = (
+                connection.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("page_count", "max_page_count", "freelist_count", "page_size")
+            )
+            return int((most - pages + unused) * size)
+
+        free = await asyncio.to_thread(lambda: shutil.disk_usage(self.path.parent).free)
+        if await self.read(room) < ROOM_BYTES or free < DISK_BYTES:
+            raise _full()
+
     async def write(self, work: Work[T]) -> T:
         """`work` as one transaction: all of it is stored, or nothing. It ends once it has begun."""
         return await self._run(self._writers, work, write=True)
@@ -233,6 +251,14 @@ def migrate(path: Path) -> None:
             )
 
 
+def _full() -> FailedPrecondition:
+    return FailedPrecondition(
+        "the store of explanations is full: delete explanations, raise TDB_EXPLANATIONS_MIB, or "
+        "make room on the disk; nothing was stored",
+        reason="STORE_FULL",
+    )
+
+
 def _bound(connection: sqlite3.Connection, most_bytes: int) -> None:
     (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
     connection.execute(f"PRAGMA max_page_count = {max(1, most_bytes // page_bytes)}")
@@ -251,11 +277,7 @@ def _transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[sql
         connection.execute("COMMIT")
     except sqlite3.OperationalError as error:
         if "full" in str(error):
-            raise FailedPrecondition(
-                "the store of explanations is full: delete explanations, raise "
-                "TDB_EXPLANATIONS_MIB, or make room on the disk; nothing was stored",
-                reason="STORE_FULL",
-            ) from error
+            raise _full() from error
         if "locked" in str(error):
             raise ResourceExhausted(
                 f"the store of explanations cannot be written now ({error}): nothing was stored",

@@ -57,6 +57,7 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
         steering: Steering | None = None,
         embeddings: Embeddings | None = None,
     ) -> None:
+        self._database = database
         self._store = ExplanationStore(database)
         self._provider = provider
         self._explanations = ExplanationCalls(self._store)
@@ -120,6 +121,7 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
     async def Explain(
         self, request: explain_pb2.ExplainRequest, context: Context
     ) -> AsyncIterator[explain_pb2.ExplainResponse]:
+        await self._database.check_room()
         async with aclosing(self._making.explain(request)) as responses:
             async for response in responses:
                 yield response
@@ -127,6 +129,7 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
     async def Score(
         self, request: explain_pb2.ScoreRequest, context: Context
     ) -> AsyncIterator[explain_pb2.ScoreResponse]:
+        await self._database.check_room()
         async with aclosing(self._making.score(request)) as responses:
             async for response in responses:
                 yield response
@@ -147,6 +150,7 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
     async def ExplainMany(
         self, request: explain_pb2.ExplainManyRequest, context: Context
     ) -> AsyncIterator[job_pb2.ExplainManyResponse]:
+        await self._database.check_room()
         async with aclosing(self._jobs.explain_many(request, user())) as responses:
             async for response in responses:
                 yield response
@@ -176,6 +180,7 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
     async def ResumeJob(
         self, request: job_pb2.ResumeJobRequest, context: Context
     ) -> job_pb2.ResumeJobResponse:
+        await self._database.check_room()
         return await self._jobs.resume(request)
 
     async def CancelJob(

@@ -140,7 +140,10 @@ def test_what_costs_nothing_begins_at_once(
         again=True,
     )
     shown = capsys.readouterr()
-    assert shown.out == "neuron.0.1\tfires on ?[2Jnames\nneuron.0.2\tTOO_FEW_DOCUMENTS\n"
+    assert (
+        shown.out
+        == "neuron.0.1\tfires on ?[2Jnames\nneuron.0.2\tno explanation: TOO_FEW_DOCUMENTS\n"
+    )
     assert "j-1: done, 2 of 2 done, 1 skipped, 1,234 tokens ($0.5000) spent" in shown.err
 
 

@@ -46,12 +46,28 @@ async def test_it_does_not_grow_beyond_its_bound(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="TDB_EXPLANATIONS_MIB") as refused:
         await database.write(lambda connection: keep(connection, "b", 2**20))
     assert refused.value.reason == "STORE_FULL"
+    await database.write(lambda connection: keep(connection, "c", 2**18))
+    with pytest.raises(FailedPrecondition, match="TDB_EXPLANATIONS_MIB"):
+        await database.check_room()
+    await database.write(lambda connection: connection.execute("DELETE FROM reply WHERE key = 'c'"))
     # What is there is read, what fits is written, and room can be made.
     assert await database.read(count) == 1
     await database.write(lambda connection: keep(connection, "c", 2**18))
     await database.write(lambda connection: connection.execute("DELETE FROM reply"))
     await database.write(lambda connection: keep(connection, "b", 2**19))
     assert path.stat().st_size <= most
+    database.close()
+
+
+async def test_work_does_not_begin_on_a_disk_that_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(tmp_path / "x.sqlite3")
+    await database.check_room()
+    monkeypatch.setattr(module, "DISK_BYTES", 2**60)
+    with pytest.raises(FailedPrecondition) as refused:
+        await database.check_room()
+    assert refused.value.reason == "STORE_FULL"
     database.close()
 
 
