@@ -4,9 +4,9 @@
 
 A name with several addresses is several replicas (`dns:///` is gRPC's default scheme), and so is
 `ipv4:10.0.0.1:50051,10.0.0.2:50051`. Calls go round those that say they are SERVING: one that loads
-its model or drains is passed over. A call that no replica took is tried again: the same
-request has the same result. What is not tried again is a stream that has brought something, and
-what would be stored or paid for twice.
+its model or drains is passed over. A call that no replica took is tried again: the same request has
+the same result. What is not tried again is a stream that has brought something, and what would be
+stored or paid for twice.
 """
 
 import json

@@ -39,13 +39,14 @@ class Service(service_pb2_grpc.ExplainerServiceServicer):
         self.estimate = explain_pb2.EstimateCostResponse(components=2)
         self.ends: Any = job_pb2.JOB_STATE_DONE
         self.refusal: tuple[grpc.StatusCode, str] | None = None
+        self.refuses: type[Any] = object
 
     def sent(self, kind: type[Any]) -> list[Any]:
         return [each for each in self.asked if isinstance(each, kind)]
 
     def _answer(self, request: Any, context: Any, answer: Any) -> Any:
         self.asked.append(request)
-        if self.refusal:
+        if self.refusal and isinstance(request, self.refuses):
             context.abort(*self.refusal)
         return answer
 
@@ -235,6 +236,16 @@ def test_refusals_are_one_sentence(
     assert says in shown.err
     assert shown.err.count("\n") == 1
     assert shown.out == ""
+
+
+def test_a_job_is_asked_for_once_whatever_happens(service: Service) -> None:
+    service.refusal = (grpc.StatusCode.UNAVAILABLE, "it stops")
+    service.refuses = explain_pb2.ExplainManyRequest
+    assert main([*EXPLAIN, OFFLINE]) == 1
+    assert len(service.sent(explain_pb2.ExplainManyRequest)) == 1
+    service.refuses = explain_pb2.EstimateCostRequest
+    assert main([*EXPLAIN, OFFLINE]) == 1
+    assert len(service.sent(explain_pb2.EstimateCostRequest)) == 1 + 5, "which may be repeated"
 
 
 @pytest.mark.parametrize(
