@@ -4,7 +4,8 @@
 
 Texts are words drawn by Zipf's law, vectors are drawn from the sphere; the store is a file of its
 own. Each figure is of one search as the service makes it, from the question to the explanations of
-its first page, of 100. The query's own embedding, which its endpoint makes, takes no time here.
+its first page, of 100. The query's own embedding, which its endpoint makes, takes no time here. CPU
+time, of one thread, is about what the figure would be on a machine with nothing else to do.
 """
 
 import argparse
@@ -76,14 +77,15 @@ async def fill(database: Database, count: int, sphere: Sphere) -> None:
 
 
 async def timed(name: str, search: Search, question: Question, times: int) -> None:
-    found = []
-    for _ in range(times):
-        started = time.perf_counter()
+    wall, cpu = [], []
+    for _ in range(times + 1):
+        started, used = time.perf_counter(), time.process_time()
         page = await search.find(question, limit=100)
-        found.append((time.perf_counter() - started) * 1e3)
+        wall.append((time.perf_counter() - started) * 1e3)
+        cpu.append((time.process_time() - used) * 1e3)
     print(
-        f"{name:>44}  first {found[0]:7.0f} ms  p50 {statistics.median(found[1:]):6.0f} ms  "
-        f"({page.total:,} found)"
+        f"{name:>20}  first {wall[0]:6.0f} ms  then p50 {statistics.median(wall[1:]):5.0f} ms, "
+        f"of it CPU {statistics.median(cpu[1:]):5.0f} ms  ({page.total:,} found)"
     )
 
 
