@@ -67,7 +67,7 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
         self._jobs = JobCalls(database, upstream, records, provider, self._pool, steering)
         self._estimates = EstimateCalls(database, upstream, records, provider, self._pool)
         self._searching = SearchCalls(database, upstream, records, embeddings)
-        self._has_embeddings = embeddings is not None
+        self._embeddings = embeddings
 
     async def start(self, stopped: asyncio.Event, grace_s: float) -> None:
         """Goes on with the jobs that an earlier process left. Once `stopped` is set, those who
@@ -82,12 +82,14 @@ class ExplainerServicer(service_pb2_grpc.ExplainerServiceServicer):
     async def GetCapabilities(
         self, request: service_pb2.GetCapabilitiesRequest, context: Context
     ) -> service_pb2.GetCapabilitiesResponse:
-        provider = self._provider
+        provider, embeddings = self._provider, self._embeddings
         return service_pb2.GetCapabilitiesResponse(
             provider=provider.host if provider else "",
             provider_model=provider.model if provider else "",
             has_prices=provider is not None and provider.prices is not None,
-            has_embeddings=self._has_embeddings,
+            has_embeddings=embeddings is not None,
+            embedding_provider=embeddings.host if embeddings else "",
+            embedding_model=embeddings.model if embeddings else "",
             how_to_configure="" if provider else HOW_TO_CONFIGURE,
             methods=(*PROVIDER_METHODS, *OFFLINE_METHODS) if provider else OFFLINE_METHODS,
             explanations=await self._store.count(),

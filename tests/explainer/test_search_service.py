@@ -123,6 +123,10 @@ async def test_search_by_meaning(served: Stack, server: OpenAIServer) -> None:
     assert (page.total, page.without_embedding) == (2, 0)
     capabilities = await served.stub.GetCapabilities(service_pb2.GetCapabilitiesRequest())
     assert capabilities.has_embeddings
+    assert (capabilities.embedding_provider, capabilities.embedding_model) == (
+        server.url[7:-3],
+        EMBEDDING_MODEL,
+    )
     server.requests.clear()
     assert await found(served, "female") == []
     assert server.requests == []
@@ -175,6 +179,7 @@ async def test_without_an_endpoint_one_reads_how_to_have_one(plain: Stack) -> No
     assert refusal(refused.value)[2] == "EMBEDDINGS_NOT_CONFIGURED"
     capabilities = await plain.stub.GetCapabilities(service_pb2.GetCapabilitiesRequest())
     assert not capabilities.has_embeddings
+    assert (capabilities.embedding_provider, capabilities.embedding_model) == ("", "")
 
 
 async def test_published_explanations_come_with_their_scores(plain: Stack) -> None:
