@@ -4,6 +4,7 @@ Before a call is sent, what the job has used with it at most is on disk. So a jo
 a crash knows all that it may have spent, and its budget holds.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -81,14 +82,15 @@ class JobLedger(Ledger):
 class PatientProvider:
     """A provider that raises EndpointAway where there is nobody, instead of an answer that failed.
 
-    Once one call found nobody, none is sent until `go_on`. A `tolerant` one lets failures be: for
-    a component that goes on failing while others do not.
+    Once one call found nobody, none is sent until `go_on`, not even one that waits for its turn. A
+    `tolerant` one lets failures be: for a component that goes on failing while others do not.
     """
 
     def __init__(self, provider: Provider, *, tolerant: bool = False) -> None:
         self._provider = provider
         self._tolerant = tolerant
         self._away = False
+        self._turns = asyncio.Semaphore(provider.at_once)
 
     def go_on(self) -> None:
         self._away = False
@@ -119,9 +121,10 @@ class PatientProvider:
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None
     ) -> Reply:
         """As any provider. Raises EndpointAway."""
-        if self._away:
-            raise self._is_away()
-        reply = await self._provider.complete(prompt, ledger, on_text)
+        async with self._turns:
+            if self._away:
+                raise self._is_away()
+            reply = await self._provider.complete(prompt, ledger, on_text)
         if reply.failure in AWAY and not self._tolerant:
             self._away = True
             raise self._is_away()

@@ -3,8 +3,8 @@
     pool = OfflinePool()
     found = await pool.run(explain, component, ...)    # in a process, which imports this module
 
-The processes start with the first work and end with `close`, or when the service has gone, however
-it went.
+The processes start with the first work and end when there was none for a while, with `close`, or
+when the service has gone, however it went.
 """
 
 import asyncio
@@ -19,6 +19,8 @@ from multiprocessing.connection import wait
 from typing import ParamSpec, TypeVar
 
 MAX_PROCESSES = 8
+IDLE_S = 60.0
+"""How long processes are kept that have nothing to do."""
 AHEAD = 2
 """Components per process that are read meanwhile."""
 
@@ -32,6 +34,8 @@ class OfflinePool:
     def __init__(self, processes: int | None = None) -> None:
         self.processes = processes or min(_processors(), MAX_PROCESSES)
         self._executor: ProcessPoolExecutor | None = None
+        self._at_work = 0
+        self._idle: asyncio.TimerHandle | None = None
 
     @property
     def at_once(self) -> int:
@@ -43,19 +47,36 @@ class OfflinePool:
 
         Processes that were killed are replaced, and the work is done once more.
         """
+        self._at_work += 1
         executor = self._started()
         try:
-            return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
-        except BrokenProcessPool:
-            if self._executor is executor:
-                self._executor = None
-                executor.shutdown(wait=False)
-            executor = self._started()
-            return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
+            try:
+                return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
+            except BrokenProcessPool:
+                if self._executor is executor:
+                    self._executor = None
+                return await asyncio.wrap_future(self._started().submit(work, *args, **kwargs))
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                self._retire_later()
 
     def close(self) -> None:
+        """Ends the processes, once what they are at is done."""
+        if self._idle:
+            self._idle.cancel()
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+
+    def _retire_later(self) -> None:
+        if self._idle:
+            self._idle.cancel()
+        self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._retire)
+
+    def _retire(self) -> None:
+        if not self._at_work and self._executor is not None:
+            self._executor.shutdown(wait=False)
+            self._executor = None
 
     def _started(self) -> ProcessPoolExecutor:
         if self._executor is None:
