@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tdb.explainer.v1 import explain_pb2, explanation_pb2
 
@@ -54,6 +55,7 @@ def model(given: explanation_pb2.ExplainedModel) -> ExplainedModel:
     return ExplainedModel(found, given.weights_hash)
 
 
+@lru_cache(2 * MAX_COMPONENTS)  # a table asks for the same again and again
 def component(given: str) -> str:
     """An address of something that has explanations, as it is spelt. Raises InvalidArgument."""
     address = parse(given)
