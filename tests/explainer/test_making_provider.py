@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import sqlite3
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
@@ -403,16 +404,20 @@ async def test_texts_are_simulated_by_the_language_model(
 
 
 async def test_leaving_ends_the_work(served: Stack, openai: OpenAIServer) -> None:
-    openai.faults.append(Fault(delay_s=0.5))
+    go_on = threading.Event()
+    openai.model = held(go_on)
     call = served.stub.Explain(explain(method=CONTRASTIVE, scoring=scoring(DETECTION)))
     reading = asyncio.ensure_future(_all(call))
     assert await asyncio.to_thread(openai.first.wait, 10)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
+    again = asyncio.ensure_future(explained(served, method=CONTRASTIVE))
+    await asyncio.sleep(0.2)
     assert await served.store.count() == 0
+    go_on.set()
     # What had been sent is paid for, and is not sent again.
-    explanation, _, summary = await explained(served, method=CONTRASTIVE)
+    explanation, _, summary = await again
     assert explanation.text == TEXT
     assert summary.usage.cached_calls == 1
     assert len(openai.requests) == 1
@@ -422,21 +427,33 @@ async def test_leaving_ends_the_work(served: Stack, openai: OpenAIServer) -> Non
 async def test_leaving_while_it_is_scored_leaves_the_explanation_whole(
     served: Stack, openai: OpenAIServer
 ) -> None:
+    go_on = threading.Event()
     call = served.stub.Explain(
         explain(method=CONTRASTIVE, scoring=scoring(DETECTION, SIMULATION, items=5))
     )
     async for event in call:
         if event.HasField("explanation"):
-            openai.faults.extend([Fault(delay_s=0.3)] * 8)
+            openai.model = held(go_on)
         if event.progress.phase == "detection":
             break
     call.cancel()
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(0.5)
     (kept,) = await listed(served)
     assert kept.text == TEXT
     assert not kept.scores
     # The questions of the first score may have been sent; those of the second were not.
     assert len(openai.requests) <= 1 + 2
+    go_on.set()
+
+
+def held(go_on: threading.Event) -> Callable[[dict[str, Any]], str]:
+    """A model that says nothing before it may, and then always the same."""
+
+    def model(body: dict[str, Any]) -> str:
+        go_on.wait(20)
+        return json.dumps({"explanation": TEXT})
+
+    return model
 
 
 async def _all(call: Any, seen: list[Any] | None = None) -> list[Any]:
