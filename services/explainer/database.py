@@ -22,6 +22,7 @@ Work = Callable[[sqlite3.Connection], T]
 ROOM_BYTES, DISK_BYTES = 2**20, 64 * 2**20
 """Left in the file, and on its disk, when work begins whose result is to be stored."""
 
+STORE_FULL = "STORE_FULL"
 BUSY_S = 10.0
 """How long a change waits for the one before it, another process's included."""
 
@@ -255,7 +256,7 @@ def _full() -> FailedPrecondition:
     return FailedPrecondition(
         "the store of explanations is full: delete explanations, raise TDB_EXPLANATIONS_MIB, or "
         "make room on the disk; nothing was stored",
-        reason="STORE_FULL",
+        reason=STORE_FULL,
     )
 
 

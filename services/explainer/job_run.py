@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Protocol
@@ -22,6 +22,7 @@ from services.common.errors import (
     TdbError,
     Unavailable,
 )
+from services.explainer.database import STORE_FULL
 from services.explainer.engine.budget import BudgetExceeded
 from services.explainer.engine.provider_settings import (
     ProviderMisconfigured,
@@ -174,8 +175,6 @@ class JobRun:
         try:
             self._pending.extend(await self._store.pending(self._job.number))
             await self._until_it_stops()
-        except TdbError as error:  # not even its state can be written: the disk is full
-            self._job = replace(self._job, state=JobState.FAILED, message=error.message)
         except Exception as bug:
             _log.exception("a job failed", extra={"fields": {"job": self.id}})
             await self._set(JobState.FAILED, f"a fault of ours: {type(bug).__name__}")
@@ -202,7 +201,7 @@ class JobRun:
             if self._wish is Wish.CLOSE:
                 return None
             await self._ledger.settled()
-            await self._store.set_used(self._job.number, self._ledger.used)
+            await self._write(self._store.set_used(self._job.number, self._ledger.used))
             if not self._pending:
                 return await self._set(JobState.DONE)
             if self._wish is not None:
@@ -271,7 +270,7 @@ class JobRun:
         if dealt.state is not ComponentState.EXPLAINED:
             try:
                 await self._store.deal(self._job.number, position, dealt, self._ledger.used_at_most)
-            except ResourceExhausted as error:
+            except TdbError as error:
                 self._pending.append((position, component))
                 return error
         await self._count(component, dealt, text)
@@ -293,9 +292,18 @@ class JobRun:
     async def _set(self, state: JobState, message: str = "") -> None:
         if (state, message) == (self._job.state, self._job.message):
             return
-        await self._store.set_state(self._job.number, state, message)
+        await self._write(self._store.set_state(self._job.number, state, message))
         self._job = replace(self._job, state=state, message=message)
         self._tell(self.view())
+
+    async def _write(self, writing: Awaitable[None]) -> None:
+        """What can be said again later need not be stored now, when the store is full."""
+        try:
+            await writing
+        except TdbError as error:
+            if not _may_pass(error):
+                raise
+            _log.warning("a job cannot be written", extra={"fields": {"why": error.message}})
 
     def _tell(self, what: Item | JobView | None) -> None:
         for queue in self._followers:
@@ -320,7 +328,8 @@ def forecast(job: StoredJob, rate: float | None = None) -> JobView:
 
 
 def _may_pass(error: TdbError) -> bool:
-    return isinstance(error, Unavailable | ResourceExhausted | DeadlineExceeded)
+    is_away = isinstance(error, Unavailable | ResourceExhausted | DeadlineExceeded)
+    return is_away or error.reason == STORE_FULL
 
 
 def _is_everybodys(error: TdbError) -> bool:

@@ -106,6 +106,8 @@ class JobWork:
     ) -> tuple[Dealt, str]:
         plan = self._plan
         task = plan.task
+        # Before anything is paid for that could not be kept.
+        await self._database.check_room()
         subject = await self._records.fetch(
             plan.dataset,
             component,

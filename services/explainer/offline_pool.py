@@ -97,7 +97,7 @@ def _processors() -> int:
 def _begin() -> None:
     """Ends this process with the service, and not at Ctrl-C: the service says when. Whoever calls
     the service comes first."""
-    os.nice(5)
+    os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, name="follow-service", daemon=True).start()
 

@@ -10,7 +10,7 @@ import pytest
 
 from services.common.errors import FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from services.explainer import job_run
-from services.explainer.database import Database
+from services.explainer.database import STORE_FULL, Database
 from services.explainer.engine.budget import Budget, BudgetExceeded, Usage
 from services.explainer.engine.provider_settings import ProviderMisconfigured
 from services.explainer.job_ledger import EndpointAway, JobLedger
@@ -241,7 +241,8 @@ async def test_a_job_that_waits_in_the_queue_can_be_paused_and_cancelled(bench: 
     [
         EndpointAway("the endpoint is away"),
         Unavailable("the dataset service is away"),
-        ResourceExhausted("the disk is full", retry_after_s=5),
+        ResourceExhausted("the device is busy", retry_after_s=5),
+        FailedPrecondition("the store is full", reason=STORE_FULL),
     ],
 )
 async def test_what_is_away_is_waited_for(bench: Bench, error: Exception) -> None:
