@@ -1,9 +1,11 @@
 """A service that is killed at any moment of a job: nothing is paid twice, nothing left out."""
 
 import random
+import signal
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from tdb.explainer.v1 import explanation_pb2, job_pb2
 
@@ -77,6 +79,34 @@ def run(folder: Path, components: int, kills: int, seed: int, delay_s: float) ->
 def wait_for(openai: OpenAIServer, answers: int) -> None:
     while len(openai.answered) < answers:
         time.sleep(0.001)
+
+
+def test_a_service_that_is_told_to_stop_lets_what_was_sent_come(tmp_path: Path) -> None:
+    def model(body: dict[str, object]) -> Said | str:
+        openai.wait(0.05)
+        return job_bench.model(body)
+
+    with OpenAIServer(model) as openai, job_bench.serving(10) as dataset:
+        environment = job_bench.environment(dataset, openai, TDB_DRAIN_SECONDS="20")
+        with Process(tmp_path, **environment) as service:
+            asked = job_bench.request(
+                10, explanation_pb2.METHOD_CONTRASTIVE, explanation_pb2.SCORER_DETECTION
+            )
+            following = service.stub().ExplainMany(asked)
+            id = next(following).progress.id
+            wait_for(openai, 5)
+            code, errors = service.end(signal.SIGTERM)
+        assert code == 0, errors
+        with pytest.raises(grpc.RpcError) as refused:
+            list(following)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert len(openai.answered) < 10 * (1 + 3)
+        with Process(tmp_path, **environment) as service:
+            last = job_bench.ended(service.stub(), id)
+        assert (last.state, last.explained) == (job_pb2.JOB_STATE_DONE, 10)
+        assert last.usage.bounded_calls == 0
+        assert set(job_bench.paid(openai).values()) == {1}
+        assert len(openai.answered) == 10 * (1 + 3)
 
 
 def run_offline(folder: Path, components: int, kills: int, seed: int) -> None:
