@@ -41,7 +41,7 @@ def test_the_rows_of_a_table_become_a_job(page: Page, there: Planted) -> None:
     own = {node.split("~")[0] for node in nodes if node.startswith(f"head.{LAYER}.")}
     page.get_by_role("button", name="explain rows…").click()
     form = page.get_by_role("dialog", name="Explain these rows")
-    expect(form).to_contain_text(f"{len(own)} components with examples in {DATASET}")
+    expect(form).to_contain_text(f"{len(own)} heads of {DATASET}")
     expect(form).to_contain_text("are in no dataset")
     expect(form).to_contain_text("nobody is asked, so it costs nothing")
     shoot(page, "explanations-job-form")

@@ -88,7 +88,7 @@ function Job({ job }: { job: JobJson }) {
     <li class="job" aria-label={`Job on ${about}`} data-state={job.state}>
       <p class="job-head">
         <strong>{methodName(request.method)}</strong>
-        <code>{about}</code>
+        {request.range ? <code>{about}</code> : <span>{about}</span>}
         <span class="quiet-text">
           of {request.dataset}
           {user && `, by ${user}`}

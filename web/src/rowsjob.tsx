@@ -7,18 +7,47 @@ import { JobForm } from "./jobform";
 import { openExplanations } from "./explanationlibrary";
 import { count } from "./numbers";
 import { model, stale } from "./state";
+import { kindOf } from "./worth";
 import { shownRows } from "./view";
 
-/** The components by the dataset whose examples explain them, most first; "" for those without one. */
-export function byDataset(components: readonly string[]): [dataset: string, own: string[]][] {
-  const loaded = model.value;
+/** Components that one job can explain: of one dataset, and either all heads or none. */
+export interface Part {
+  /** Empty where no dataset has examples of them. */
+  dataset: string;
+  /** `3 heads of demo`, `12 neurons and latents of demo`. */
+  words: string;
+  components: string[];
+}
+
+/** The components in parts, the largest first; heads have scores of their own, so they are apart. */
+export function parts(
+  components: readonly string[],
+  datasetOf: (component: string) => string,
+): Part[] {
   const groups = new Map<string, string[]>();
   for (const component of components) {
-    const found = loaded && chosen(listed.value?.datasets ?? [], component, loaded, null);
-    const name = found?.name ?? "";
-    groups.set(name, [...(groups.get(name) ?? []), component]);
+    const key = `${datasetOf(component)} ${kindOf(component) === "head" ? "heads" : "others"}`;
+    groups.set(key, [...(groups.get(key) ?? []), component]);
   }
-  return [...groups].sort(([, a], [, b]) => b.length - a.length);
+  return [...groups]
+    .map(([key, own]) => {
+      const dataset = key.split(" ")[0] ?? "";
+      return { dataset, words: `${kindWords(own)} of ${dataset}`, components: own };
+    })
+    .sort((one, other) => other.components.length - one.components.length);
+}
+
+function kindWords(components: readonly string[]): string {
+  const kinds = [...new Set(components.map(kindOf))].sort().reverse();
+  const [only] = kinds;
+  if (components.length === 1) return `1 ${only ?? ""}`;
+  return `${components.length} ${kinds.map((kind) => `${kind}s`).join(" and ")}`;
+}
+
+function datasetOf(component: string): string {
+  const loaded = model.value;
+  if (!loaded) return "";
+  return chosen(listed.value?.datasets ?? [], component, loaded, null)?.name ?? "";
 }
 
 export function RowsJob() {
@@ -73,48 +102,56 @@ export function RowsJob() {
 }
 
 function Rows({ components, onStarted }: { components: string[]; onStarted: () => void }) {
-  const groups = byDataset(components);
-  const known = groups.filter(([name]) => name !== "");
-  const without = groups.find(([name]) => name === "")?.[1].length ?? 0;
+  const [started, setStarted] = useState<string[]>([]);
   const [wanted, setWanted] = useState<string | null>(null);
-  const [dataset, own] = known.find(([name]) => name === wanted) ?? known[0] ?? ["", []];
+  const all = parts(components, datasetOf);
+  const known = all.filter(({ dataset }) => dataset !== "");
+  const left = known.filter(({ words }) => !started.includes(words));
+  const without = all
+    .filter(({ dataset }) => dataset === "")
+    .reduce((sum, each) => sum + each.components.length, 0);
+  const part = left.find(({ words }) => words === wanted) ?? left[0];
   if (components.length === 0)
     return <p>These rows are no heads, neurons or latents, so there is nothing to explain.</p>;
-  if (own.length === 0)
+  if (!part)
     return (
       <p>
         No dataset has examples of these {count(components.length, "component")}, and without
         examples nothing can be learnt of them.
       </p>
     );
-  const explained = own.filter((each) => bestOf(each)).length;
+  const explained = part.components.filter((each) => bestOf(each)).length;
   return (
     <>
       <p class="about">
-        {count(own.length, "component")} with examples in{" "}
-        {known.length > 1 ? (
+        {left.length > 1 ? (
           <select
-            aria-label="Dataset"
-            value={dataset}
+            aria-label="Components"
+            title="Heads have scores of their own, so they are a job of their own"
+            value={part.words}
             onChange={(event) => setWanted(event.currentTarget.value)}
           >
-            {known.map(([name, its]) => (
-              <option key={name} value={name}>
-                {name} ({its.length})
+            {left.map(({ words }) => (
+              <option key={words} value={words}>
+                {words}
               </option>
             ))}
           </select>
         ) : (
-          <code>{dataset}</code>
+          part.words
         )}
         {explained > 0 && `; ${explained} have an explanation`}
         {without > 0 && `; ${without} more are in no dataset`}.
+        {started.length > 0 && ` The job on ${started.join(", and that on ")} has begun.`}
       </p>
       <JobForm
-        key={dataset}
-        dataset={dataset}
-        about={{ list: { components: own } }}
-        onStarted={onStarted}
+        key={part.words}
+        dataset={part.dataset}
+        about={{ list: { components: part.components } }}
+        onStarted={() => {
+          setStarted((before) => [...before, part.words]);
+          if (left.length === 1) onStarted();
+        }}
       />
     </>
   );

@@ -7,6 +7,7 @@ import { suggestion } from "../src/jobform";
 import { costWords, isActive, isResumable, outcomeWords, stateWords } from "../src/jobs";
 import { aboutWords } from "../src/joblist";
 import { wrongRange } from "../src/rangejob";
+import { parts } from "../src/rowsjob";
 
 test.each([
   [0, "$0"],
@@ -126,4 +127,18 @@ test.each([
   const said = wrongRange(from, to, 0, 29);
   if (wrong === undefined) expect(said).toBeUndefined();
   else expect(said).toContain(wrong);
+});
+
+test("rows are explained in parts: by dataset, and heads by themselves", () => {
+  const all = ["head.1.0", "neuron.1.0", "latent.d.3", "head.2.0", "neuron.1.4", "neuron.9.0"];
+  const found = parts(all, (component) => (component === "neuron.9.0" ? "" : "demo"));
+  expect(found).toEqual([
+    {
+      dataset: "demo",
+      words: "3 neurons and latents of demo",
+      components: ["neuron.1.0", "latent.d.3", "neuron.1.4"],
+    },
+    { dataset: "demo", words: "2 heads of demo", components: ["head.1.0", "head.2.0"] },
+    { dataset: "", words: "1 neuron of ", components: ["neuron.9.0"] },
+  ]);
 });
