@@ -81,6 +81,9 @@ class OtelTracing:
                     stack.callback(span.end)
             yield
 
+    def onward(self, call: Call) -> list[tuple[str, str]]:
+        return _headers(call.trace) if isinstance(call.trace, Context) else []
+
     def close(self) -> None:
         # Left alone where it takes longer: a collector that is gone shall not hold up the end.
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
@@ -94,15 +97,19 @@ class _OtelSpan:
         self.trace: object = trace.set_span_in_context(span, Context())
 
     def headers(self) -> list[tuple[str, str]]:
-        carrier: dict[str, str] = {}
-        _W3C.inject(carrier, trace.set_span_in_context(self._span, Context()))
-        return list(carrier.items())
+        return _headers(trace.set_span_in_context(self._span, Context()))
 
     def end(self, code: str, **attributes: Value) -> None:
         self._span.set_attributes(_prefixed({"code": code, **attributes}))
         if code.upper() in FAULTS:
             self._span.set_status(Status(StatusCode.ERROR, code))
         self._span.end()
+
+
+def _headers(context: Context) -> list[tuple[str, str]]:
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier, context)
+    return list(carrier.items())
 
 
 def _prefixed(attributes: Mapping[str, Value]) -> dict[str, Value]:

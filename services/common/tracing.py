@@ -38,6 +38,9 @@ class Tracing(Protocol):
     ) -> AbstractContextManager[None]:
         """Surrounds one piece of work that is done for all of `calls`; each has it in its trace."""
 
+    def onward(self, call: Call) -> list[tuple[str, str]]:
+        """What another service must be sent so that its work for `call` is in the same trace."""
+
     def close(self) -> None:
         """Sends what has not been sent; waits no longer than a few seconds."""
 
@@ -60,6 +63,9 @@ class Untraced:
     @contextmanager
     def working(self, name: str, calls: Sequence[Call], **attributes: Value) -> Iterator[None]:
         yield
+
+    def onward(self, call: Call) -> list[tuple[str, str]]:
+        return []
 
     def close(self) -> None: ...
 

@@ -88,9 +88,9 @@ def main() -> int:
     """Serves until told to stop; the exit code."""
     try:
         settings = Settings.from_env(os.environ)
-        upstream = Upstream(settings)
-        database, lock = open_database(settings)
         traces = tracing.start(settings, "explainer")
+        upstream = Upstream(settings, traces)
+        database, lock = open_database(settings)
     except (SettingsError, TdbError) as error:
         print(error, file=sys.stderr)
         return 1

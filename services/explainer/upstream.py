@@ -26,6 +26,7 @@ from services.common.identity import metadata_for
 from services.common.settings import Settings
 from services.common.status import DETAILS_TRAILER, REQUEST_ID
 from services.common.tls import ClientTls
+from services.common.tracing import Tracing, Untraced
 
 RETRY_S = 1.0
 """When to come back to a service that cannot be reached and has not said so itself."""
@@ -48,11 +49,14 @@ _PASSED_ON = {
 class Upstream:
     """Both services. Channels are opened when first used, on the event loop that uses them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, traces: Tracing | None = None) -> None:
         """Raises SettingsError where the settings do not say where a service is."""
         secured = ClientTls.of(settings)
-        self._dataset = _Service("dataset", settings, settings.dataset_target, secured)
-        self._inference = _Service("inference", settings, settings.inference_target, secured)
+        traces = traces or Untraced()
+        self._dataset = _Service("dataset", settings, settings.dataset_target, secured, traces)
+        self._inference = _Service(
+            "inference", settings, settings.inference_target, secured, traces
+        )
 
     @cached_property
     def dataset(self) -> "dataset_grpc.DatasetServiceAsyncStub":
@@ -75,12 +79,18 @@ class _Service:
     """A channel, as far as stubs need one, whose calls say for whom they are and raise TdbError."""
 
     def __init__(
-        self, name: str, settings: Settings, target: str, secured: ClientTls | None
+        self,
+        name: str,
+        settings: Settings,
+        target: str,
+        secured: ClientTls | None,
+        traces: Tracing,
     ) -> None:
         self._name = name
         self._settings = settings
         self._target = target
         self._secured = secured
+        self._traces = traces
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -119,7 +129,7 @@ class _Service:
         call = calls.current()
         metadata = metadata_for(self._settings, call.user if call else calls.LOCAL_USER)
         if call is not None:
-            metadata.append((REQUEST_ID, call.request_id))
+            metadata += [(REQUEST_ID, call.request_id), *self._traces.onward(call)]
         return {"metadata": metadata, "timeout": call.remaining_s() if call else None}
 
     def _refusal(self, error: grpc.aio.AioRpcError) -> TdbError:

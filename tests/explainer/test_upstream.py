@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tdb.dataset.v1 import dataset_pb2, read_pb2
 from tdb.inference.v1 import generate_pb2, model_pb2
 
 from services.common import calls, errors
 from services.common.calls import Call
 from services.common.errors import TdbError
+from services.common.otel import OtelTracing
 from services.common.server import ServiceServer
+from services.common.tracing import Tracing
 from services.explainer.upstream import Upstream
 from tests.common.backend import Backend, serving, settings
 from tests.common.certificates import CLIENT, Authority
@@ -32,6 +37,7 @@ async def upstream(
     dataset: ServiceServer | None = None,
     inference: ServiceServer | None = None,
     more: Mapping[str, str] = {},
+    traces: Tracing | None = None,
 ) -> AsyncIterator[Upstream]:
     def address(server: ServiceServer | None) -> str:
         return f"127.0.0.1:{server.port}" if server else NOBODY
@@ -40,7 +46,7 @@ async def upstream(
         "TDB_DATASET_ADDRESS": address(dataset),
         "TDB_INFERENCE_ADDRESS": address(inference),
     }
-    made = Upstream(settings(**addresses, **more))
+    made = Upstream(settings(**addresses, **more), traces)
     try:
         yield made
     finally:
@@ -168,6 +174,34 @@ async def test_they_are_asked_for_the_user_until_the_deadline() -> None:
     assert [each.user for each in seen] == ["ann", "svc", "bob"]
     assert {each.request_id for each in seen} == {"id-1"}
     assert all(each.deadline and abs(each.deadline - deadline) < 5 for each in seen)
+
+
+async def test_their_work_is_in_the_trace_of_the_call() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    traces = OtelTracing(provider)
+    seen: list[str] = []
+
+    async def answer(request: Any, context: Any) -> Any:
+        seen.append(str(dict(context.invocation_metadata()).get("traceparent", "")))
+        return model_pb2.GetModelResponse()
+
+    backend = Backend()
+    backend.answer = answer
+    async with serving(backend) as server, upstream(inference=server, traces=traces) as asked:
+        span = traces.serve("Explain", {})
+        calls.enter(Call("Explain", "id-1", trace=span.trace))
+        await asked.inference.GetModel(MODEL)
+        span.end("OK")
+        calls.enter(Call("Explain", "id-2"))  # one that is not traced
+        await asked.inference.GetModel(MODEL)
+    (finished,) = exporter.get_finished_spans()
+    context = finished.get_span_context()
+    assert context is not None
+    first, second = seen
+    assert first.startswith(f"00-{context.trace_id:032x}-{context.span_id:016x}-")
+    assert second == ""
 
 
 async def test_a_wrong_service_token_is_not_the_caller_s_fault() -> None:
