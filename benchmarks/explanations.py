@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--group", action="append", help="such as latent.demo-mlp_out-1")
     parser.add_argument(
-        "--steered", type=int, default=64, help="latents with an intervention score"
+        "--steered", type=int, default=32, help="latents with an intervention score"
     )
     parser.add_argument("--folder", type=Path, help="where to put (and find again) the dataset")
     parser.add_argument("--card", action="store_true", help="write the figures into the card")

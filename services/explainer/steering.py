@@ -4,8 +4,8 @@ score.
 What is amplified: a neuron's or latent's value is set to STRENGTH times its largest activation, at
 every position that is read; what a head puts out is multiplied by HEAD_FACTOR, since it has no
 value of its own. Both texts are drawn with the same random numbers, which depend on the prompt and
-the seed. Prompts are the first tokens of texts that do not activate the component, of documents
-that its explainer did not see; a head's, of any such text.
+the seed. Prompts are the first tokens of texts, where those leave the component inactive (a head
+never is), of documents that its explainer did not see.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from tdb.type.v1 import token_pb2
 
 from services.common.errors import FailedPrecondition, NotFound
 from services.explainer.components import Subject
-from services.explainer.engine.components import keyed
+from services.explainer.engine.components import ACTIVE_SHARE, Example, HeadExample, keyed
 from services.explainer.engine.explainers import AnySplit
 from services.explainer.engine.intervention import Generate
 from services.explainer.engine.splits import split_pairs, split_tokens
@@ -25,7 +25,7 @@ from services.explainer.read_outs import is_of
 from services.explainer.stored import Dataset
 from services.explainer.upstream import Upstream
 
-STRENGTH = 4.0
+STRENGTH = 8.0
 HEAD_FACTOR = 4.0
 PROMPT_TOKENS = 8
 NEW_TOKENS = 24
@@ -124,10 +124,15 @@ def openings_of(
     found = {
         "".join(each.token_texts[:PROMPT_TOKENS]): each.token_ids[:PROMPT_TOKENS]
         for half in ((split.scoring,) if shown else (split.explaining, split.scoring))
-        for each in (*half.quiet, *(half.active if component.is_head else ()))
+        for each in (*half.quiet, *half.active)
+        if isinstance(each, HeadExample) or _begins_quietly(each, split.scale)
     }
     drawn = sorted(found, key=lambda text: keyed(seed, "opening", text))[:count]
     return [Opening(text, found[text]) for text in drawn]
+
+
+def _begins_quietly(example: Example, scale: float) -> bool:
+    return max(example.activations[:PROMPT_TOKENS]) <= ACTIVE_SHARE * scale
 
 
 def _prompt(opening: Opening, tokenizer: model_pb2.TokenizerFacts) -> token_pb2.Prompt:

@@ -1,4 +1,4 @@
-"""A model whose latents are known, because they were built by hand; and all services around it.
+"""A model whose latents are known, because they were built by hand.
 
 The residual stream is two halves of one place per token of the vocabulary: the first says which
 token is read, the second which one comes next. Attention and MLP write nothing. A latent of the
@@ -9,31 +9,17 @@ it promotes. What none of them writes is as likely as any other token.
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from tdb.explainer.v1 import service_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from services.common.settings import DictionarySource, ModelSource
-from services.explainer import server as processes
-from services.explainer.servicer import ExplainerServicer
-from services.explainer.steering import ModelSteering
-from services.explainer.upstream import Upstream
-from services.inference.engine.model import Model
-from services.inference.scheduler import Scheduler
-from services.inference.server import build_server, load_model
-from tests.common.backend import channel_to, settings
+from services.common.settings import DictionarySource
 from tests.dataset.building import helpers
-
-if TYPE_CHECKING:
-    from tdb.explainer.v1.service_pb2_grpc import ExplainerServiceAsyncStub
+from tests.explainer.services import Services
 
 DATASET, LAYER = "planted", "blocks.0.hook_resid_post"
 FILLERS = (
@@ -113,7 +99,7 @@ def write_model(folder: Path) -> None:
         ):
             tensor.zero_()
         model.transformer.wte.weight[:, :size] = torch.eye(size)
-        # Set to four times its largest, a latent then decides about every second token.
+        # A latent that is amplified then decides about every second token.
         model.lm_head.weight[:, size:] = 0.6 * torch.eye(size)
         # A text does not end by itself.
         model.lm_head.weight[0, :size] = -50.0
@@ -129,7 +115,7 @@ def write_dictionary(folder: Path) -> None:
         for word, strength in latent.words.items():
             w_enc[VOCABULARY.index(f"Ġ{word}"), number] = strength
         for word in latent.promotes:
-            w_dec[number, size + VOCABULARY.index(f"Ġ{word}")] = 0.05
+            w_dec[number, size + VOCABULARY.index(f"Ġ{word}")] = 0.025
     folder.mkdir(parents=True)
     config = {
         "architecture": "standard",
@@ -159,24 +145,18 @@ def documents(count: int = 240) -> list[str]:
     return found
 
 
-class Planted:
+class Planted(Services):
     """The model, and the folder with the dataset that was built with it."""
 
     def __init__(self, root: Path) -> None:
-        self.model_folder, self.data = root / "model", root / "data"
-        write_model(self.model_folder)
+        write_model(root / "model")
         write_dictionary(root / "dictionary")
         source = DictionarySource("planted", str(root / "dictionary"), unchecked=True)
-        self.model: Model = load_model(
-            ModelSource("planted", str(self.model_folder)), None, [source]
-        )
+        super().__init__("planted", root / "model", [source], root / "data")
         corpora = self.data / "corpora"
         corpora.mkdir(parents=True)
         lines = [json.dumps({"body": each}) + "\n" for each in documents()]
         (corpora / "texts.jsonl").write_text("".join(lines))
-        asyncio.run(self._build())
-
-    async def _build(self) -> None:
         request = helpers.request(
             dataset=DATASET,
             groups=["latent.planted"],
@@ -188,49 +168,4 @@ class Planted:
             quantiles=3,
             segmentTokens=100_000,
         )
-        async with self.inference() as port, helpers.serving(self.data, port) as stub:
-            await helpers.build(stub, request)
-
-    @asynccontextmanager
-    async def inference(self) -> AsyncIterator[int]:
-        found = settings(TDB_MODEL=f"planted={self.model_folder}", TDB_CACHE_MIB="0")
-        worker = Scheduler()
-        try:
-            async with build_server(found, worker, {"planted": self.model}, port=0) as server:
-                await server.set_serving()
-                yield server.port
-        finally:
-            worker.close()
-
-    @asynccontextmanager
-    async def serving(
-        self, store: Path, **variables: str
-    ) -> AsyncIterator["ExplainerServiceAsyncStub"]:
-        """All three services; the explanations are in the folder `store`."""
-        async with AsyncExitStack() as opened:
-            inference = await opened.enter_async_context(self.inference())
-            dataset = await opened.enter_async_context(helpers.serving_at(self.data, inference))
-            found = settings(
-                TDB_DATA_DIR=str(store),
-                TDB_DATASET_ADDRESS=f"127.0.0.1:{dataset}",
-                TDB_INFERENCE_ADDRESS=f"127.0.0.1:{inference}",
-                **variables,
-            )
-            database, lock = processes.open_database(found)
-            opened.callback(lock.close)
-            opened.callback(database.close)
-            upstream = Upstream(found)
-            opened.push_async_callback(upstream.close)
-            embeddings = processes.open_embeddings(found)
-            if embeddings:
-                opened.push_async_callback(embeddings.close)
-            servicer = ExplainerServicer(
-                database, upstream, None, steering=ModelSteering(upstream), embeddings=embeddings
-            )
-            server = await opened.enter_async_context(processes.build_server(found, servicer, 0))
-            await servicer.start(asyncio.Event(), 1.0)
-            opened.push_async_callback(servicer.close)
-            await server.set_serving()
-            channel = await opened.enter_async_context(channel_to(server))
-            stub: Any = service_pb2_grpc.ExplainerServiceStub(channel)
-            yield stub
+        asyncio.run(self.build(request))
