@@ -54,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     except Refused as error:
         print(f"tdb: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before there was a job
+        print("\ntdb: nothing was begun", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

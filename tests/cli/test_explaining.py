@@ -175,6 +175,21 @@ def test_nothing_is_spent_without_a_yes(
     assert begins or "nothing was sent" in shown
 
 
+def test_ctrl_c_instead_of_an_answer_is_a_no(
+    service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    asks(service)
+    terminal = _Terminal()
+    monkeypatch.setattr(terminal, "readline", interrupt)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main([*EXPLAIN, ASKING]) == 1
+    assert not service.sent(explain_pb2.ExplainManyRequest)
+    assert "nothing was begun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
