@@ -3,7 +3,7 @@ and plain formulas; segments merge to the same."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -56,8 +56,13 @@ def corpus_of(ids: Sequence[int], sequences: int) -> list[CorpusSequence]:
     ]
 
 
+class HasIds(Protocol):
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+
+
 def stood(
-    folder: Path, corpus: Sequence[CorpusSequence], modules: dict[str, str]
+    folder: Path, corpus: Sequence[HasIds], modules: dict[str, str]
 ) -> dict[str, list[Tensor]]:
     """What came out of modules, by the names they are asked for, one sequence at a time; of names
     that begin with `into `, what went in. Attention patterns as `pattern L`."""
