@@ -109,8 +109,11 @@ def dataset_of(name: str, hash: str, header: dataset_pb2.DatasetHeader) -> Datas
     return Dataset(
         name,
         hash,
-        ExplainedModel(header.model.id, header.model.weights_hash),
-        tuple((each.id, each.weights_hash) for each in header.model.dictionaries),
+        ExplainedModel(
+            header.model.id,
+            header.model.weights_hash,
+            tuple((each.id, each.weights_hash) for each in header.model.dictionaries),
+        ),
     )
 
 

@@ -33,6 +33,8 @@ STEPS = (
         id TEXT NOT NULL UNIQUE,
         model_id TEXT NOT NULL,
         weights_hash TEXT NOT NULL,
+        -- Of a latent, the hash of its dictionary.
+        dictionary_hash TEXT NOT NULL DEFAULT '',
         component TEXT NOT NULL,
         component_group TEXT NOT NULL,
         text TEXT NOT NULL,
@@ -53,7 +55,8 @@ STEPS = (
     ) STRICT;
     -- All that choosing among explanations reads of them.
     CREATE INDEX explanation_of_component ON explanation (
-        component, model_id, weights_hash, number, id, method, created_ms, based_on
+        component, model_id, weights_hash, dictionary_hash, component_group, number, id, method,
+        created_ms, based_on
     );
     CREATE INDEX explanation_searched
         ON explanation (model_id, component_group, method, weights_hash);

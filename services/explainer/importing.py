@@ -117,6 +117,7 @@ def _new(
     parts = [
         dataset.model.id,
         dataset.model.weights_hash,
+        dataset.model.dictionary_hash(component),
         component,
         text,
         given.id,

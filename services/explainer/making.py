@@ -291,6 +291,14 @@ def check_model(stored: StoredExplanation, subject: Subject) -> None:
         same = explained.weights_hash == recorded.weights_hash
     else:
         same = explained.id == recorded.id
+    dictionaries = {each.dictionary_hash(stored.component) for each in (explained, recorded)}
+    if len(dictionaries - {""}) > 1:
+        raise FailedPrecondition(
+            f"the dictionary that {stored.component} is of has other weights in the dataset "
+            f"{subject.dataset.name!r} than the one that the explanation is of",
+            field="dataset",
+            reason="OTHER_MODEL",
+        )
     if not same:
         raise FailedPrecondition(
             f"the explanation is of the model {_named(explained)}, and the dataset "

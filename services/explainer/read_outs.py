@@ -84,6 +84,6 @@ def is_of(dataset: Dataset, address: str, manifest: manifest_pb2.Manifest) -> bo
     if dataset.model.weights_hash not in ("", manifest.model.weights_hash):
         return False
     dictionary = parse(address).dictionary
-    recorded = dict(dataset.dictionaries).get(dictionary, "")
+    recorded = dataset.model.dictionary_hash(address)
     served = {each.id: each.weights_hash for each in manifest.dictionaries}.get(dictionary, "")
     return recorded in ("", served)

@@ -47,12 +47,26 @@ def model(given: explanation_pb2.ExplainedModel) -> ExplainedModel:
     """Raises InvalidArgument."""
     with inside("id"):
         found = name(given.id, "the id of a model is required, for example gpt2")
-    if given.weights_hash and not _HASH.fullmatch(given.weights_hash):
+    if given.weights_hash:
+        _check_hash(given.weights_hash)
+    dictionaries: dict[str, str] = {}
+    for number, each in enumerate(given.dictionaries):
+        with inside(f"dictionaries[{number}]"):
+            with inside("id"):
+                dictionary = name(each.id, "the id of a dictionary is required")
+                if dictionary in dictionaries:
+                    raise InvalidArgument("stands twice")
+            _check_hash(each.weights_hash)
+            dictionaries[dictionary] = each.weights_hash
+    return ExplainedModel(found, given.weights_hash, tuple(dictionaries.items()))
+
+
+def _check_hash(given: str) -> None:
+    if not _HASH.fullmatch(given):
         raise InvalidArgument(
-            "is a hash in lower-case hexadecimal digits, as GetModel gives it, or absent",
+            "is a hash in lower-case hexadecimal digits, as GetModel gives it",
             field="weights_hash",
         )
-    return ExplainedModel(found, given.weights_hash)
 
 
 @lru_cache(2 * MAX_COMPONENTS)  # a table asks for the same again and again

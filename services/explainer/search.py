@@ -49,10 +49,12 @@ class Filter:
     @property
     def sql(self) -> tuple[str, list[str]]:
         """A condition on the table `explanation`, and its parameters."""
-        conditions, parameters = ["TRUE"], []
+        conditions = ["TRUE"]
+        parameters: list[str] = []
         if self.model is not None:
-            conditions.append(store.OF_MODEL)
-            parameters += [self.model.id, self.model.weights_hash]
+            condition, of_model = store.of_model(self.model)
+            conditions.append(condition)
+            parameters += of_model
         for column, values in (("component_group", self.groups), ("method", self.methods)):
             if values:
                 conditions.append(f"{column} IN (SELECT value FROM json_each(?))")

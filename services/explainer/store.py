@@ -28,8 +28,11 @@ from services.explainer.stored import (
     StoredScore,
 )
 
-OF_MODEL = "model_id = ? AND (weights_hash = '' OR ? IN ('', weights_hash))"
-"""The condition for explanations of a model; its parameters are the id and, once, the hash."""
+_OF_MODEL = (
+    "model_id = ? AND (weights_hash = '' OR ? IN ('', weights_hash)) AND (dictionary_hash = '' OR "
+    "dictionary_hash = coalesce("
+    "(SELECT value FROM json_each(?) WHERE key = component_group), dictionary_hash))"
+)
 
 _OF_CHOICE = "(measure = '' OR (measure = 'auc' AND scorer IN ('detection', 'head_pairs')))"
 """The scores that choice goes by, in the words of the schema's index `score_of_choice`."""
@@ -40,8 +43,8 @@ _MEASURES: dict[str, Measure | None] = {"": None, **{each.value: each for each i
 _NOT_RATED = Ratings()
 
 _COLUMNS = (
-    "id", "model_id", "weights_hash", "component", "component_group", "text", "method",
-    "explainer_model", "provider", "prompt_hash", "seed", "dataset", "dataset_hash",
+    "id", "model_id", "weights_hash", "dictionary_hash", "component", "component_group", "text",
+    "method", "explainer_model", "provider", "prompt_hash", "seed", "dataset", "dataset_hash",
     "code_version", "author", "based_on", "published_method", "created_ms", "source_key",
 )  # fmt: skip
 _SCORE_COLUMNS = (
@@ -182,6 +185,7 @@ def insert(
             id,
             new.model.id,
             new.model.weights_hash,
+            new.model.dictionary_hash(new.component),
             new.component,
             group_of(new.component),
             new.text,
@@ -246,6 +250,12 @@ def insert_scores(
     return tuple(StoredScore(**vars(each), created_ms=created_ms) for each in scores)
 
 
+def of_model(model: ExplainedModel) -> tuple[str, tuple[str, ...]]:
+    """The condition for explanations that are shown for a model, and its parameters."""
+    hashes = {f"latent.{id}": each for id, each in model.dictionaries if each}
+    return _OF_MODEL, (model.id, model.weights_hash, json.dumps(hashes))
+
+
 def number_of(connection: sqlite3.Connection, id: str) -> int:
     """The number of an explanation. Raises NotFound."""
     row = connection.execute("SELECT number FROM explanation WHERE id = ?", (id,)).fetchone()
@@ -280,14 +290,14 @@ def read(
     ratings = _ratings(connection, asked, user)
     found = {}
     for (
-        number, id, model_id, weights_hash, component, text, method, explainer_model, provider,
-        prompt_hash, seed, dataset, dataset_hash, code_version, author, based_on,
-        published_method, created_ms, documents,
+        number, id, model_id, weights_hash, dictionary_hash, component, text, method,
+        explainer_model, provider, prompt_hash, seed, dataset, dataset_hash, code_version, author,
+        based_on, published_method, created_ms, documents,
     ) in _tuples(
         connection,
-        "SELECT number, id, model_id, weights_hash, component, text, method, explainer_model, "
-        "provider, prompt_hash, seed, dataset, dataset_hash, code_version, author, based_on, "
-        "published_method, created_ms, "
+        "SELECT number, id, model_id, weights_hash, dictionary_hash, component, text, method, "
+        "explainer_model, provider, prompt_hash, seed, dataset, dataset_hash, code_version, "
+        "author, based_on, published_method, created_ms, "
         "(SELECT count(*) FROM explanation_document WHERE explanation = number) "
         "FROM explanation WHERE number IN (SELECT value FROM json_each(?))",
         (asked,),
@@ -295,7 +305,11 @@ def read(
         found[number] = StoredExplanation(
             number=number,
             id=id,
-            model=ExplainedModel(model_id, weights_hash),
+            model=ExplainedModel(
+                model_id,
+                weights_hash,
+                ((component.split(".")[1], dictionary_hash),) if dictionary_hash else (),
+            ),
             component=component,
             text=text,
             method=_METHODS[method],
@@ -325,12 +339,13 @@ def chosen(
     best_only: bool,
 ) -> list[int]:
     """The numbers of the components' explanations, in their order, of each the best first."""
+    condition, parameters = of_model(model)
     rows: dict[str, list[list[Any]]] = {}
     for component, *row in _tuples(
         connection,
         "SELECT component, number, id, method, created_ms, based_on FROM explanation "
-        f"WHERE component IN (SELECT value FROM json_each(?)) AND {OF_MODEL}",
-        (json.dumps(components), model.id, model.weights_hash),
+        f"WHERE component IN (SELECT value FROM json_each(?)) AND {condition}",
+        (json.dumps(components), *parameters),
     ):
         rows.setdefault(component, []).append(row)
     compared = json.dumps([row[0] for found in rows.values() if len(found) > 1 for row in found])

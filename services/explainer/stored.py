@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from services.common.addresses import parse
 from services.explainer.engine.explanations import Method
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.scores import Measure, Scorer
@@ -13,23 +14,26 @@ class ExplainedModel:
     """The model that explanations are of; without a hash any weights of this id.
 
     An explanation with a hash is shown for those weights only, one without for all of its id.
+    `dictionaries` are hashes of dictionaries' weights by id: a latent's explanation with a hash is
+    shown for that dictionary only, whatever else has its id.
     """
 
     id: str
     weights_hash: str = ""
+    dictionaries: tuple[tuple[str, str], ...] = ()
+
+    def dictionary_hash(self, component: str) -> str:
+        """Of the dictionary that a latent is of; "" for what is no latent, or not known."""
+        return dict(self.dictionaries).get(parse(component).dictionary, "")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset as provenance names it: its name, the hash of its manifest, the model it is of.
-
-    `dictionaries` are the hashes of their weights by id, "" where they are not known.
-    """
+    """A dataset as provenance names it: its name, the hash of its manifest, the model it is of."""
 
     name: str
     hash: str
     model: ExplainedModel
-    dictionaries: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,12 @@ def explanation(stored: StoredExplanation) -> explanation_pb2.Explanation:
     return explanation_pb2.Explanation(
         id=stored.id,
         model=explanation_pb2.ExplainedModel(
-            id=stored.model.id, weights_hash=stored.model.weights_hash
+            id=stored.model.id,
+            weights_hash=stored.model.weights_hash,
+            dictionaries=[
+                explanation_pb2.ExplainedDictionary(id=id, weights_hash=hash)
+                for id, hash in stored.model.dictionaries
+            ],
         ),
         component=stored.component,
         text=stored.text,

@@ -266,6 +266,25 @@ async def test_a_dataset_of_another_model_scores_nothing(served: Stack) -> None:
     assert await scored(served, written.id)
 
 
+async def test_a_dictionary_of_the_same_name_is_another(served: Stack) -> None:
+    latent = replace(synthetic.component(), address="latent.d.7")
+    served.dataset.records["latent.d.7"] = stack.record(latent)
+    served.dataset.header.model.dictionaries.add(id="d", weights_hash="11" * 32)
+    explanation, _, _ = await explained(served, component="latent.d.7")
+    (dictionary,) = explanation.model.dictionaries
+    assert (dictionary.id, dictionary.weights_hash) == ("d", "11" * 32)
+    served.inference.described = described()
+    served.dataset.header.model.dictionaries[0].weights_hash = "22" * 32
+    served.dataset.hash = "ef" * 32
+    with pytest.raises(grpc.aio.AioRpcError, match="has other weights in the dataset") as refused:
+        await scored(served, explanation.id)
+    assert refusal(refused.value) == ("FAILED_PRECONDITION", "dataset", "OTHER_MODEL")
+    # Nor is it asked what a dictionary promotes that is not the same.
+    again, _, _ = await explained(served, component="latent.d.7")
+    assert again.id != explanation.id
+    assert "Promotes" not in again.text
+
+
 async def test_a_score_that_cannot_be_made_leaves_the_others(served: Stack) -> None:
     explanation, scores, summary = await explained(served, scoring=scoring(INTERVENTION, DETECTION))
     assert [each.scorer for each in scores] == [DETECTION] * 2

@@ -145,9 +145,29 @@ HEADS = explanation_pb2.METHOD_ATTENTION_HEAD
 CONTRASTIVE = explanation_pb2.METHOD_CONTRASTIVE
 DETECTION, PAIRS = explanation_pb2.SCORER_DETECTION, explanation_pb2.SCORER_HEAD_PAIRS
 
+D = explanation_pb2.ExplainedDictionary(id="d", weights_hash="ab")
+
+
+def of(*dictionaries: explanation_pb2.ExplainedDictionary, **fields: str) -> Any:
+    """A model with dictionaries; with `fields`, with one of them."""
+    given = dictionaries or [explanation_pb2.ExplainedDictionary(**fields)]
+    return explanation_pb2.ExplainedModel(id="demo", dictionaries=given)
+
+
 REFUSED: list[tuple[str, Any, str]] = [
     ("ListExplanations", LIST(components=[ADDRESS]), "model.id"),
     ("ListExplanations", LIST(model=NO_HASH, components=[ADDRESS]), "model.weights_hash"),
+    (
+        "ListExplanations",
+        LIST(model=of(id="d"), components=[ADDRESS]),
+        "model.dictionaries[0].weights_hash",
+    ),
+    (
+        "ListExplanations",
+        LIST(model=of(weights_hash="ab"), components=[ADDRESS]),
+        "model.dictionaries[0].id",
+    ),
+    ("ListExplanations", LIST(model=of(D, D), components=[ADDRESS]), "model.dictionaries[1].id"),
     ("ListExplanations", LIST(model=MODEL), "components"),
     ("ListExplanations", LIST(model=MODEL, components=["mlp.3"]), "components[0]"),
     ("ListExplanations", LIST(model=MODEL, components=[ADDRESS, "neuron.1.7~3"]), "components[1]"),

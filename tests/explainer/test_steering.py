@@ -18,7 +18,7 @@ from services.explainer.stored import Dataset, ExplainedModel
 from tests.explainer import synthetic
 
 NOBODY: frozenset[str] = frozenset()
-DATASET = Dataset("small", "cd", ExplainedModel("demo", "ab"), (("D", "ef"),))
+DATASET = Dataset("small", "cd", ExplainedModel("demo", "ab", (("D", "ef"),)))
 
 
 class Model:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,26 @@ async def test_weights_decide_what_is_shown(store: ExplanationStore) -> None:
     assert await shown(ExplainedModel("demo", "ef")) == {"demo-"}
     assert await shown(ExplainedModel("demo")) == {"demo-ab", "demo-", "demo-cd"}
     assert await shown(ExplainedModel("x", "ab" * 32)) == {"x-"}
+
+
+async def test_a_latents_dictionary_decides_what_is_shown(store: ExplanationStore) -> None:
+    def with_hash(hash: str) -> ExplainedModel:
+        return replace(MODEL, dictionaries=(("d", hash), ("e", "99")))
+
+    for hash in ("11", "22", ""):
+        await store.add(new(f"of {hash}", model=with_hash(hash), component="latent.d.3"))
+    await store.add(new("a neuron", model=with_hash("11")))
+
+    async def shown(model: ExplainedModel, component: str = "latent.d.3") -> set[str]:
+        return {each.text for each in await store.list(model, [component])}
+
+    assert await shown(with_hash("11")) == {"of 11", "of "}
+    assert await shown(with_hash("33")) == {"of "}
+    assert await shown(MODEL) == {"of 11", "of 22", "of "}
+    assert await shown(replace(MODEL, dictionaries=(("e", "99"),))) == {"of 11", "of 22", "of "}
+    assert await shown(with_hash("33"), "neuron.1.7") == {"a neuron"}
+    found = await store.list(with_hash("11"), ["latent.d.3"])
+    assert [each.model.dictionaries for each in found] == [(), (("d", "11"),)]
 
 
 async def test_explanations_come_in_the_order_asked_for(store: ExplanationStore) -> None:

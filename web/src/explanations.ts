@@ -45,7 +45,10 @@ export const lookingUp = signal(false);
 /** The loaded model, as explanations name it. */
 export function explainedModel(): ExplainedModelJson {
   const { id = "", weightsHash = "" } = model.value?.model ?? {};
-  return { id, ...(weightsHash === "" ? {} : { weightsHash }) };
+  const dictionaries = (model.value?.dictionaries ?? []).flatMap((each) =>
+    each.id && each.weightsHash ? [{ id: each.id, weightsHash: each.weightsHash }] : [],
+  );
+  return { id, ...(weightsHash === "" ? {} : { weightsHash }), dictionaries };
 }
 
 const fingerprint = computed(() => model.value?.model?.weightsHash || model.value?.model?.id || "");
