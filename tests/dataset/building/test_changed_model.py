@@ -1,8 +1,6 @@
 """A model that changes while a dataset is built of it: noticed, never mixed."""
 
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from services.dataset.building.inference import Inference
 from services.inference.engine.model import Model
 from services.inference.server import load_model
 from tests.dataset.building import helpers
+from tests.dataset.building.conftest import Gate
 from tests.dataset.building.test_faults import REQUEST, inference_at, is_at, refusal, until
 
 
@@ -31,37 +30,21 @@ def other(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder, load_model(ModelSource("tiny", str(folder)), None)
 
 
-@pytest.fixture
-def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Builds wait before their third segment until this is set."""
-    event, real = threading.Event(), Inference.harvest
-    begun: list[int] = []
-
-    def harvest(self: Any, *what: Any) -> Any:
-        begun.append(1)
-        if len(begun) == 3:
-            event.wait()
-        return real(self, *what)
-
-    monkeypatch.setattr(Inference, "harvest", harvest)
-    yield event
-    event.set()
-
-
 async def test_another_model_after_a_restart_is_refused(
     data: Path,
     model: Model,
     model_folder: Path,
     other: tuple[Path, Model],
-    go_on: threading.Event,
+    gate: Gate,
 ) -> None:
     async with inference_at(0, model, model_folder) as inference:
         port = inference.port
         async with helpers.serving(data, port) as stub:
+            gate.close(segments=2)
             stub.BuildDataset(REQUEST)
             await until(stub, lambda build: build.done >= 60)
             await stub.CancelBuild(build_pb2.CancelBuildRequest(dataset="built"))
-            go_on.set()
+            gate.open()
             await until(stub, is_at("CANCELLED"))
     async with inference_at(port, other[1], other[0]), helpers.serving(data, port) as stub:
         code, says = await refusal(stub, REQUEST)
@@ -77,15 +60,16 @@ async def test_another_model_between_two_segments_is_refused(
     model: Model,
     model_folder: Path,
     other: tuple[Path, Model],
-    go_on: threading.Event,
+    gate: Gate,
 ) -> None:
     async with inference_at(0, model, model_folder) as gone:
         port = gone.port
     async with helpers.serving(data, port) as stub:
+        gate.close(segments=2)
         call = stub.BuildDataset(REQUEST)
         async with inference_at(port, model, model_folder):
             await until(stub, lambda build: build.done >= 60)
-        go_on.set()
+        gate.open()
         await until(stub, is_at("WAITING"))
         async with inference_at(port, other[1], other[0]):
             failed = await until(stub, is_at("FAILED"))

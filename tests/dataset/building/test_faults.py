@@ -20,6 +20,7 @@ from services.inference.scheduler import Scheduler
 from services.inference.server import build_server
 from tests.common.backend import settings
 from tests.dataset.building import helpers
+from tests.dataset.building.conftest import Gate
 
 REQUEST = helpers.request(tokens=600, segmentTokens=60, groups=["neuron.1", "head.0"])
 
@@ -64,16 +65,18 @@ async def refusal(stub: Any, request: build_pb2.BuildDatasetRequest) -> tuple[st
 
 
 async def test_a_cancelled_build_stays_until_it_is_asked_for_again(
-    data: Path, inference: ServiceServer, tmp_path: Path
+    data: Path, inference: ServiceServer, tmp_path: Path, gate: Gate
 ) -> None:
     (tmp_path / "whole").mkdir()
     shutil.copytree(data / "corpora", tmp_path / "whole" / "corpora")
     wanted = await helpers.built_by(tmp_path / "whole", inference, REQUEST)
     async with helpers.serving(data, inference.port) as stub:
+        gate.close(segments=2)
         call = stub.BuildDataset(REQUEST)
-        await until(stub, lambda build: build.done >= 120)
+        await until(stub, lambda build: build.done > 60)
         stopped = await stub.CancelBuild(build_pb2.CancelBuildRequest(dataset="built"))
-        assert 120 <= stopped.build.done < 600
+        gate.open()
+        assert 60 < stopped.build.done <= 120
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             [each async for each in call]
         assert caught.value.code() is grpc.StatusCode.CANCELLED
@@ -92,19 +95,21 @@ async def test_a_cancelled_build_stays_until_it_is_asked_for_again(
 
 
 async def test_a_build_goes_on_when_its_caller_leaves_and_when_the_service_stops(
-    data: Path, inference: ServiceServer
+    data: Path, inference: ServiceServer, gate: Gate
 ) -> None:
     async with helpers.serving(data, inference.port) as stub:
+        gate.close(segments=2)
         call = stub.BuildDataset(REQUEST)
         await anext(aiter(call))
         call.cancel()
-        before = await until(stub, lambda build: build.done >= 60)
+        before = await until(stub, lambda build: build.done > 60)
         with pytest.raises(grpc.aio.AioRpcError, match="cancel that first"):
             await stub.DeleteDataset(dataset_pb2.DeleteDatasetRequest(dataset="built"))
+    gate.open()
     async with helpers.serving(data, inference.port) as stub:
         _, dataset = await helpers.build(stub, REQUEST)
         assert dataset.header.corpus.tokens == 600
-        assert before.done >= 60
+        assert before.done > 60
         code, says = await refusal(stub, REQUEST)
         assert (code, says) == (
             "FAILED_PRECONDITION",
@@ -115,7 +120,7 @@ async def test_a_build_goes_on_when_its_caller_leaves_and_when_the_service_stops
 
 
 async def test_while_the_inference_service_is_away_a_build_waits(
-    data: Path, model: Model, model_folder: Path
+    data: Path, model: Model, model_folder: Path, gate: Gate
 ) -> None:
     async with inference_at(0, model, model_folder) as gone:
         port = gone.port
@@ -123,10 +128,12 @@ async def test_while_the_inference_service_is_away_a_build_waits(
         call = asyncio.ensure_future(helpers.build(stub, REQUEST))
         waiting = await until(stub, is_at("WAITING"))
         assert waiting.message.startswith("the inference service: ")
+        gate.close(segments=2)
         async with inference_at(port, model, model_folder):
-            await until(stub, lambda build: build.done >= 120)
+            await until(stub, lambda build: build.done > 60)
+        gate.open()
         waiting = await until(stub, is_at("WAITING"))
-        assert 120 <= waiting.done < 600
+        assert 60 < waiting.done <= 120
         async with inference_at(port, model, model_folder):
             _, dataset = await call
     assert dataset.header.corpus.tokens == 600
@@ -247,11 +254,15 @@ async def test_a_disk_that_fills_up_costs_a_segment(
     assert helpers.files_of(data / "datasets" / "built") == wanted
 
 
-async def test_a_damaged_state_is_noticed_and_named(data: Path, inference: ServiceServer) -> None:
+async def test_a_damaged_state_is_noticed_and_named(
+    data: Path, inference: ServiceServer, gate: Gate
+) -> None:
     async with helpers.serving(data, inference.port) as stub:
+        gate.close(segments=2)
         call = stub.BuildDataset(REQUEST)
-        await until(stub, lambda build: build.done >= 120)
+        await until(stub, lambda build: build.done > 60)
         await stub.CancelBuild(build_pb2.CancelBuildRequest(dataset="built"))
+        gate.open()
         await until(stub, is_at("CANCELLED"))
         call.cancel()
         (state,) = (data / "datasets" / "built" / "building").glob("state.*/head.0")
@@ -266,12 +277,14 @@ async def test_a_damaged_state_is_noticed_and_named(data: Path, inference: Servi
 
 
 async def test_a_corpus_that_changed_meanwhile_is_noticed(
-    data: Path, inference: ServiceServer
+    data: Path, inference: ServiceServer, gate: Gate
 ) -> None:
     async with helpers.serving(data, inference.port) as stub:
+        gate.close(segments=2)
         call = stub.BuildDataset(REQUEST)
-        await until(stub, lambda build: build.done >= 120)
+        await until(stub, lambda build: build.done > 60)
         await stub.CancelBuild(build_pb2.CancelBuildRequest(dataset="built"))
+        gate.open()
         await until(stub, is_at("CANCELLED"))
         call.cancel()
         (data / "corpora" / "news.jsonl").write_text(helpers.corpus_lines() + "\n")
