@@ -177,11 +177,16 @@ def _connected(options: argparse.Namespace) -> Iterator[Ask]:
             raise _refusal(error, target) from None
 
 
+def _code(error: Any) -> grpc.StatusCode:
+    code: grpc.StatusCode = error.code()
+    return code
+
+
 def _refusal(error: Any, target: str) -> Refused:
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return Refused(
             f"the explainer service at {target} does not answer ({error.details()}): is `tdb up` "
-            "running? Jobs go on by themselves when it is back"
+            "running?"
         )
     if error.code() is grpc.StatusCode.UNAUTHENTICATED:
         return Refused(f"{error.details()}; TDB_TOKEN is what is sent")
@@ -264,6 +269,13 @@ def _show(events: Any) -> int:
     except KeyboardInterrupt:
         shown.leave(job_id)
         return 0
+    except grpc.RpcError as error:
+        if job_id and _code(error) is grpc.StatusCode.UNAVAILABLE:
+            raise Refused(
+                "the explainer service went away; the job goes on when it is back: "
+                f"`tdb jobs follow {job_id}` shows it"
+            ) from None
+        raise
     finally:
         shown.close()
         events.cancel()

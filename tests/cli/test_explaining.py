@@ -40,6 +40,7 @@ class Service(service_pb2_grpc.ExplainerServiceServicer):
         self.ends: Any = job_pb2.JOB_STATE_DONE
         self.refusal: tuple[grpc.StatusCode, str] | None = None
         self.refuses: type[Any] = object
+        self.breaks = False
 
     def sent(self, kind: type[Any]) -> list[Any]:
         return [each for each in self.asked if isinstance(each, kind)]
@@ -82,6 +83,8 @@ class Service(service_pb2_grpc.ExplainerServiceServicer):
         text = "fires on\n\x1b[2Jnames"
         yield kind(item=job_pb2.JobItem(component="neuron.0.1", explanation_id="e", text=text))
         yield kind(item=job_pb2.JobItem(component="neuron.0.2", reason="TOO_FEW_DOCUMENTS"))
+        if self.breaks:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it stops")
         while self.ends is None and context.is_active():
             time.sleep(0.02)
         usage = explain_pb2.Usage(calls=3, prompt_tokens=1000, completion_tokens=234, cost=0.5)
@@ -211,6 +214,16 @@ def test_scripts_say_yes_and_how_much(
     sent = service.sent(explain_pb2.ExplainManyRequest)
     assert [each.budget.max_cost for each in sent] == ([] if says else [2.0])
     assert says in capsys.readouterr().err
+
+
+def test_a_service_that_goes_away_leaves_the_job(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.breaks = True
+    assert main([*EXPLAIN, OFFLINE]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 2
+    assert "the job goes on when it is back: `tdb jobs follow j-1` shows it" in shown.err
 
 
 @pytest.mark.parametrize("state", [job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_OUT_OF_BUDGET])
