@@ -98,7 +98,7 @@ class Wish(Enum):
 
 
 class JobRun:
-    """A job of this process. `changed` is told of every change, `dealt_with` of every component."""
+    """A job of this process."""
 
     def __init__(
         self,
@@ -131,6 +131,10 @@ class JobRun:
         return self._job.id
 
     @property
+    def number(self) -> int:
+        return self._job.number
+
+    @property
     def user(self) -> str:
         return self._job.user
 
@@ -158,8 +162,9 @@ class JobRun:
 
     def tell(self, wish: Wish) -> None:
         """Nothing further is begun. What is on its way ends; with CANCEL, only calls that were
-        sent."""
-        self._wish = wish
+        sent. Who was told to cancel is not told otherwise."""
+        if self._wish is not Wish.CANCEL:
+            self._wish = wish
         self._told.set()
         if wish is Wish.CANCEL:
             self.cut_off()
@@ -179,6 +184,7 @@ class JobRun:
             _log.exception("a job failed", extra={"fields": {"job": self.id}})
             await self._set(JobState.FAILED, f"a fault of ours: {type(bug).__name__}")
         finally:
+            self.cut_off()
             self.let_go()
 
     async def stop_here(self, state: JobState) -> None:
@@ -284,7 +290,7 @@ class JobRun:
         self._times.append(time.monotonic())
         if dealt.state is not ComponentState.SKIPPED:
             self._answered += 1
-            if self._job.state is JobState.WAITING:
+            if self._job.state is JobState.WAITING and self._wish is None:
                 await self._set(JobState.RUNNING)
         reason = "" if dealt.state is ComponentState.EXPLAINED else dealt.reason
         self._tell(Item(component, dealt.explanation_id, text, reason))

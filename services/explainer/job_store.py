@@ -165,6 +165,16 @@ class JobStore:
             )
         )
 
+    async def stop(self, number: int, state: JobState) -> None:
+        """Sets the state, unless the job has ended meanwhile."""
+        under_way = [each for each in JobState if each.is_under_way]
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE job SET state = ?, message = '' WHERE number = ? AND state IN (?, ?, ?)",
+                (state, number, *under_way),
+            )
+        )
+
     async def restart(self, number: int, request: str) -> None:
         """Makes it QUEUED again, with this request."""
         await self._database.write(

@@ -75,8 +75,8 @@ class Jobs:
         workers = list(self._workers.values())
         if workers:
             await asyncio.wait(workers, timeout=grace_s)
-        for run in runs:
-            run.cut_off()
+        for worker in workers:
+            worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
 
     async def ask(self, request: str, user: str, components: Sequence[str]) -> str:
@@ -213,6 +213,8 @@ class Jobs:
             self._forget(run)
         else:
             run.tell(wish)
+            # Also if the service ends before what is on its way does.
+            await self._store.stop(run.number, at_once)
         return run.view()
 
 

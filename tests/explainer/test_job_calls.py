@@ -244,22 +244,24 @@ async def test_failures_are_counted_by_reason(paying: Stack, openai: OpenAIServe
     assert sum(bool(each.reason) for each in items) == 3
 
 
-async def test_pausing_and_cancelling(paying: Stack, openai: OpenAIServer) -> None:
-    openai.faults.extend([Fault(delay_s=0.1)] * 100)
-    stub = paying.stub
-    stream = aiter(stub.ExplainMany(job_bench.request(6, CONTRASTIVE, DETECTION)))
-    job = (await anext(stream)).progress
-    await stub.PauseJob(job_pb2.PauseJobRequest(id=job.id))
-    paused = [each async for each in stream][-1].summary
-    assert paused.state == job_pb2.JOB_STATE_PAUSED
-    assert paused.explained < 6
-    await stub.ResumeJob(job_pb2.ResumeJobRequest(id=job.id))
-    await stub.CancelJob(job_pb2.CancelJobRequest(id=job.id))
-    _, ended = await followed(stub, job.id)
-    assert ended.state == job_pb2.JOB_STATE_CANCELLED
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
+async def test_pausing_and_cancelling(tmp_path: Path, openai: OpenAIServer) -> None:
+    openai.faults.extend([Fault(delay_s=0.02)] * 100)
+    records = [record(number) for number in range(6)]
+    async with stack.serving(tmp_path, records, openai, TDB_PROVIDER_CONCURRENCY="1") as made:
+        stub = made.stub
+        stream = aiter(stub.ExplainMany(job_bench.request(6, CONTRASTIVE, DETECTION)))
+        job = (await anext(stream)).progress
+        await stub.PauseJob(job_pb2.PauseJobRequest(id=job.id))
+        paused = [each async for each in stream][-1].summary
+        assert paused.state == job_pb2.JOB_STATE_PAUSED
+        assert paused.explained <= 1
         await stub.ResumeJob(job_pb2.ResumeJobRequest(id=job.id))
-    assert refusal(refused.value) == ("FAILED_PRECONDITION", "", "JOB_OVER")
+        await stub.CancelJob(job_pb2.CancelJobRequest(id=job.id))
+        _, ended = await followed(stub, job.id)
+        assert ended.state == job_pb2.JOB_STATE_CANCELLED
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ResumeJob(job_pb2.ResumeJobRequest(id=job.id))
+        assert refusal(refused.value) == ("FAILED_PRECONDITION", "", "JOB_OVER")
 
 
 async def followed(stub: Any, id: str) -> tuple[list[job_pb2.JobItem], job_pb2.Job]:

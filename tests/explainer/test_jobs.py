@@ -34,6 +34,7 @@ class Bench:
         self.gate = asyncio.Event()
         self.gate.set()
         self.begun: list[str] = []
+        self.ledgers: list[JobLedger] = []
         self.tolerant: set[str] = set()
         self.at_work: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
@@ -43,6 +44,7 @@ class Bench:
 
     def equip(self, job: StoredJob) -> Tools:
         ledger = JobLedger.of(job, self.store, self.budget, None)
+        self.ledgers.append(ledger)
         return Tools(ledger, self.work(self, job), "here", self.at_once)
 
     async def ask(self, count: int = 5, *, user: str = "ada") -> str:
@@ -384,6 +386,35 @@ async def test_jobs_go_on_after_a_restart(tmp_path: Path) -> None:
         dealt = [*first.begun, *second.begun]
         assert len(await second.jobs.list()) == 3
     assert set(dealt) == {f"neuron.0.{number}" for number in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("wish", "state"), [("pause", JobState.PAUSED), ("cancel", JobState.CANCELLED)]
+)
+async def test_what_a_job_was_told_outlives_the_service(
+    tmp_path: Path, wish: str, state: JobState
+) -> None:
+    async with opened(tmp_path) as first:
+        first.gate.clear()
+        id = await first.ask()
+        await first.has_begun(3)
+        ledger = first.ledgers[-1]
+        async with ledger.reserve(Usage(1, 1)):  # a call that never comes back
+            await getattr(first.jobs, wish)(id)
+            await first.jobs.close(0.01)
+        assert (await first.store.get(id)).state is state
+    async with opened(tmp_path) as second:
+        assert (await second.jobs.get(id)).job.state is state
+        assert not second.begun
+
+
+async def test_what_was_cancelled_is_not_paused(bench: Bench) -> None:
+    bench.gate.clear()
+    id = await bench.ask()
+    await bench.has_begun(3)
+    await bench.jobs.cancel(id)
+    await bench.jobs.pause(id)
+    assert (await bench.end(id)).job.state is JobState.CANCELLED
 
 
 async def test_what_is_on_its_way_counts_before_it_is_sent(bench: Bench) -> None:
