@@ -58,32 +58,40 @@ class ModelSteering:
         amplified = amplification(subject)
         drawn = await asyncio.to_thread(openings_of, subject, prompts, seed, shown)
         openings = {each.text: each for each in drawn}
-        tokenizer = await self._tokenizer(subject.dataset)
+        model = await self._model(subject.dataset)
+        # A prompt may have one token more, which its texts begin with.
+        room = model.dimensions.context - PROMPT_TOKENS - 1
+        if room < 1:
+            raise FailedPrecondition(
+                f"{subject.dataset.model.id} has a context of {model.dimensions.context} tokens: "
+                "no room to go on with a text",
+                reason="CONTEXT_TOO_SHORT",
+            )
 
         async def generate(prompt: str) -> tuple[str, str]:
             request = generate_pb2.GenerateRequest(
                 model=subject.dataset.model.id,
-                max_new_tokens=NEW_TOKENS,
+                max_new_tokens=min(NEW_TOKENS, room),
                 temperature=TEMPERATURE,
                 seed=keyed(seed, "steer", prompt) % 2**31,
                 past_end=False,
                 twin=True,
             )
-            request.run.prompt.CopyFrom(_prompt(openings[prompt], tokenizer))
+            request.run.prompt.CopyFrom(_prompt(openings[prompt], model.tokenizer))
             request.run.interventions.append(amplified)
+            summary = generate_pb2.GenerateSummary()
             async for response in self._upstream.inference.Generate(request):
-                if response.HasField("summary"):
-                    _check(subject, response.summary.manifest)
-                    texts = {each.branch: each.text for each in response.summary.continuations}
-                    return texts[generate_pb2.BRANCH_EDITED], texts[generate_pb2.BRANCH_TWIN]
-            raise FailedPrecondition("the inference service ended a continuation too early")
+                summary = response.summary
+            _check(subject, summary.manifest)
+            texts = {each.branch: each.text for each in summary.continuations}
+            return texts[generate_pb2.BRANCH_EDITED], texts[generate_pb2.BRANCH_TWIN]
 
         return list(openings), generate
 
-    async def _tokenizer(self, dataset: Dataset) -> model_pb2.TokenizerFacts:
+    async def _model(self, dataset: Dataset) -> model_pb2.GetModelResponse:
         """Raises FailedPrecondition where the model is not served."""
         try:
-            response = await self._upstream.inference.GetModel(
+            return await self._upstream.inference.GetModel(
                 model_pb2.GetModelRequest(model=dataset.model.id)
             )
         except NotFound as error:
@@ -92,7 +100,6 @@ class ModelSteering:
                 field="dataset",
                 reason="MODEL_NOT_SERVED",
             ) from None
-        return response.tokenizer
 
 
 def amplification(subject: Subject) -> intervention_pb2.Intervention:

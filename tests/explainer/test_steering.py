@@ -28,6 +28,7 @@ class Model:
         self.inference = self
         self.asked: list[generate_pb2.GenerateRequest] = []
         self.described = model_pb2.GetModelResponse()
+        self.described.dimensions.context = 64
         self.served = True
         self.weights = {"": "ab", "D": "ef"}
 
@@ -132,6 +133,20 @@ async def test_known_ids_are_sent_as_the_model_is_used_to_them(
     assert len(ids) == len(before) + steering.PROMPT_TOKENS
     assert ids[: len(before)] == before
     assert sum(ids) == len(prompts[0])
+
+
+@pytest.mark.parametrize(("context", "room"), [(1024, 24), (20, 11), (10, 1), (9, None)])
+async def test_a_continuation_fits_the_context(context: int, room: int | None) -> None:
+    model = Model()
+    model.described.dimensions.context = context
+    if room is None:
+        with pytest.raises(FailedPrecondition) as refused:
+            await prepare(model, subject())
+        assert refused.value.reason == "CONTEXT_TOO_SHORT"
+        return
+    prompts, generate = await prepare(model, subject())
+    await generate(prompts[0])
+    assert model.asked[0].max_new_tokens == room
 
 
 async def test_what_is_active_nowhere_cannot_be_amplified() -> None:
