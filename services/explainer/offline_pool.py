@@ -34,6 +34,7 @@ class OfflinePool:
     def __init__(self, processes: int | None = None) -> None:
         self.processes = processes or min(_processors(), MAX_PROCESSES)
         self._executor: ProcessPoolExecutor | None = None
+        self._starting = asyncio.Lock()
         self._at_work = 0
         self._idle: asyncio.TimerHandle | None = None
 
@@ -48,14 +49,15 @@ class OfflinePool:
         Processes that were killed are replaced, and the work is done once more.
         """
         self._at_work += 1
-        executor = self._started()
         try:
+            executor = await self._started()
             try:
                 return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
             except BrokenProcessPool:
                 if self._executor is executor:
                     self._executor = None
-                return await asyncio.wrap_future(self._started().submit(work, *args, **kwargs))
+                executor = await self._started()
+                return await asyncio.wrap_future(executor.submit(work, *args, **kwargs))
         finally:
             self._at_work -= 1
             if not self._at_work:
@@ -78,13 +80,17 @@ class OfflinePool:
             self._executor.shutdown(wait=False)
             self._executor = None
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._executor is None:
-            # Not by a fork: gRPC's threads would not be there.
-            self._executor = ProcessPoolExecutor(
-                self.processes, multiprocessing.get_context("spawn"), initializer=_begin
-            )
-        return self._executor
+    async def _started(self) -> ProcessPoolExecutor:
+        async with self._starting:
+            if self._executor is None:
+                # Not by a fork: gRPC's threads would not be there.
+                executor = ProcessPoolExecutor(
+                    self.processes, multiprocessing.get_context("spawn"), initializer=_begin
+                )
+                # The first work starts all of them, which takes its time.
+                await asyncio.to_thread(executor.submit, os.getpid)
+                self._executor = executor
+            return self._executor
 
 
 def _processors() -> int:
