@@ -87,6 +87,18 @@ def test_a_row_is_explained_where_it_stands(page: Page, there: Planted) -> None:
     shoot(page, "explanations-row")
 
 
+def test_a_key_explains_the_chosen_row(page: Page, there: Planted) -> None:
+    start(page)
+    component = head_of_table(page)
+    page.locator(f"tr.row[data-node^='{component}~'] .address").first.click()
+    page.keyboard.press("e")
+    details = page.get_by_role("region", name=f"What {component} does")
+    expect(details).to_contain_text("token pattern · head pairs AUC 1.00", timeout=SLOW_MS)
+    page.keyboard.press("e")
+    expect(page.locator(f"[data-component='{component}']")).to_be_visible()
+    expect(page.get_by_role("article").first).to_contain_text("Fires on")
+
+
 def test_what_others_said_is_marked(page: Page, there: Planted) -> None:
     start(page)
     component = head_of_table(page)

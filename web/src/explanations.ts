@@ -152,6 +152,7 @@ function wentWrong(error: unknown): void {
     });
     return;
   }
+  if (error instanceof ConnectError && error.code === "unauthenticated") locked.value = true;
   awayProblem.value = problems(error)[0] ?? null;
 }
 

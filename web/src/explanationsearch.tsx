@@ -119,7 +119,7 @@ export function ExplanationSearch({ onOpened }: { onOpened: () => void }) {
           value={mode}
           title={
             meaning
-              ? "By words: each of them, or one that begins so, stands in the text. By meaning: what is looked for is sent to the endpoint for embeddings"
+              ? "By words: each of them, or one that begins so, stands in the text. By meaning: what is looked for is sent to another service, see below"
               : "By meaning needs an endpoint for embeddings: TDB_EMBEDDING_URL where the explainer service starts"
           }
           onChange={(event) => setMode(event.currentTarget.value as SearchModeJson)}
@@ -166,6 +166,12 @@ export function ExplanationSearch({ onOpened }: { onOpened: () => void }) {
         </button>
         {found && <CopyButtons method="SearchExplanations" request={found.request} />}
       </form>
+      {mode === "SEARCH_MODE_MEANING" && (
+        <p class="quiet-text">
+          What is looked for is sent to <strong>{capabilities.value?.embeddingProvider}</strong> (
+          {capabilities.value?.embeddingModel}), which makes an embedding of it.
+        </p>
+      )}
       {wrong && (
         <p class="error" role="alert">
           {wrong}

@@ -1,5 +1,6 @@
 /** A job to be: how its components are explained and scored, what that may cost, and the budget. */
 import { useState } from "preact/hooks";
+import { readNumber } from "./actions";
 import { BudgetField, readBudget } from "./budgetfield";
 import { Confirm } from "./confirm";
 import { CopyButtons } from "./copy";
@@ -49,6 +50,7 @@ export function JobForm({ dataset, about, onStarted }: JobFormProps) {
   const [wantedScorers, setScorers] = useState<KnownScorer[] | null>(null);
   const [wantedJudge, setJudge] = useState<JudgeChoice | null>(null);
   const [again, setAgain] = useState(false);
+  const [least, setLeast] = useState("");
   const [typed, setTyped] = useState<string | null>(null);
   const [asking, setAsking] = useState<EstimateCostResponseJson | null>(null);
   const [wrong, setWrong] = useState<string | null>(null);
@@ -59,12 +61,20 @@ export function JobForm({ dataset, about, onStarted }: JobFormProps) {
   );
   const judges = judgesOf(method);
   const judge = wantedJudge && judges.includes(wantedJudge) ? wantedJudge : judges[0];
+  // A token pattern that is made anyway need not be made first.
+  const gated = METHODS[method].asks && !kinds.includes("head");
+  const minPatternAuc = least.trim() === "" ? null : readNumber(least);
+  const badLeast =
+    gated &&
+    least.trim() !== "" &&
+    (minPatternAuc === null || minPatternAuc < 0 || minPatternAuc > 1);
   const request: ExplainManyRequestJson = {
     dataset,
     ...about,
     method,
     ...scoringOf(scorers, judge),
     ...(again ? { again } : {}),
+    ...(gated && minPatternAuc !== null ? { gate: { minPatternAuc } } : {}),
   };
   const asks = asksProvider(method, request.scoring);
   const inMoney = capabilities.value?.hasPrices ?? false;
@@ -118,6 +128,21 @@ export function JobForm({ dataset, about, onStarted }: JobFormProps) {
         />{" "}
         also those that have one
       </label>
+      {gated && (
+        <label title="A gate before anything is spent: the detection AUC that the offline token pattern must reach, from 0 to 1. What fails is skipped">
+          only if a token pattern reaches AUC{" "}
+          <input
+            class="field number"
+            type="text"
+            inputMode="decimal"
+            autocomplete="off"
+            placeholder="any"
+            aria-invalid={badLeast}
+            value={least}
+            onInput={(event) => setLeast(event.currentTarget.value)}
+          />
+        </label>
+      )}
       {asks && <BudgetField text={text} inMoney={inMoney} onInput={setTyped} />}
       <p class="estimate" aria-live="polite">
         {refused ? (
@@ -136,7 +161,9 @@ export function JobForm({ dataset, about, onStarted }: JobFormProps) {
         <button
           type="submit"
           class="primary small"
-          disabled={busy || (asks && (!estimate || !budget)) || (refused !== undefined && asks)}
+          disabled={
+            busy || badLeast || (asks && (!estimate || !budget)) || (refused !== undefined && asks)
+          }
         >
           {busy ? "starting…" : asks ? "start…" : "start"}
         </button>

@@ -7,13 +7,9 @@ import { ConnectError } from "./connect";
 import { money, tokenCount } from "./costs";
 import { duration } from "./builds";
 import { cancelJob, explainMany, followJob, listJobs, pauseJob, resumeJob } from "./explainer";
-import { capabilities, forget, lookUp, refreshCapabilities } from "./explanations";
+import { capabilities, forget, lookUp, refreshCapabilities, renew } from "./explanations";
 import type { BudgetJson, ExplainManyRequestJson } from "./gen/tdb/explainer/v1/explain_pb";
-import type {
-  ExplainManyResponseJson,
-  FollowJobResponseJson,
-  JobJson,
-} from "./gen/tdb/explainer/v1/job_pb";
+import type { FollowJobResponseJson, JobJson } from "./gen/tdb/explainer/v1/job_pb";
 import { count, num, plain } from "./numbers";
 import { problems, sentence, type Problem } from "./problems";
 import { locked } from "./state";
@@ -142,63 +138,48 @@ function put(job: JobJson): void {
 
 const FILL_MS = 1_000;
 
-/** Takes what a stream about a job says; what was explained is looked up now and then, and at the end. */
-async function take(
-  events: AsyncGenerator<ExplainManyResponseJson & FollowJobResponseJson, void>,
-  onJob: () => void,
-): Promise<void> {
+/** Starts a job; resolves when the service has it, throws what it refuses. It goes on by itself. */
+export async function startJob(request: ExplainManyRequestJson): Promise<void> {
+  for await (const { progress, summary } of explainMany(request)) {
+    const job = progress ?? summary;
+    if (!job) continue;
+    put(job);
+    return;
+  }
+}
+
+/** Takes what is said of a job until it ends; what was explained is looked up now and then. */
+async function take(events: AsyncGenerator<FollowJobResponseJson, void>): Promise<void> {
   let came: string[] = [];
   let filled = Date.now();
-  const fill = () => {
+  for await (const { progress, item, summary } of events) {
+    const job = progress ?? summary;
+    if (job) put(job);
+    if (item?.explanationId) came.push(item.component ?? "");
+    if (Date.now() - filled < FILL_MS) continue;
     forget(came);
     void lookUp(came);
     came = [];
     filled = Date.now();
-  };
-  try {
-    for await (const { progress, item, summary } of events) {
-      const job = progress ?? summary;
-      if (job) {
-        put(job);
-        onJob();
-      }
-      if (item?.explanationId) came.push(item.component ?? "");
-      if (Date.now() - filled >= FILL_MS) fill();
-      if (summary) void refreshCapabilities(); // there are more explanations now
-    }
-  } finally {
-    fill();
   }
 }
 
 const followed = signal<string | null>(null);
 const AGAIN_MS = 5_000;
 
-/** Starts a job; resolves when the service has it, throws what it refuses. */
-export function startJob(request: ExplainManyRequestJson): Promise<void> {
-  return new Promise((resolve, reject) => {
-    followed.value = "";
-    take(explainMany(request, { timeoutMs: 86_400_000 }), resolve)
-      .catch((error: unknown) => {
-        reject(error instanceof Error ? error : new Error(String(error)));
-      })
-      .finally(() => {
-        followed.value = null;
-        void refreshJobs();
-      });
-  });
-}
-
 async function follow(id: string): Promise<void> {
   followed.value = id;
   try {
-    await take(followJob({ id }, { timeoutMs: 86_400_000 }), () => undefined);
+    await take(followJob({ id }, { timeoutMs: 86_400_000 }));
   } catch (error) {
     // The list, asked for below, says whether there is anything wrong.
     if (!(error instanceof ConnectError)) throw error;
   } finally {
+    renew(); // what was explained before anybody followed is news too
+    void refreshCapabilities();
     await refreshJobs();
-    if (activeJob.value) await new Promise((done) => setTimeout(done, AGAIN_MS));
+    // The same job once more: the stream broke off, and what broke it may still be there.
+    if (activeJob.value?.id === id) await new Promise((done) => setTimeout(done, AGAIN_MS));
     followed.value = null;
   }
 }
