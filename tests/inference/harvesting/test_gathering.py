@@ -19,6 +19,7 @@ from services.inference.engine.harvesting.counts import binned
 from services.inference.engine.harvesting.gathering import Gathering
 from services.inference.engine.harvesting.groups import Group
 from services.inference.engine.harvesting.scratch import Scratch
+from services.inference.engine.harvesting.token_sums import Located
 from tests.inference.harvesting import brute
 from tests.inference.harvesting.brute import Seen
 
@@ -52,7 +53,7 @@ def gathered(
             state.add(
                 values,
                 torch.tensor([each.index for each in part]),
-                {"token": torch.tensor([each.ids for each in part])},
+                {"token": Located(torch.tensor(TOKENS), torch.tensor([each.ids for each in part]))},
             )
     ordered = sorted(seen, key=lambda each: each.index)
     return state.finish(

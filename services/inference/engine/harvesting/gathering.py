@@ -1,6 +1,6 @@
 """The running state of one group of components: every batch of activations is added to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from services.inference.engine.harvesting.groups import Group
 from services.inference.engine.harvesting.kept import Drawn, Offered, Strata, Top
 from services.inference.engine.harvesting.moments import Moments, Sums
 from services.inference.engine.harvesting.scratch import Scratch
-from services.inference.engine.harvesting.token_sums import TokenSums
+from services.inference.engine.harvesting.token_sums import Located, TokenSums
 
 _AT_ONCE = 2**18
 """Activations that are worked on at a time, so that they stay in a processor's cache."""
@@ -57,9 +57,9 @@ class Gathering:
         if group.kind is Kind.HEAD:
             self._token_sums["key_token"] = TokenSums(count, tokens)
 
-    def add(self, values: Tensor, sequences: Tensor, ids: dict[str, Tensor]) -> None:
-        """values: [B, P, N]; sequences: their indices, [B]; ids: by `token` (and `key_token`) the
-        token of every place, [B, P].
+    def add(self, values: Tensor, sequences: Tensor, located: Mapping[str, Located]) -> None:
+        """values: [B, P, N]; sequences: their indices, [B]; located: where the tokens are in
+        [B, P], by `token` (and `key_token`).
 
         Raises FailedPrecondition (NON_FINITE).
         """
@@ -69,7 +69,7 @@ class Gathering:
         for part in _parts(0, components, _MAXIMA_AT_ONCE // batch):
             sums = Sums(batch, part.stop - part.start, values.device)
             for block in _parts(part.start, part.stop, self._at_once // (batch * places)):
-                self._add(values[..., block], block, sums, part.start, offered, ids)
+                self._add(values[..., block], block, sums, part.start, offered, located)
             self._moments.add(values[..., part], sums, part)
             largest[:, part] = sums.largest
         self._moments.advance(batch, places)
@@ -79,7 +79,7 @@ class Gathering:
         self._drawn.offer(offered, sequences)
         self._strata.offer(offered, of_largest, sequences)
         for name, token_sums in self._token_sums.items():
-            token_sums.count(ids[name])
+            token_sums.count(located[name])
 
     def _add(
         self,
@@ -88,7 +88,7 @@ class Gathering:
         sums: Sums,
         first: int,
         offered: Offered,
-        ids: dict[str, Tensor],
+        located: Mapping[str, Located],
     ) -> None:
         """All that is done with every value [B, P, n], while a processor's cache has them.
 
@@ -106,7 +106,7 @@ class Gathering:
         code, sign = (scratch.take(name, values.shape) for name in ("power", "square"))
         self._histogram.add(binned(values, code, sign), block)
         for name, token_sums in self._token_sums.items():
-            token_sums.add(values, ids[name], block)
+            token_sums.add(values, located[name], block)
 
     def finish(self, sequences: Tensor, lengths: Tensor) -> State:
         """The state of the sequences [S], which are all that came, and their lengths [S]."""

@@ -20,6 +20,7 @@ from services.inference.engine.forward import Hooks
 from services.inference.engine.harvesting.gathering import Gathering
 from services.inference.engine.harvesting.groups import Group
 from services.inference.engine.harvesting.scratch import Scratch
+from services.inference.engine.harvesting.token_sums import Located
 from services.inference.engine.harvesting.watching import pairs
 
 TOKENS_PER_BATCH = 512
@@ -79,6 +80,7 @@ class Harvest:
         self._hooks = hooks
         self._asked = asked
         self._device = hooks.architecture.final_norm.gain.device
+        self._tokens = torch.tensor(sorted(asked.tokens), dtype=torch.long, device=self._device)
         self.batches = self._batches()
         self._gatherings: dict[Group, Gathering] = {}
         self._changing = False
@@ -98,10 +100,15 @@ class Harvest:
         ids = torch.tensor([each.ids for each in sequences], device=self._device)
         indices = torch.tensor([each.index for each in sequences], device=self._device)
 
+        located: dict[tuple[Kind, int | None], dict[str, Located]] = {}
+
         def take(group: Group, values: Tensor) -> None:
             cancel.check()
             self._changing = True
-            self._gatherings[group].add(values, indices, self._tokens_of(group, ids))
+            alike = group.kind, group.window
+            if alike not in located:
+                located[alike] = self._located(group, ids)
+            self._gatherings[group].add(values, indices, located[alike])
 
         self._hooks.watch(ids, self._asked.groups, take, cancel)
         self._changing = False
@@ -116,8 +123,7 @@ class Harvest:
         )
 
     def _begin(self) -> dict[Group, Gathering]:
-        asked = self._asked
-        tokens = torch.tensor(sorted(asked.tokens), dtype=torch.long, device=self._device)
+        asked, tokens = self._asked, self._tokens
         sequences = torch.tensor([each.index for each in asked.sequences], device=self._device)
         scratch = Scratch(self._device)
         return {
@@ -125,12 +131,15 @@ class Harvest:
             for group in asked.groups
         }
 
-    def _tokens_of(self, group: Group, ids: Tensor) -> dict[str, Tensor]:
-        """[B, P] each: the token of every place, of heads the query's and the key's."""
+    def _located(self, group: Group, ids: Tensor) -> dict[str, Located]:
+        """Where tokens are among the places of a group, of heads as the query and as the key."""
         if group.kind is not Kind.HEAD:
-            return {"token": ids}
+            return {"token": Located(self._tokens, ids)}
         queries, keys = pairs(ids.shape[1], group.window, ids.device)
-        return {"token": ids[:, queries], "key_token": ids[:, keys]}
+        return {
+            "token": Located(self._tokens, ids[:, queries]),
+            "key_token": Located(self._tokens, ids[:, keys]),
+        }
 
     def _batches(self) -> list[Sequence[CorpusSequence]]:
         ordered = sorted(self._asked.sequences, key=lambda each: (len(each.ids), each.index))

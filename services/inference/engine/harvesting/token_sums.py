@@ -6,39 +6,40 @@ from torch import Tensor
 from services.inference.engine.numerics import precise
 
 
+class Located:
+    """Where in a batch these tokens are, worked out once for all that is summed there."""
+
+    def __init__(self, tokens: Tensor, ids: Tensor) -> None:
+        """tokens: [V], ascending; ids: the token of every place, [B, P]."""
+        flat = ids.flatten()
+        rows = torch.searchsorted(tokens, flat).clamp_max_(max(0, len(tokens) - 1))
+        there = tokens[rows] == flat if len(tokens) else torch.zeros_like(flat, dtype=torch.bool)
+        rows[~there] = len(tokens)
+        # In the order of tokens: sums over neighbours come out the same each time on any device.
+        ordered, order = rows.sort(stable=True)
+        found = int(there.sum())
+        self.places = order[:found]
+        """Of the flattened ids, [M], those of a token side by side."""
+        self.rows, self.lengths = torch.unique_consecutive(ordered[:found], return_counts=True)
+        """The tokens that occur, and how often."""
+
+
 class TokenSums:
     """Of N components at V tokens, [V, N] in float64."""
 
     def __init__(self, components: int, tokens: Tensor) -> None:
-        """tokens: [V], ascending."""
-        self._tokens = tokens
+        """tokens: [V]."""
         self.sums = precise(torch.zeros(len(tokens), components, device=tokens.device))
         self.counts = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
 
-    def count(self, ids: Tensor) -> None:
-        """ids: the token of every place, [B, P]."""
-        places, _ = self._located(ids)
-        self.counts += torch.bincount(places, minlength=len(self.counts))
+    def count(self, located: Located) -> None:
+        self.counts[located.rows] += located.lengths
 
-    def add(self, values: Tensor, ids: Tensor, part: slice) -> None:
-        """values: [B, P, n] of the components `part`; ids: the token of every place, [B, P]."""
-        places, where = self._located(ids)
-        if not places.numel():
+    def add(self, values: Tensor, located: Located, part: slice) -> None:
+        """values: [B, P, n] of the components `part`."""
+        if not len(located.places):
             return
-        # In the order of tokens: sums over neighbours come out the same each time on any device.
-        order = torch.argsort(places, stable=True)
-        rows, lengths = torch.unique_consecutive(places[order], return_counts=True)
-        found = precise(values.flatten(0, 1)[where[order]])
-        self.sums[rows, part] += torch.segment_reduce(
-            found, "sum", lengths=lengths.to(found.device), axis=0
+        found = precise(values.flatten(0, 1)[located.places])
+        self.sums[located.rows, part] += torch.segment_reduce(
+            found, "sum", lengths=located.lengths.to(found.device), axis=0
         ).to(self.sums)
-
-    def _located(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens' rows [M], and which of the flattened places they are at [M]."""
-        if not len(self._tokens):
-            none = torch.zeros(0, dtype=torch.long, device=ids.device)
-            return none, none
-        flat = ids.flatten()
-        places = torch.searchsorted(self._tokens, flat).clamp_max(len(self._tokens) - 1)
-        where = (self._tokens[places] == flat).nonzero()[:, 0]
-        return places[where], where
