@@ -82,7 +82,7 @@ async def test_a_client_that_reads_slowly_holds_the_service_back(headers: dict[s
             yield ItemsResponse(index=index, data=b"x" * size)
         raise errors.ResourceExhausted("enough", retry_after_s=1)
 
-    taking = asyncio.Event()
+    began, taking = asyncio.Event(), asyncio.Event()
     requested: list[bool] = []
     content: list[bytes] = []
 
@@ -95,10 +95,12 @@ async def test_a_client_that_reads_slowly_holds_the_service_back(headers: dict[s
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
             content.append(message["body"])
+            began.set()
             await taking.wait()
 
     async with gateway(items) as (app, _):
         driven = asyncio.create_task(drive(app, headers, receive, send))
+        await asyncio.wait_for(began.wait(), 60)
         await asyncio.sleep(1.0)
         assert len(content) == 1
         assert made < total
