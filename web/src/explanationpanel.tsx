@@ -12,12 +12,11 @@ import {
   refresh,
   refreshCapabilities,
 } from "./explanations";
+import { Late } from "./late";
 import { count } from "./numbers";
 import { problems, sentence, type Problem } from "./problems";
 import { SCORERS, type KnownScorer } from "./worth";
 import { Writing } from "./writing";
-
-const SLOW_MS = 300;
 
 interface PanelProps {
   component: string;
@@ -115,16 +114,6 @@ export function ExplanationPanel({ component, dataset }: PanelProps) {
       )}
     </section>
   );
-}
-
-/** What takes a moment says so only after one. */
-function Late({ children }: { children: preact.ComponentChildren }) {
-  const [late, setLate] = useState(false);
-  useEffect(() => {
-    const timer = setTimeout(() => setLate(true), SLOW_MS);
-    return () => clearTimeout(timer);
-  }, []);
-  return <p class="quiet-text">{late ? children : " "}</p>;
 }
 
 function Wrong({ problem, onRetry }: { problem: Problem; onRetry: () => void }) {

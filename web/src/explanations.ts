@@ -51,7 +51,7 @@ export function explainedModel(): ExplainedModelJson {
   return { id, ...(weightsHash === "" ? {} : { weightsHash }), dictionaries };
 }
 
-const fingerprint = computed(() => model.value?.model?.weightsHash || model.value?.model?.id || "");
+const fingerprint = computed(() => JSON.stringify(explainedModel()));
 const own = computed(() => known.value.get(fingerprint.value) ?? NOTHING);
 
 /** The best explanation; null where there is none, undefined while that is not known. */

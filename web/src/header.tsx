@@ -40,8 +40,11 @@ export function Header() {
           >
             {layers} layers
           </span>
-          <span title="Data type of weights and activations">{dtype}</span>
+          <span class="minor" title="Data type of weights and activations">
+            {dtype}
+          </span>
           <span
+            class="minor"
             title={`Device, as the service names it; weights ${facts.model?.weightsHash ?? ""}`}
           >
             {facts.device}

@@ -63,9 +63,13 @@ export function ordered(scores: readonly ScoreJson[]): ScoreJson[] {
 
 function Row({ score, measured }: { score: ScoreJson; measured: boolean }) {
   const [value, low, high, chance] = [score.value, score.low, score.high, score.chance].map(num);
-  const { n = 0, judge = "", seed, dataset = "" } = score;
+  const { n = 0, judge = "", seed, dataset = "", codeVersion } = score;
   const failed = failureWords(score);
-  const where = [dataset && `on ${dataset}`, seed !== undefined && `seed ${seed}`]
+  const where = [
+    dataset && `on ${dataset}`,
+    seed !== undefined && `seed ${seed}`,
+    codeVersion && `scored by version ${codeVersion}`,
+  ]
     .filter(Boolean)
     .join(", ");
   return (

@@ -2,9 +2,10 @@
 import { Fragment } from "preact";
 import { change } from "./editing";
 import { ExplanationsNote } from "./explainedrow";
-import { awayProblem, capabilities, columnWanted } from "./explanations";
+import { awayProblem, capabilities, columnWanted, lookingUp } from "./explanations";
 import { whyNot } from "./features";
 import { count, signed } from "./numbers";
+import { Late } from "./late";
 import { RowsJob } from "./rowsjob";
 import { LatentSwitches } from "./switches";
 import { answer, asked, problemsAt, stale } from "./state";
@@ -102,6 +103,7 @@ function ExplanationSwitch() {
         explanations
       </label>
       <RowsJob />
+      {lookingUp.value && <Late>looking them up…</Late>}
       {awayProblem.value && (
         <span class="quiet-text" title={awayProblem.value.text}>
           the service is away
