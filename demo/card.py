@@ -134,7 +134,8 @@ offline simulator, see `docs/explanations.md`) on the demo's own dataset, by
 
 Medians over latents, with the 95% interval of 1,000 bootstrap draws of latents. *Another's*: the
 median where each explanation is scored for the next latent instead of its own; chance is 0.5, and 0
-for simulation.
+for simulation. A latent is missing where a score is not defined, for instance when nothing is
+expected anywhere; intervention is of latents that were drawn.
 
 | dictionary | score | latents | median | another's |
 |---|---|---|---|---|
