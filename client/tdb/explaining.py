@@ -266,7 +266,9 @@ def _show(events: Any) -> int:
                 case "summary":
                     shown.end(event.summary)
                     return 0 if event.summary.state == job_pb2.JOB_STATE_DONE else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError) as left:
+        if isinstance(left, BrokenPipeError):  # `tdb explain ... | head` has read what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         shown.leave(job_id)
         return 0
     except grpc.RpcError as error:

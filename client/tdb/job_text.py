@@ -43,7 +43,7 @@ class Shown:
         print(sentence(job), file=sys.stderr)
 
     def leave(self, job_id: str) -> None:
-        """Ctrl-C."""
+        """The user has gone, by Ctrl-C or as nobody reads standard output."""
         self.close()
         if job_id:
             text = (

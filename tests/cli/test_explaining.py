@@ -312,3 +312,17 @@ def test_ctrl_c_leaves_the_job_running(service: Service, tmp_path: Path) -> None
     assert "`tdb jobs cancel j-1` ends it" in errors
     assert "Traceback" not in errors
     assert not service.sent(job_pb2.CancelJobRequest)
+
+
+def test_a_reader_that_has_enough_leaves_the_job_running(service: Service) -> None:
+    service.ends = None
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        tdb(*EXPLAIN, OFFLINE), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30
+    )
+    os.close(writer)
+    assert process.returncode == 0, process.stderr
+    assert "The job goes on: `tdb jobs follow j-1` shows it" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert "BrokenPipeError" not in process.stderr

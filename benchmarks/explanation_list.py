@@ -1,4 +1,4 @@
-"""How long ListExplanations takes for a large table: `python -m tests.explainer.list_bench`.
+"""How long ListExplanations takes for a large table: `python -m benchmarks.explanation_list`.
 
 100,000 explanations with six scores each are stored; one call asks for the best of 10,000
 components, over real gRPC, where each has one explanation. An argument spreads them over so many
