@@ -17,7 +17,7 @@ WORDS = (
 )  # fmt: skip
 NAMES = 'Fires on the token " Mary" (10), the token " John" after " and" (5). Promotes " store".'
 COLOURS = 'Fires on the token " red" (10), the token " green" (10). Promotes " box".'
-HEAD = 'Fires on from " her" to " Mary" (10), to an earlier copy of itself (6).'
+HEAD = 'Looks from " her" to " Mary" (10), to an earlier copy of itself (6).'
 
 
 def texts(number: int, *, length: int = 24, extra: Sequence[str] = ()) -> tuple[str, ...]:

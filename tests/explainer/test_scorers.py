@@ -94,7 +94,7 @@ async def test_a_half_right_explanation_lies_between() -> None:
 async def test_heads_by_pairs() -> None:
     split = split_pairs(HEAD, seed=1)
     right = synthetic.explanation(synthetic.HEAD, component=HEAD.address)
-    wrong = synthetic.explanation('Fires on from " tree" to " tree" (10).', component=HEAD.address)
+    wrong = synthetic.explanation('Looks from " tree" to " tree" (10).', component=HEAD.address)
     for each in await head_pairs(right, split, OfflineSimulator(), seed=2):
         assert each.value == 1.0
         assert each.n >= 20

@@ -188,7 +188,7 @@ async def test_a_heads_behaviour_is_found() -> None:
     made = token_pattern(head, split)
     for score in await head_pairs(made, split, OfflineSimulator(), seed=2):
         assert (score.value or 0) > 0.9, made.text
-    induction = synthetic.head("Fires on to the token after an earlier copy of itself (10).")
+    induction = synthetic.head("Looks to the token after an earlier copy of itself (10).")
     assert "after an earlier copy" in token_pattern(induction, split_pairs(induction, seed=1)).text
 
 

@@ -1,6 +1,7 @@
 """A component's behaviour as rules over tokens, and their one text form.
 
     Fires on the token " Mary" (10), the token " John" after " and" (6.5). Promotes " her", " us".
+    Looks from " to" to an earlier copy of itself (8), to the first token (2.5).
 
 The text is the explanation: people read it, edit it and store it, and `TokenPattern.parse` reads
 it back, so what is scored is what is shown. A rule holds where all its conditions do, and says how
@@ -71,6 +72,8 @@ _OF_PAIRS = frozenset(
         Relation.AFTER_COPY,
     }
 )
+_FIRES, _LOOKS = "Fires on ", "Looks "
+"""How the text begins; what is said of pairs begins with a preposition."""
 _LONGEST_FIRST = sorted(Relation, key=lambda relation: -len(relation.value))
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _DECODER = json.JSONDecoder()
@@ -109,7 +112,7 @@ class TokenPattern:
 
     def __str__(self) -> str:
         fires = ", ".join(map(str, self.rules)) or "nothing found"
-        text = f"Fires on {fires}."
+        text = f"{_LOOKS if self.is_of_pairs else _FIRES}{fires}."
         if self.promoted:
             quoted = (json.dumps(token, ensure_ascii=False) for token in self.promoted)
             text += f" Promotes {', '.join(quoted)}."
@@ -119,7 +122,8 @@ class TokenPattern:
     def parse(cls, text: str) -> "TokenPattern":
         """Reads the text form. Raises InvalidArgument where it is no token pattern."""
         reader = _Reader(text)
-        reader.expect("Fires on ")
+        if not reader.skip(_LOOKS):
+            reader.expect(_FIRES)
         rules = [] if reader.skip("nothing found") else [reader.rule()]
         while rules and reader.skip(", "):
             rules.append(reader.rule())
