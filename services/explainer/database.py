@@ -59,7 +59,7 @@ STEPS = (
         created_ms, based_on
     );
     CREATE INDEX explanation_searched
-        ON explanation (model_id, component_group, method, weights_hash);
+        ON explanation (model_id, component_group, method, weights_hash, dictionary_hash);
     CREATE TABLE explanation_document (
         explanation INTEGER NOT NULL REFERENCES explanation ON DELETE CASCADE,
         document TEXT NOT NULL,
