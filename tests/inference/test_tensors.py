@@ -4,10 +4,11 @@ import pytest
 import torch
 from tdb.type.v1 import tensor_pb2
 
+from services.common.errors import InvalidArgument
 from services.inference import tensors
 
 
-@pytest.mark.parametrize("dtype", tensors.DATA_TYPES)
+@pytest.mark.parametrize("dtype", [each for each in tensors.DATA_TYPES if each.is_floating_point])
 def test_a_vector_comes_back_as_it_went(dtype: torch.dtype) -> None:
     vector = torch.linspace(-3, 5, 11).to(dtype)
     message = tensors.write(vector)
@@ -15,6 +16,14 @@ def test_a_vector_comes_back_as_it_went(dtype: torch.dtype) -> None:
     assert list(message.shape) == [11]
     assert len(message.data) == 11 * dtype.itemsize
     assert torch.equal(tensors.read_vector(message), vector.double())
+
+
+def test_whole_numbers_are_sent_and_are_no_vector() -> None:
+    message = tensors.write(torch.tensor([3, -1, 2**31 - 1], dtype=torch.int32))
+    assert message.data_type == tensor_pb2.DATA_TYPE_INT32
+    assert message.data == bytes.fromhex("03000000ffffffffffffff7f")
+    with pytest.raises(InvalidArgument, match="FLOAT32"):
+        tensors.read_vector(message)
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 1000])

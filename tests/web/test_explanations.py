@@ -96,7 +96,7 @@ def test_a_key_explains_the_chosen_row(page: Page, there: Planted) -> None:
     expect(details).to_contain_text("token pattern · head pairs AUC 1.00", timeout=SLOW_MS)
     page.keyboard.press("e")
     expect(page.locator(f"[data-component='{component}']")).to_be_visible()
-    expect(page.get_by_role("article").first).to_contain_text("Fires on")
+    expect(page.get_by_role("article").first).to_contain_text("Looks from")
 
 
 def test_what_others_said_is_marked(page: Page, there: Planted) -> None:
