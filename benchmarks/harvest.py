@@ -4,11 +4,11 @@
 
 Random weights and tokens. Of every batch, one after another: Hugging Face's body without the
 unembedding (eager attention); the engine's harvest of all 36,864 neurons (top k with the
-activations of their sequences, 10 draws, draws by stratum, moments, histograms); TransformerLens
-3.9's HookedTransformer stopped before the unembedding, with `torch.topk`, in a process and an
-environment of its own: it keeps values alone. All get as many threads. Medians of the batches are
-compared, by the clock and in processor time, which other load on the machine moves less; the sums
-of the top values must agree.
+activations of their sequences, 10 draws, draws by stratum, moments, histograms), and the same
+without the draws; TransformerLens 3.9's HookedTransformer stopped before the unembedding, with
+`torch.topk`, in a process and an environment of its own: it keeps values alone. All get as many
+threads. Medians of the batches are compared, by the clock and in processor time, which other load
+on the machine moves less; the sums of the top values must agree.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.peers.install import python_of
 from services.common.harvest import keys
-from services.common.harvest.state import Keep
+from services.common.harvest.state import Keep, State
 from services.common.settings import ModelSource
 from services.inference.engine.cancellation import CancelToken
 from services.inference.engine.harvesting import groups
@@ -81,6 +81,12 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - begun
 
 
+def _apart(states: Sequence[State], theirs: Sequence[float]) -> float:
+    """By how much the sums of the top values of a layer differ at most."""
+    ours = [float(keys.values(each["top_keys"]).astype(float).sum()) for each in states]
+    return max(abs(one / other - 1) for one, other in zip(ours, theirs, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", type=int, default=32)
@@ -105,26 +111,33 @@ def main() -> None:
             CorpusSequence(number, tuple(ids))
             for number, ids in enumerate(corpus.flatten(0, 1).tolist())
         ]
-        keep = Keep(top=arguments.top)
-        asked = AskedHarvest(groups.all_of(names, model.shape), keep, tuple(sequences))
-        harvest = Harvest(model.hooks, asked)
-        assert [len(batch) for batch in harvest.batches] == [size] * arguments.batches
+        keeps = {
+            "harvest": Keep(top=arguments.top),
+            "without draws": Keep(top=arguments.top, random=0, strata=0),
+        }
+        asked = {
+            name: AskedHarvest(groups.all_of(names, model.shape), keep, tuple(sequences))
+            for name, keep in keeps.items()
+        }
+        harvests = {name: Harvest(model.hooks, each) for name, each in asked.items()}
+        for harvest in harvests.values():
+            assert [len(batch) for batch in harvest.batches] == [size] * arguments.batches
         times: dict[str, list[tuple[float, float]]] = {
-            "body": [],
-            "harvest": [],
-            "TransformerLens": [],
+            name: [] for name in ("body", *harvests, "TransformerLens")
         }
         with torch.no_grad(), peer(folder, arguments.top, arguments.threads) as lens:
             body(corpus[0], use_cache=False)
             for number, ids in enumerate(corpus):
                 times["body"].append(seconds(partial(body, ids, use_cache=False)))
-                times["harvest"].append(seconds(partial(harvest.batch, number, CancelToken())))
+                for name, harvest in harvests.items():
+                    times[name].append(seconds(partial(harvest.batch, number, CancelToken())))
                 taken = lens.ask(ids.tolist())
                 times["TransformerLens"].append((taken["seconds"], taken["processor_seconds"]))
             theirs = lens.ask(None)
-        states = [harvest.finish(group, CancelToken()) for group in asked.groups]
-    ours = [float(keys.values(each["top_keys"]).astype(float).sum()) for each in states]
-    apart = max(abs(one / other - 1) for one, other in zip(ours, theirs, strict=True))
+        apart = max(
+            _apart([harvest.finish(group, CancelToken()) for group in asked[name].groups], theirs)
+            for name, harvest in harvests.items()
+        )
     assert apart < 1e-4, apart
     print(
         f"{os.cpu_count()} cores, {arguments.threads} threads, torch {torch.__version__}, "
