@@ -66,12 +66,7 @@ class EstimateCalls:
         if not task.asks_provider:
             return Response(components=1)
         provider = self._asked()
-        subject = await self._records.fetch(
-            dataset,
-            request.component,
-            read_outs=task.needs_read_outs,
-            required=task.is_about_read_outs,
-        )
+        subject = await task.fetch(self._records, dataset, request.component)
         return _response(await estimates.of_explanation(subject, task, provider), provider, 1)
 
     async def _score(self, request: explain_pb2.ScoreRequest) -> Response:
@@ -125,13 +120,7 @@ class EstimateCalls:
         """Nothing where the component will be skipped, or fail."""
         task = plan.task
         try:
-            subject = await self._records.fetch(
-                plan.dataset,
-                component,
-                read_outs=task.needs_read_outs,
-                required=task.is_about_read_outs,
-            )
-            plan.gate.check(subject)
+            subject = await plan.fetch(self._records, component)
             least = plan.gate.min_pattern_auc
             if least is not None:
                 auc = await self._pool.run(offline_work.pattern_auc, subject.component, task.seed)

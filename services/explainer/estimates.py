@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from services.common.errors import TdbError
 from services.explainer.components import Subject
 from services.explainer.engine import explainers
-from services.explainer.engine.budget import Ledger, Prices, Usage
+from services.explainer.engine.budget import Ledger, Usage
 from services.explainer.engine.explainers import AnySplit
 from services.explainer.engine.explanations import Explanation, Method, Provenance
 from services.explainer.engine.prompts import Prompt
-from services.explainer.engine.provider import OnText, Provider, Reply
+from services.explainer.engine.provider import OnText, Provider, ProviderAround, Reply
 from services.explainer.engine.replies import FailureKind
 from services.explainer.engine.scores import Scorer
 from services.explainer.making import OFFLINE, Task, nothing_shown, split_of
@@ -41,31 +41,12 @@ class Estimate:
     most: Usage = field(default_factory=Usage)
 
 
-class _Listener:
+class _Listener(ProviderAround):
     """A provider that notes what it is asked and has no answer."""
 
     def __init__(self, provider: Provider) -> None:
-        self._provider = provider
+        super().__init__(provider)
         self.heard: list[Prompt] = []
-
-    @property
-    def model(self) -> str:
-        return self._provider.model
-
-    @property
-    def host(self) -> str:
-        return self._provider.host
-
-    @property
-    def prices(self) -> Prices | None:
-        return self._provider.prices
-
-    @property
-    def at_once(self) -> int:
-        return self._provider.at_once
-
-    def most(self, prompt: Prompt) -> Usage:
-        return self._provider.most(prompt)
 
     async def complete(
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None

@@ -13,7 +13,7 @@ from typing import Self
 from services.common.errors import Unavailable
 from services.explainer.engine.budget import Budget, Ledger, Prices, Usage
 from services.explainer.engine.prompts import Prompt
-from services.explainer.engine.provider import OnText, Provider, Reply
+from services.explainer.engine.provider import OnText, Provider, ProviderAround, Reply
 from services.explainer.engine.replies import FailureKind
 from services.explainer.job_store import JobStore, StoredJob, Used
 
@@ -79,7 +79,7 @@ class JobLedger(Ledger):
             yield
 
 
-class PatientProvider:
+class PatientProvider(ProviderAround):
     """A provider that raises EndpointAway where there is nobody, instead of an answer that failed.
 
     Once one call found nobody, none is sent until `go_on`, not even one that waits for its turn. A
@@ -87,7 +87,7 @@ class PatientProvider:
     """
 
     def __init__(self, provider: Provider, *, tolerant: bool = False) -> None:
-        self._provider = provider
+        super().__init__(provider)
         self._tolerant = tolerant
         self._away = False
         self._turns = asyncio.Semaphore(provider.at_once)
@@ -97,25 +97,6 @@ class PatientProvider:
 
     def tolerant(self) -> "PatientProvider":
         return PatientProvider(self._provider, tolerant=True)
-
-    @property
-    def model(self) -> str:
-        return self._provider.model
-
-    @property
-    def host(self) -> str:
-        return self._provider.host
-
-    @property
-    def prices(self) -> Prices | None:
-        return self._provider.prices
-
-    @property
-    def at_once(self) -> int:
-        return self._provider.at_once
-
-    def most(self, prompt: Prompt) -> Usage:
-        return self._provider.most(prompt)
 
     async def complete(
         self, prompt: Prompt, ledger: Ledger, on_text: OnText | None = None

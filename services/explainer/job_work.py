@@ -75,6 +75,12 @@ class Plan:
     def scorers(self) -> tuple[Scorer, ...]:
         return self.task.scoring.scorers if self.task.scoring else ()
 
+    async def fetch(self, records: Records, component: str) -> Subject:
+        """What is known of a component that passes the gate. Raises Skipped."""
+        subject = await self.task.fetch(records, self.dataset, component)
+        self.gate.check(subject)
+        return subject
+
 
 class JobWork:
     """The work of one job."""
@@ -105,16 +111,9 @@ class JobWork:
         self, position: int, component: str, ledger: JobLedger, *, tolerant: bool
     ) -> tuple[Dealt, str]:
         plan = self._plan
-        task = plan.task
         # Before anything is paid for that could not be kept.
         await self._database.check_room()
-        subject = await self._records.fetch(
-            plan.dataset,
-            component,
-            read_outs=task.needs_read_outs,
-            required=task.is_about_read_outs,
-        )
-        plan.gate.check(subject)
+        subject = await plan.fetch(self._records, component)
         if not plan.again:
             await self._check_new(position, subject)
         provider = self._provider.tolerant() if self._provider and tolerant else self._provider

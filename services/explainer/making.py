@@ -23,7 +23,7 @@ from services.common.errors import (
     Unavailable,
     inside,
 )
-from services.explainer.components import Subject
+from services.explainer.components import Records, Subject
 from services.explainer.engine import explainers
 from services.explainer.engine.budget import Ledger
 from services.explainer.engine.components import Component, Example
@@ -83,6 +83,12 @@ class Task:
     def is_about_read_outs(self) -> bool:
         """Whether there is no explanation without what the component promotes."""
         return self.method is Method.OUTPUT_CENTRED
+
+    async def fetch(self, records: Records, dataset: str, component: str) -> Subject:
+        """What is known of a component, as far as the task reads it."""
+        return await records.fetch(
+            dataset, component, read_outs=self.needs_read_outs, required=self.is_about_read_outs
+        )
 
     @property
     def asks_provider(self) -> bool:

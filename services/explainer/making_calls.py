@@ -47,12 +47,7 @@ class MakingCalls:
         task = requests.task(request, user())
         ledger = self._ledger(requests.budget(request), asks=task.asks_provider)
         yield explain_pb2.ExplainResponse(progress=_progress("reading", ledger))
-        subject = await self._records.fetch(
-            dataset,
-            request.component,
-            read_outs=task.needs_read_outs,
-            required=task.is_about_read_outs,
-        )
+        subject = await task.fetch(self._records, dataset, request.component)
         summary = explain_pb2.ExplainSummary()
         async with aclosing(self._maker.explain(subject, task, ledger)) as events:
             async for event in _told(events):

@@ -50,15 +50,7 @@ class SearchCalls:
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidArgument(f"is in 1..{MAX_LIMIT}, or absent", field="limit")
         page = await self._search.find(question, limit=limit, cursor_at=request.cursor, user=user())
-        return search_pb2.SearchResponse(
-            found=[
-                search_pb2.FoundExplanation(explanation=wire.explanation(each), relevance=relevance)
-                for each, relevance in page.found
-            ],
-            next_cursor=page.next_cursor,
-            total=page.total,
-            without_embedding=page.without_embedding,
-        )
+        return _found(page)
 
     async def embed(
         self, request: search_pb2.EmbedExplanationsRequest

@@ -31,12 +31,27 @@ async def running(
 ) -> AsyncIterator[tuple[Starlette, httpx.AsyncClient]]:
     """The app with its lifespan, and a client that speaks to it as a browser on this machine."""
     app = create_app(settings(**variables), {"inference": address}, page, registry, tracing)
+    async with _client_of(app) as client:
+        yield app, client
+
+
+@asynccontextmanager
+async def running_before(service: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway that has this service alone, on this machine."""
+    async with _client_of(
+        create_app(settings(), {service: f"127.0.0.1:{port}"}, NOWHERE)
+    ) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _client_of(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client,
     ):
-        yield app, client
+        yield client
 
 
 class _Server(uvicorn.Server):

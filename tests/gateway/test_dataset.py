@@ -2,38 +2,26 @@
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway.app import create_app
-from services.common.server import ServiceServer
-from tests.common.backend import settings
 from tests.dataset import helpers
-from tests.gateway.helpers import NOWHERE, violations
+from tests.gateway.helpers import running_before, violations
 
 SERVICE = "/tdb.dataset.v1.DatasetService"
 RECORDS = helpers.random_records(2, helpers.COMPONENTS[:12])
 
 
-@asynccontextmanager
-async def gateway_to(server: ServiceServer) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings(), {"dataset": f"127.0.0.1:{server.port}"}, NOWHERE)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client,
-    ):
-        yield client
-
-
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     helpers.write(tmp_path / "small", RECORDS)
-    async with helpers.serving(tmp_path) as server, gateway_to(server) as client:
+    async with (
+        helpers.serving(tmp_path) as server,
+        running_before("dataset", server.port) as client,
+    ):
         yield client
 
 
@@ -82,7 +70,10 @@ async def test_refusals_name_their_field(client: httpx.AsyncClient) -> None:
 
 
 async def test_readiness_speaks_for_it(tmp_path: Path) -> None:
-    async with helpers.serving(tmp_path) as server, gateway_to(server) as client:
+    async with (
+        helpers.serving(tmp_path) as server,
+        running_before("dataset", server.port) as client,
+    ):
         assert (await client.get("/readyz")).status_code == 200
         await server.set_not_serving()
         answer = await client.get("/readyz")

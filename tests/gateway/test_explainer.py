@@ -2,17 +2,14 @@
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway.app import create_app
-from tests.common.backend import settings
 from tests.explainer import stack, synthetic
-from tests.gateway.helpers import NOWHERE, violations
+from tests.gateway.helpers import running_before, violations
 
 SERVICE = "/tdb.explainer.v1.ExplainerService"
 MODEL = {"id": "demo", "weightsHash": stack.WEIGHTS}
@@ -24,22 +21,11 @@ EXPLAIN = {
 }
 
 
-@asynccontextmanager
-async def gateway_to(port: int) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings(), {"explainer": f"127.0.0.1:{port}"}, NOWHERE)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client,
-    ):
-        yield client
-
-
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with (
         stack.serving(tmp_path, [synthetic.component()]) as served,
-        gateway_to(served.port) as client,
+        running_before("explainer", served.port) as client,
     ):
         yield client
 
@@ -89,9 +75,12 @@ async def test_refusals_name_their_field(client: httpx.AsyncClient) -> None:
 
 
 async def test_readiness_speaks_for_it(tmp_path: Path) -> None:
-    async with stack.serving(tmp_path) as served, gateway_to(served.port) as client:
+    async with (
+        stack.serving(tmp_path) as served,
+        running_before("explainer", served.port) as client,
+    ):
         assert (await client.get("/readyz")).status_code == 200
-    async with gateway_to(served.port) as client:
+    async with running_before("explainer", served.port) as client:
         answer = await client.get("/readyz")
         assert answer.status_code == 503
         assert list(answer.json()["awaited"]) == ["explainer"]

@@ -1,5 +1,6 @@
 """What tests of the page do with it, and how they read it."""
 
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -85,3 +86,13 @@ def ablate(page: Page, node: str) -> None:
     page.get_by_role("button", name=f"Ablate {node}", exact=True).first.click()
     expect(page.get_by_role("button", name=f"Remove: ablate {node}")).to_be_visible()
     answered(page)
+
+
+def library(page: Page, tab: str) -> Locator:
+    """The dialog of explanations, at one of its tabs."""
+    page.get_by_role("button", name=re.compile(r"^\d+ explanations?")).click()
+    shown = page.get_by_role("dialog", name="Explanations", exact=True)
+    tabs = shown.get_by_role("group", name="What to do with them")
+    if tabs.get_by_role("button", name=tab).get_attribute("aria-pressed") != "true":
+        tabs.get_by_role("button", name=tab).click()
+    return shown

@@ -1,13 +1,12 @@
 """Jobs, the library of explanations and imports in a real browser over the real service."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 
-from tests.web.driving import answered, rows, shoot, start
+from tests.web.driving import answered, library, rows, shoot, start
 from tests.web.planted import DATASET, LAYER, Planted, explainer, forget, planted
 
 pytestmark = pytest.mark.browser
@@ -24,15 +23,6 @@ def there(product: str, product_folder: Path) -> Iterator[Planted]:
 def nothing_explained(there: Planted) -> Iterator[None]:
     yield
     forget(there)
-
-
-def library(page: Page, tab: str) -> Locator:
-    page.get_by_role("button", name=re.compile(r"^\d+ explanations?")).click()
-    shown = page.get_by_role("dialog", name="Explanations", exact=True)
-    tabs = shown.get_by_role("group", name="What to do with them")
-    if tabs.get_by_role("button", name=tab).get_attribute("aria-pressed") != "true":
-        tabs.get_by_role("button", name=tab).click()
-    return shown
 
 
 def test_the_rows_of_a_table_become_a_job(page: Page, there: Planted) -> None:

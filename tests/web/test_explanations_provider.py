@@ -22,7 +22,7 @@ from tests.explainer.openai_server import (
     Said,
 )
 from tests.web.conftest import started
-from tests.web.driving import answered, shoot, start
+from tests.web.driving import answered, library, shoot, start
 from tests.web.planted import DATASET, LAYER, WORDS, Planted, explainer, forget, planted, streamed
 
 pytestmark = pytest.mark.browser
@@ -205,15 +205,6 @@ def test_a_wrong_key_is_said_where_it_was_asked(
     expect(wrong).to_contain_text("TDB_PROVIDER_KEY", timeout=SLOW_MS)
     expect(wrong).not_to_contain_text(KEY)
     expect(panel.get_by_role("button", name="explain…")).to_be_enabled()
-
-
-def library(page: Page, tab: str) -> Locator:
-    page.get_by_role("button", name=re.compile(r"^\d+ explanations?")).click()
-    shown = page.get_by_role("dialog", name="Explanations", exact=True)
-    tabs = shown.get_by_role("group", name="What to do with them")
-    if tabs.get_by_role("button", name=tab).get_attribute("aria-pressed") != "true":
-        tabs.get_by_role("button", name=tab).click()
-    return shown
 
 
 def test_a_job_is_paused_and_resumed_after_a_reload(

@@ -104,6 +104,15 @@ export function judgeName(judge: JudgeChoice): string {
   return capabilities.value?.providerModel || "the language model";
 }
 
+/** What closes a form by a key, and nothing else with it. */
+export function onEscape(done: () => void) {
+  return (event: KeyboardEvent) => {
+    if (event.key !== "Escape") return;
+    event.stopPropagation();
+    done();
+  };
+}
+
 interface JudgeProps {
   judges: readonly JudgeChoice[];
   value: JudgeChoice | undefined;
@@ -184,12 +193,7 @@ export function ExplainForm({ component, dataset, onDone }: FormProps) {
         if (!asksProvider(method, request.scoring)) start({});
         else spending.propose({ explain: request }, (budget) => start(budget ? { budget } : {}));
       }}
-      onKeyDown={(event) => {
-        if (event.key === "Escape") {
-          event.stopPropagation();
-          onDone();
-        }
-      }}
+      onKeyDown={onEscape(onDone)}
     >
       <MethodChoice kinds={[kind]} value={method} onChoose={setMethod} />
       <label class="inline">

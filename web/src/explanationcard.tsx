@@ -3,7 +3,14 @@ import { useState } from "preact/hooks";
 import { Confirm } from "./confirm";
 import { deleteExplanation } from "./explainer";
 import { running, startScore } from "./explaining";
-import { JudgeField, judgesOf, ScorerChoice, scoringOf, type JudgeChoice } from "./explainform";
+import {
+  JudgeField,
+  judgesOf,
+  onEscape,
+  ScorerChoice,
+  scoringOf,
+  type JudgeChoice,
+} from "./explainform";
 import { allOf, refresh, refreshCapabilities } from "./explanations";
 import { Label } from "./explanationcell";
 import type { ExplanationJson } from "./gen/tdb/explainer/v1/explanation_pb";
@@ -202,12 +209,7 @@ function ScoreForm({ explanation, dataset, onDone }: ScoreFormProps) {
         if (judge === "JUDGE_OFFLINE") start({});
         else spending.propose({ score: request }, (budget) => start(budget ? { budget } : {}));
       }}
-      onKeyDown={(event) => {
-        if (event.key === "Escape") {
-          event.stopPropagation();
-          onDone();
-        }
-      }}
+      onKeyDown={onEscape(onDone)}
     >
       <ScorerChoice kinds={[kind]} value={scorers} onChoose={setScorers} />
       <JudgeField judges={judges} value={judge} onChoose={setJudge} />

@@ -76,6 +76,32 @@ class Provider(Protocol):
         """
 
 
+class ProviderAround:
+    """The same model of the same endpoint; what is asked of it is the subclass's matter."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._provider = provider
+
+    @property
+    def model(self) -> str:
+        return self._provider.model
+
+    @property
+    def host(self) -> str:
+        return self._provider.host
+
+    @property
+    def prices(self) -> Prices | None:
+        return self._provider.prices
+
+    @property
+    def at_once(self) -> int:
+        return self._provider.at_once
+
+    def most(self, prompt: Prompt) -> Usage:
+        return self._provider.most(prompt)
+
+
 def answer(reply: Reply, prompt: Prompt) -> Any | FailureKind:
     """The value that a reply holds, by the prompt's schema; or why it holds none."""
     if reply.failure is not None:
